@@ -79,6 +79,17 @@ def _no_rank(q: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=q.device)
 
 
+def fixed_sum(x: Tensor) -> Tensor:
+    """Sum of a vector, in an order that does not depend on the number of threads.
+
+    torch splits a full reduction over threads from 32768 elements on; below that, and over one
+    dimension of a matrix, every sum is made by one thread in one order.
+    """
+    if x.numel() < 32768:
+        return x.sum()
+    return torch.nn.functional.pad(x, (0, -x.numel() % 1024)).view(-1, 1024).sum(1).sum()
+
+
 def pairwise_forward(
     kind: Kind,
     q: Tensor,
@@ -168,15 +179,7 @@ def pairwise_backward(
     dq.mul_(scale)
     if not self_mode:
         dk.mul_(scale)
-    return PairwiseBackward(dq, q.new_empty(0) if self_mode else dk, _fixed_sum(g_rows))
-
-
-def _fixed_sum(x: Tensor) -> Tensor:
-    """Sum of a vector whose order does not depend on the number of threads: two fixed stages."""
-    if len(x) <= 1024:
-        return x.sum()
-    padded = torch.nn.functional.pad(x, (0, -len(x) % 1024))
-    return padded.view(-1, 1024).sum(1).sum()
+    return PairwiseBackward(dq, q.new_empty(0) if self_mode else dk, fixed_sum(g_rows))
 
 
 def attend(

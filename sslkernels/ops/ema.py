@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op ``sslkernels::ema_update_`` and the plans that make a repeated update cheap.
+
+    target = decay * target + (1 - decay) * source
+
+Two ways lead to the same kernel:
+
+* the op, registered with torch (schema with its mutation declared, fake, no gradient).  It is what
+  ``torch.compile``, tensor subclasses and dispatch modes see.  Passing two lists of tensors through the
+  dispatcher and checking them costs more than updating a small model.
+* ``update``: in plain eager mode the checks are made once and kept as a *plan* of addresses.  Every
+  call compares the identity and the address of each tensor with the plan, so that a parameter that was
+  moved, loaded by assignment or replaced is noticed, and the plan is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels.backends import updates_torch
+from sslkernels.ops import registry
+from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("sslkernels", "FRAGMENT")
+_LIBRARY.define(
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float decay, "
+    "bool stochastic_rounding=False, int seed=0, int step=0) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def check_decay(op: str, decay: float) -> float:
+    """A decay as a float in [0, 1].
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is outside [0, 1].
+    """
+    try:
+        value = float(decay)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: decay must be a number, got {type(decay).__name__}") from error
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: decay must be in [0, 1], got {value}")
+    return value
+
+
+def check_pairs(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Raises TypeError or ValueError unless every source can be averaged into its target."""
+    if len(targets) != len(sources):
+        raise ValueError(
+            f"{op}: targets and sources must have the same length, "
+            f"got {len(targets)} and {len(sources)}"
+        )
+    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if not isinstance(target, Tensor) or not isinstance(source, Tensor):
+            raise TypeError(
+                f"{op}: targets[{index}] and sources[{index}] must be tensors, "
+                f"got {type(target).__name__} and {type(source).__name__}"
+            )
+        if target.dtype not in FLOATING or source.dtype not in FLOATING:
+            raise TypeError(
+                f"{op}: targets[{index}] and sources[{index}] must be float32, float64, bfloat16 or "
+                f"float16, got {target.dtype} and {source.dtype} (copy integer tensors instead)"
+            )
+        if target.shape != source.shape:
+            raise ValueError(
+                f"{op}: targets[{index}] and sources[{index}] must have the same shape, "
+                f"got {list(target.shape)} and {list(source.shape)}"
+            )
+        if target.device != source.device:
+            raise ValueError(
+                f"{op}: targets[{index}] and sources[{index}] must be on the same device, "
+                f"got {target.device} and {source.device}"
+            )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or repetitions, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _has_repeated_elements(x: Tensor) -> bool:
+    """Whether two indices of a strided tensor may share an address (expanded or overlapping views)."""
+    extent = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= extent:
+            return True
+        extent += stride * (size - 1)
+    return False
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First address of a tensor and the one behind its last element."""
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    begin = x.data_ptr()
+    return begin, begin + (last + 1) * x.element_size()
+
+
+def _check_overlap(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Raises ValueError when an element would be written twice, or read after it was written.
+
+    A source may be its own target, and several sources may share memory.
+    """
+    spans = []
+    for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target.numel() == 0:
+            continue
+        if _has_repeated_elements(target):
+            raise ValueError(
+                f"{op}: targets[{index}] has elements that share memory (an expanded view, strides "
+                f"{list(target.stride())}), so it can't be updated in place"
+            )
+        spans.append((*_span(target), True, index))
+        same = source.data_ptr() == target.data_ptr() and source.stride() == target.stride()
+        if not (same and source.dtype == target.dtype):
+            spans.append((*_span(source), False, index))
+    spans.sort()
+    end_of_target = end_of_any = 0  # furthest byte seen so far
+    last_target = last_any = -1
+    for begin, end, is_target, index in spans:
+        if begin < end_of_target or (is_target and begin < end_of_any):
+            other = last_target if begin < end_of_target else last_any
+            raise ValueError(
+                f"{op}: memory of targets must not overlap with another target or source, but "
+                f"{'targets' if is_target else 'sources'}[{index}] overlaps with entry {other}; "
+                "pass tied tensors once"
+            )
+        if end > end_of_any:
+            end_of_any, last_any = end, index
+        if is_target and end > end_of_target:
+            end_of_target, last_target = end, index
+
+
+def _copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
+    """A plan that copies; the extension's where it can copy every pair as bytes."""
+    as_bytes = all(
+        t.device.type == "cpu" and t.dtype == s.dtype and t.is_contiguous() and s.is_contiguous()
+        for t, s in zip(targets, sources, strict=True)
+    )
+    module = registry.resolve(targets[0].device, "updates") if as_bytes else updates_torch
+    return getattr(module, "CopyPlan", updates_torch.CopyPlan)(list(targets), list(sources))
+
+
+class Update:
+    """A checked list of pairs, ready to run: by device and with strided pairs taken care of.
+
+    Args:
+        targets: Tensors of floating dtypes; any strides, devices may differ between pairs.
+        sources: As many; the shape and device of each are those of its target.
+        copy_targets: Tensors of any dtype to be overwritten.
+        copy_sources: As many, of the shapes and devices of copy_targets.
+
+    Raises:
+        TypeError, ValueError: If a pair can't be averaged.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        copy_targets: Sequence[Tensor] = (),
+        copy_sources: Sequence[Tensor] = (),
+    ) -> None:
+        """See the class."""
+        op = "ema_update_"
+        check_pairs(op, targets, sources)
+        by_device: dict[torch.device, list[int]] = {}
+        for index, target in enumerate(targets):
+            by_device.setdefault(target.device, []).append(index)
+        # The tensor index that seeds stochastic rounding counts over the pairs of one device.
+        self._parts: list[tuple[ModuleType, Any]] = []
+        self._devices = list(by_device)
+        self._copied_back: list[tuple[Tensor, Tensor]] = []
+        self.reusable = True  # False: copies were made of strided tensors, which are good for one call
+        for device, indices in by_device.items():
+            on_device = [targets[i] for i in indices], [sources[i] for i in indices]
+            _check_overlap(op, *on_device)
+            pairs = [self._flatten(*pair) for pair in zip(*on_device, strict=True)]
+            backend = registry.resolve(device, "updates")
+            plan = backend.EmaPlan([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+            self._parts.append((backend, plan))
+        self._copies = [_copies(copy_targets, copy_sources)] if copy_targets else []
+
+    def _flatten(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Contiguous tensors for a pair; memory order where both are dense and laid out alike."""
+        target, source = target.detach(), source.detach()
+        if target.is_contiguous() and source.is_contiguous():
+            return target, source
+        if target.stride() == source.stride() and _is_dense(target):
+            n = target.numel()
+            return target.as_strided((n,), (1,)), source.as_strided((n,), (1,))
+        self.reusable = False
+        if not target.is_contiguous():
+            strided, target = target, target.contiguous()
+            self._copied_back.append((strided, target))
+        return target, source.contiguous()
+
+    def serves(self) -> bool:
+        """Whether the backends chosen now are those of this plan."""
+        return all(
+            registry.resolve(device, "updates") is part[0]
+            for device, part in zip(self._devices, self._parts, strict=True)
+        )
+
+    def run(self, decay: float, stochastic_rounding: bool, seed: int, step: int) -> None:
+        """Update every target in place; version counters are the caller's business."""
+        for _, plan in self._parts:
+            plan.run(decay, stochastic_rounding=stochastic_rounding, seed=seed, step=step)
+        for strided, copy in self._copied_back:
+            strided.copy_(copy)
+        for plan in self._copies:
+            plan.run()
+
+
+def _impl(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    decay: float,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    step: int = 0,
+) -> None:
+    Update(targets, sources).run(
+        check_decay("ema_update_", decay), stochastic_rounding, seed, step
+    )
+    bump_versions(targets)
+
+
+def _fake(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    decay: float,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    step: int = 0,
+) -> None:
+    check_pairs("ema_update_", targets, sources)
+
+
+_LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
+_LIBRARY.impl("ema_update_", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("sslkernels::ema_update_", _fake, lib=_LIBRARY)
+
+# Plans of `update`, by the first tensors of the lists; they hold addresses and weak references only.
+_PLANS: dict[tuple[int, int, int], tuple[Any, Update]] = {}
+_MAX_PLANS = 16
+
+
+def update(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    decay: float,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    step: int = 0,
+) -> None:
+    """Run the update the cheapest way that is right for these tensors."""
+    if not isinstance(targets, list):
+        targets = list(targets)
+    if not isinstance(sources, list):
+        sources = list(sources)
+    decay = check_decay("ema_update_", decay)
+    if is_plain_eager() and targets and sources:
+        key = (id(targets[0]), id(sources[0]), len(targets))
+        known = _PLANS.get(key)
+        if known is not None and known[0].unchanged(targets, sources) and known[1].serves():
+            known[1].run(decay, stochastic_rounding, seed, step)
+            bump_versions(targets)
+            return
+        if are_plain(*targets, *sources):
+            plan = Update(targets, sources)
+            seen = watch([*targets, *sources]) if plan.reusable else None
+            if seen is not None:
+                while len(_PLANS) >= _MAX_PLANS:
+                    del _PLANS[next(iter(_PLANS))]
+                _PLANS[key] = (seen, plan)
+            plan.run(decay, stochastic_rounding, seed, step)
+            bump_versions(targets)
+            return
+    torch.ops.sslkernels.ema_update_(targets, sources, decay, stochastic_rounding, seed, step)
