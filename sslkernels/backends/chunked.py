@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from sslkernels.backends.interface import Attend, Extremes, Kind, PairwiseBackward, PairwiseForward
+from sslkernels.backends.updates_torch import CopyPlan as CopyPlan
+from sslkernels.backends.updates_torch import EmaPlan as EmaPlan
+from sslkernels.backends.updates_torch import enqueue_ as enqueue_
 
 NEG_INF = float("-inf")
 # Elements of a block of S.  The floor amortises Python's overhead for small operands (1 MB of float32),

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue of keys that MoCo contrasts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sslkernels.ops import queue as _ops
+
+
+class KeyQueue(nn.Module):
+    """A first-in first-out queue of the newest ``size`` keys, as in MoCo (arXiv:1911.05722).
+
+    All state is in buffers and so in the state dict: ``queue`` [size, dim], ``queue_ptr`` (the row that
+    is written next) and ``fill`` (how many rows are valid), both int64, and ``labels`` [size] int64 if
+    asked for (-1 where empty).  Key i of a batch goes to row (queue_ptr + i) mod size; sizes need not
+    divide, and of a batch larger than the queue the newest ``size`` keys stay.
+
+    The loss for a batch must be computed before the batch is enqueued, or each positive is one of its
+    own negatives; ``MoCoLoss`` does both in that order.
+
+    Args:
+        size: K, how many keys are held.
+        dim: D, their dimension.
+        dtype: dtype of the stored keys: float32, float64, bfloat16 or float16.
+        normalize: Store x / max(||x||, 1e-12), accumulated in float32 (float64 for float64 keys or
+            queue) and cast afterwards.  With False keys are stored as they are given.
+        gather: Under torch.distributed, enqueue the keys of every rank in the order of ranks, so that
+            all ranks hold the same queue.  Every rank must pass the same number of keys.
+        labels: Keep an integer label (class or sample id) with each key.
+
+    Raises:
+        ValueError: If size or dim is below 1.
+        TypeError: If dtype is no floating dtype of the list.
+
+    Example:
+        >>> import torch
+        >>> from sslkernels import KeyQueue
+        >>> queue = KeyQueue(size=5, dim=2)
+        >>> queue.enqueue(torch.randn(3, 2))
+        >>> len(queue), queue.keys.shape
+        (3, torch.Size([3, 2]))
+        >>> queue.enqueue(torch.randn(4, 2))
+        >>> len(queue), int(queue.queue_ptr)
+        (5, 2)
+    """
+
+    queue: Tensor
+    queue_ptr: Tensor
+    fill: Tensor
+    labels: Tensor | None
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        normalize: bool = True,
+        gather: bool = False,
+        labels: bool = False,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"KeyQueue: {name} must be an integer of at least 1, got {value!r}")
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"KeyQueue: dtype must be float32, float64, bfloat16 or float16, got {dtype}"
+            )
+        self.size, self.dim = size, dim
+        self.normalize, self.gather = bool(normalize), bool(gather)
+        self.register_buffer("queue", torch.zeros(size, dim, dtype=dtype))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("fill", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer(
+            "labels", torch.full((size,), -1, dtype=torch.int64) if labels else None
+        )
+        # Copy of `fill` on the host, so that len() and keys need no synchronisation with a device.  It
+        # counts as long as the tensor and its version are those that were seen.
+        self._n_valid = 0
+        self._fill_seen: tuple[Tensor, int] = (self.fill, self.fill._version)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Normalise, cast and write a batch of keys; one call, without gradient or host sync.
+
+        A NaN or inf in a key makes that row NaN, and every loss computed with the queue NaN until the
+        row is overwritten: check keys first if the encoder may diverge.  A zero row stays zero.
+
+        Args:
+            keys: [N, dim], any floating dtype and strides, N >= 0, on the device of the queue.
+            labels: [N] integers; required if the queue was made with ``labels=True``.
+
+        Raises:
+            TypeError, ValueError: If shapes, dtypes or devices do not fit; nothing is written then.
+        """
+        if self.gather and dist.is_available() and dist.is_initialized():
+            keys = _gather(keys)
+            labels = None if labels is None else _gather(labels)
+        before = len(self)
+        buffers = self._buffers
+        fill = buffers["fill"]
+        _ops.enqueue_(
+            buffers["queue"], buffers["queue_ptr"], fill, keys, self.normalize, buffers["labels"], labels
+        )
+        self._remember(min(before + keys.shape[0], self.size))
+
+    @property
+    def keys(self) -> Tensor:
+        """[len(queue), dim]: the valid rows, a view of ``queue`` (in order of rows, not of age).
+
+        The view changes when keys are enqueued; clone it to keep it.
+        """
+        return self.queue[: len(self)]
+
+    @property
+    def key_labels(self) -> Tensor:
+        """[len(queue)] int64: the labels of ``keys``.
+
+        Raises:
+            RuntimeError: If the queue was made without labels.
+        """
+        if self.labels is None:
+            raise RuntimeError("KeyQueue: this queue holds no labels; make it with labels=True")
+        return self.labels[: len(self)]
+
+    def __len__(self) -> int:
+        """How many rows are valid."""
+        if not torch.compiler.is_compiling():
+            fill = self._buffers["fill"]
+            seen, version = self._fill_seen
+            if seen is not fill or version != fill._version:  # moved, loaded or written by others
+                self._remember(min(max(int(fill), 0), self.size))
+        return self._n_valid
+
+    def __bool__(self) -> bool:
+        """A module is true, also when it is empty."""
+        return True
+
+    def _remember(self, n_valid: int) -> None:
+        if torch.compiler.is_compiling():
+            self._n_valid = n_valid
+            return
+        # Around nn.Module.__setattr__, whose checks take longer than the enqueue.
+        fill = self._buffers["fill"]
+        self.__dict__["_n_valid"] = n_valid
+        self.__dict__["_fill_seen"] = (fill, fill._version)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empty the queue."""
+        self.queue.zero_()
+        self.queue_ptr.zero_()
+        self.fill.zero_()
+        if self.labels is not None:
+            self.labels.fill_(-1)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse a pointer or a fill that would point outside of the queue."""
+        for name, limit in (("queue_ptr", self.size - 1), ("fill", self.size)):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and not value.is_meta and value.numel() == 1:
+                if not 0 <= int(value) <= limit:
+                    raise ValueError(
+                        f"KeyQueue.load_state_dict: {prefix + name} must be in [0, {limit}] for a "
+                        f"queue of {self.size} keys, got {int(value)}"
+                    )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``print``."""
+        return (
+            f"{self.size}, {self.dim}, dtype={self.queue.dtype}, normalize={self.normalize}, "
+            f"gather={self.gather}, labels={self.labels is not None}"
+        )
+
+    @classmethod
+    def from_moco(
+        cls, state_dict: Mapping[str, Any], *, gather: bool = False
+    ) -> KeyQueue:
+        """The queue of a checkpoint of the official MoCo code.
+
+        It stores ``queue`` as [dim, size], filled with random unit vectors from the start, so the queue
+        returned is full.
+
+        Args:
+            state_dict: With the entries ``queue`` and ``queue_ptr``, possibly prefixed by ``module.``;
+                a whole checkpoint with an entry ``state_dict`` is fine too.
+            gather: As for the constructor.
+
+        Raises:
+            KeyError: If there is no queue in it.
+            ValueError: If the queue is not [dim, size] or the pointer is outside of it.
+        """
+        if isinstance(state_dict.get("state_dict"), Mapping):
+            state_dict = state_dict["state_dict"]
+        prefix = next((p for p in ("", "module.") if f"{p}queue" in state_dict), None)
+        if prefix is None:
+            raise KeyError(
+                "KeyQueue.from_moco: state_dict must hold 'queue' or 'module.queue', got keys such as "
+                f"{list(state_dict)[:5]}"
+            )
+        stored = state_dict[f"{prefix}queue"]
+        if stored.dim() != 2:
+            raise ValueError(
+                f"KeyQueue.from_moco: {prefix}queue must be [dim, size], got {list(stored.shape)}"
+            )
+        dim, size = stored.shape
+        pointer = int(state_dict.get(f"{prefix}queue_ptr", 0))
+        if not 0 <= pointer < size:
+            raise ValueError(
+                f"KeyQueue.from_moco: {prefix}queue_ptr must be in [0, {size}), got {pointer}"
+            )
+        queue = cls(size, dim, dtype=stored.dtype, gather=gather).to(stored.device)
+        with torch.no_grad():
+            queue.queue.copy_(stored.t())
+            queue.queue_ptr.fill_(pointer)
+            queue.fill.fill_(size)
+        return queue
+
+
+def _gather(x: Tensor) -> Tensor:
+    """The tensors of all ranks, concatenated along rows in the order of ranks."""
+    world = dist.get_world_size()
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
