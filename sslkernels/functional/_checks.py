@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the loss functions; each costs about a microsecond.
+
+Every message names the op, the argument, what must hold and what came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslkernels.backends.chunked import accumulation_dtype
+
+_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def check_matrix(op: str, name: str, x: Tensor, ndim: int = 2) -> None:
+    """A floating-point tensor with ``ndim`` dimensions, or a TypeError/ValueError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, bfloat16 or float16, got {_dtype(x)}"
+        )
+    if x.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {list(x.shape)}")
+
+
+def check_like(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """The same dtype and device."""
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{op}: {name_a} and {name_b} must have the same dtype, got {_dtype(a)} and {_dtype(b)}"
+        )
+    if a.device != b.device:
+        raise ValueError(
+            f"{op}: {name_a} and {name_b} must be on the same device, got {a.device} and {b.device}"
+        )
+
+
+def check_pair(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Two matrices of the same shape, dtype and device."""
+    check_matrix(op, name_a, a)
+    check_matrix(op, name_b, b)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{op}: {name_a} and {name_b} must have the same shape, "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        )
+    check_like(op, name_a, a, name_b, b)
+
+
+def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = _REDUCTIONS) -> None:
+    """One of the reductions that the op has."""
+    if reduction not in allowed:
+        raise ValueError(f"{op}: reduction must be one of {list(allowed)}, got {reduction!r}")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    """A number above 0 (NaN is not)."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be > 0, got {value}")
+
+
+def check_ids(op: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integer ids or labels of a given shape on a given device, returned as int64."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(ids).__name__}")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be integers, got {_dtype(ids)}")
+    if ids.shape != shape:
+        raise ValueError(
+            f"{op}: {name} must have shape {list(shape)}, got {list(ids.shape)}"
+        )
+    if ids.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like the features, got {ids.device}")
+    return ids.to(torch.int64)
+
+
+def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A float or 0-d tensor as a 0-d tensor of the accumulation dtype of ``like``.
+
+    A tensor keeps its autograd history.  It must be on the device of ``like``.
+    """
+    acc = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(
+                f"{op}: {name} must be a float or a 0-d tensor, got shape {list(value.shape)}"
+            )
+        if value.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be on {like.device} like the features, got {value.device}"
+            )
+        return value.to(acc)
+    if not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}"
+        )
+    # full, not tensor: a fill kernel instead of a copy from the host.
+    return torch.full((), value, dtype=acc, device=like.device)
+
+
+def inverse_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature as a 0-d tensor of the accumulation dtype.
+
+    Numbers must be > 0.  The value of a tensor is not inspected, that would be a host sync.
+    """
+    if isinstance(temperature, Tensor):
+        return scalar(op, "temperature", temperature, like).reciprocal()
+    check_positive(op, "temperature", temperature)
+    return scalar(op, "temperature", 1.0 / temperature, like)

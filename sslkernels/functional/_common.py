@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads shared by the losses: normalisation, dot products, exact softmax heads, reductions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels._types import ContrastiveMetrics
+from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
+from sslkernels.ops import rows
+
+EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
+
+
+def unit(x: Tensor, normalize: bool) -> Tensor:
+    """x / max(||x||, 1e-12) by rows in the accumulation dtype, or x as it is.
+
+    Halves are normalised in float32: in float16 the 1e-12 would be 0 and a zero row NaN.
+    """
+    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=1, eps=EPS) if normalize else x
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: <a_i, b_i> in the accumulation dtype."""
+    acc = accumulation_dtype(a.dtype)
+    return (a.to(acc) * b.to(acc)).sum(1)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact to rounding in float64 too (torch's default cuts off at x = 20)."""
+    return F.softplus(x, threshold=40.0)
+
+
+def nll(lse_negatives: Tensor, positive: Tensor) -> Tensor:
+    """-log(e^p / (e^p + sum of negatives)) without cancellation when the positive dominates."""
+    return softplus(lse_negatives - positive)
+
+
+def reduce(loss: Tensor, reduction: str) -> Tensor:
+    """Mean, sum or nothing; the mean of no rows is 0.  Same bits for any number of threads."""
+    if reduction == "none":
+        return loss
+    total = fixed_sum(loss)
+    return total / max(1, loss.numel()) if reduction == "mean" else total
+
+
+def mean_negative(
+    q: Tensor, k: Tensor, ids_q: Tensor | None = None, ids_k: Tensor | None = None
+) -> Tensor:
+    """0-d: mean <q_i, k_j> over pairs with different ids in O((N + M) * D); 0 without pairs."""
+    acc = accumulation_dtype(q.dtype)
+    q, k = q.detach().to(acc), k.detach().to(acc)
+    total = (q.sum(0) * k.sum(0)).sum()
+    count = torch.full((), float(len(q) * len(k)), dtype=acc, device=q.device)
+    if ids_q is not None:
+        segment = rows.segments(torch.cat((ids_q, ids_q if ids_k is None else ids_k)))
+        n = len(segment)
+        # A column of ones makes the product of counts the number of excluded pairs.
+        sums_q, sums_k = (
+            rows.accumulate_rows(torch.cat((x, torch.ones_like(x[:, :1])), 1), s, n)
+            for x, s in ((q, segment[: len(q)]), (k, segment[len(q) :]))
+        )
+        excluded = (sums_q * sums_k).sum(0)
+        total = total - excluded[:-1].sum()
+        count = count - excluded[-1]
+    return total / count.clamp(min=1)
+
+
+def metrics(rank: Tensor, positive: Tensor, negative_similarity: Tensor) -> ContrastiveMetrics:
+    """Top-k accuracy from ranks; positive: dot products without temperature."""
+    acc = positive.dtype
+    return ContrastiveMetrics(
+        reduce((rank < 1).to(acc), "mean"),
+        reduce((rank < 5).to(acc), "mean"),
+        reduce(positive.detach(), "mean"),
+        negative_similarity,
+    )

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses with one positive a row: NT-Xent, InfoNCE, CLIP and DCL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sslkernels._types import ContrastiveMetrics, Reduction
+from sslkernels.functional import _checks as checks
+from sslkernels.functional import _common as common
+from sslkernels.functional.pairwise import nt_xent_multiview
+from sslkernels.ops.pairwise import attend, pairwise
+
+
+def nt_xent_loss(
+    z1: Tensor | Sequence[Tensor],
+    z2: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
+    """NT-Xent, the loss of SimCLR: each view must find the other view of its sample.
+
+    With z = cat(z1, z2), s_ij = <z_i, z_j> / temperature and i' the other view of row i,
+
+        loss_i = -log( exp(s_ii') / sum_{j != i} exp(s_ij) )
+
+    With V > 2 views it is the mean over the ordered positive pairs (i, p) of
+    -log( e_ip / (e_ip + sum over the rows of other samples e_ij) ), which for V = 2 is the line above.
+
+    The result is float32 (float64 for float64 inputs).  Extra memory is O(N * D).  N = 1 has no
+    negatives and gives 0; no rows at all give 0 too.  SimCLR's official code sums its two
+    directions: 2x this mean.
+
+    Args:
+        z1: [N, D], or a sequence of V >= 2 such views with z2 left out.
+        z2: [N, D], same dtype and device as z1.
+        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        normalize: Whether to divide rows by max(norm, 1e-12) first; False takes them as they are.
+        reduction: "mean" over the V * N rows, "sum", or "none": [V * N] in the order of cat(views).
+        return_metrics: Whether to return ContrastiveMetrics as well.
+
+    Returns:
+        The loss, or (loss, ContrastiveMetrics).
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ, temperature <= 0 or the reduction is unknown.
+
+    Reference:
+        Chen et al., A Simple Framework for Contrastive Learning of Visual Representations,
+        arXiv:2002.05709.
+
+    Example:
+        >>> import torch, sslkernels
+        >>> z1, z2 = torch.randn(8, 16), torch.randn(8, 16)
+        >>> sslkernels.nt_xent_loss(z1, z2, temperature=0.5).shape
+        torch.Size([])
+    """
+    op = "nt_xent_loss"
+    if isinstance(z1, Tensor):
+        if z2 is None:
+            raise TypeError(f"{op}: z2 must be a tensor, got None (or pass a sequence of views)")
+        views, names = (z1, z2), ("z1", "z2")
+    else:
+        if z2 is not None:
+            raise TypeError(f"{op}: z2 must be left out when z1 is a sequence of views")
+        views = tuple(z1)
+        names = tuple(f"views[{i}]" for i in range(len(views)))
+        if len(views) < 2:
+            raise ValueError(f"{op}: at least two views are needed, got {len(views)}")
+    for name, view in zip(names[1:], views[1:], strict=True):
+        checks.check_pair(op, names[0], views[0], name, view)
+    checks.check_reduction(op, reduction)
+    scale = checks.inverse_temperature(op, temperature, views[0])
+    return nt_xent_multiview(views, scale, normalize, reduction, return_metrics)
+
+
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: Reduction = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    normalize: bool = True,
+    return_metrics: bool = False,
+    query_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
+    """InfoNCE: each query must find its positive key among negatives (CPC, MoCo).
+
+        loss_i = -log( exp(s_i+) / (exp(s_i+) + sum_{j in negatives of i} exp(s_ij)) )
+
+    with s = <q, k> / temperature.  The negatives of query i are: without ``negative_keys`` the positive
+    keys of the other queries; "unpaired" all of ``negative_keys`` (a queue); "paired" the rows
+    ``negative_keys[i]``.  Negative keys that need no gradient are read once, in the forward pass, and
+    not kept: a queue may be overwritten right after the call.
+
+    A query without any negative has loss 0.  MoCo v3's official code is
+    (this(q1, k2) + this(q2, k1)) * 2 * temperature.
+
+    Args:
+        query: [N, D].
+        positive_key: [N, D], same dtype and device.
+        negative_keys: None, [M, D] ("unpaired") or [N, M, D] ("paired").
+        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        reduction: "mean" over N, "sum", or "none": [N].
+        negative_mode: "unpaired" or "paired"; without negative_keys it has no meaning.
+        normalize: Whether to divide rows by max(norm, 1e-12) first, negatives included.
+        return_metrics: Whether to return ContrastiveMetrics as well.
+        query_ids: [N] integers.  Keys with the id of the query are false negatives and left out;
+            in batch, key j has the id of query j.
+        negative_ids: [M] or, paired, [N, M] integers; needed with query_ids and negative_keys.
+
+    Returns:
+        The loss, or (loss, ContrastiveMetrics).
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ, temperature <= 0, ids are incomplete, or reduction or
+            negative_mode is unknown.
+
+    Reference:
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding,
+        arXiv:1807.03748; He et al., Momentum Contrast, arXiv:1911.05722.
+
+    Example:
+        >>> import torch, sslkernels
+        >>> q, k, queue = torch.randn(8, 16), torch.randn(8, 16), torch.randn(64, 16)
+        >>> sslkernels.info_nce_loss(q, k, queue, temperature=0.07).shape
+        torch.Size([])
+    """
+    op = "info_nce_loss"
+    checks.check_pair(op, "query", query, "positive_key", positive_key)
+    checks.check_reduction(op, reduction)
+    _check_negatives(op, query, negative_keys, negative_mode)
+    scale = checks.inverse_temperature(op, temperature, query)
+    ids_q, ids_k = _info_nce_ids(op, query, negative_keys, query_ids, negative_ids)
+
+    q = common.unit(query, normalize)
+    k = common.unit(positive_key, normalize)
+    similarity = common.dots(q, k)
+    positive = similarity * scale
+    threshold = positive if return_metrics else None
+    negative_similarity = None
+    if negative_keys is None:
+        if ids_q is None:
+            ids_q = torch.arange(len(q), device=q.device)
+        lse, _, rank, _ = pairwise(
+            "lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_q, threshold_row=threshold
+        )
+        if return_metrics:
+            negative_similarity = common.mean_negative(q, k, ids_q, ids_q)
+    elif negative_keys.ndim == 2:
+        negatives = common.unit(negative_keys, normalize)
+        if negatives.requires_grad and torch.is_grad_enabled():
+            lse, _, rank, _ = pairwise(
+                "lse", q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k, threshold_row=threshold
+            )
+        else:
+            lse, _, rank = attend(
+                q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k, threshold=threshold
+            )
+        if return_metrics:
+            negative_similarity = common.mean_negative(q, negatives, ids_q, ids_k)
+    else:
+        dot = _paired_dots(q, negative_keys, normalize)
+        mask = None if ids_q is None or ids_k is None else ids_q[:, None] == ids_k
+        logits = dot * scale if mask is None else (dot * scale).masked_fill(mask, float("-inf"))
+        lse = _logsumexp(logits)
+        if return_metrics:
+            rank = (logits > positive[:, None]).sum(1)
+            kept = torch.ones_like(dot) if mask is None else (~mask).to(dot.dtype)
+            total = common.reduce((dot.detach() * kept).sum(1), "sum")
+            negative_similarity = total / kept.sum().clamp(min=1)
+    loss = common.reduce(common.nll(lse, positive), reduction)
+    if negative_similarity is None:
+        return loss
+    return loss, common.metrics(rank, similarity, negative_similarity)
+
+
+def _check_negatives(op: str, query: Tensor, negative_keys: Tensor | None, mode: str) -> None:
+    if mode not in ("unpaired", "paired"):
+        raise ValueError(f"{op}: negative_mode must be 'unpaired' or 'paired', got {mode!r}")
+    if negative_keys is None:
+        return
+    checks.check_matrix(op, "negative_keys", negative_keys, ndim=2 if mode == "unpaired" else 3)
+    checks.check_like(op, "query", query, "negative_keys", negative_keys)
+    if negative_keys.shape[-1] != query.shape[1]:
+        raise ValueError(
+            f"{op}: query and negative_keys must have the same last dimension, "
+            f"got {list(query.shape)} and {list(negative_keys.shape)}"
+        )
+    if mode == "paired" and len(negative_keys) != len(query):
+        raise ValueError(
+            f"{op}: paired negative_keys must have one block of rows for each query, "
+            f"got {list(negative_keys.shape)} for {len(query)} queries"
+        )
+
+
+def _info_nce_ids(
+    op: str,
+    query: Tensor,
+    negative_keys: Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    if negative_ids is not None and (query_ids is None or negative_keys is None):
+        raise ValueError(f"{op}: negative_ids needs query_ids and negative_keys")
+    if query_ids is None:
+        return None, None
+    ids_q = checks.check_ids(op, "query_ids", query_ids, (len(query),), query.device)
+    if negative_keys is None:
+        return ids_q, None
+    if negative_ids is None:
+        raise ValueError(f"{op}: query_ids with negative_keys needs negative_ids")
+    shape = tuple(negative_keys.shape[:-1])
+    return ids_q, checks.check_ids(op, "negative_ids", negative_ids, shape, query.device)
+
+
+def _paired_dots(q: Tensor, negative_keys: Tensor, normalize: bool) -> Tensor:
+    """[N, M]: <q_i, k_im>; as large as the keys themselves over D."""
+    n, m, d = negative_keys.shape
+    flat = common.unit(negative_keys.reshape(n * m, d), normalize)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(dtype)[:, None, :] * flat.view(n, m, d).to(dtype)).sum(2)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """[N]: -inf for rows with nothing allowed, whose gradient is then 0 and not NaN."""
+    if logits.shape[1] == 0:
+        return logits.sum(1) + float("-inf")
+    nothing = (logits == float("-inf")).all(1)
+    lse = torch.logsumexp(logits.masked_fill(nothing[:, None], 0.0), 1)
+    return lse.masked_fill(nothing, float("-inf"))
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
+    """CLIP's symmetric cross-entropy over image-text pairs.
+
+        loss_i = (CE over texts of image i + CE over images of text i) / 2,   logits = scale * <x, y>
+
+    Rows and columns come from one pass over the tiles.  open_clip's ``ClipLoss`` is the mean of it.
+
+    Args:
+        image_features: [N, D], normalised by the caller (the CLIP convention) unless ``normalize``.
+        text_features: [N, D], same dtype and device.
+        logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor, which
+            may require grad.
+        normalize: Whether to divide rows by max(norm, 1e-12) first.
+        reduction: "mean" over N, "sum", or "none": [N].
+        return_metrics: Whether to return ContrastiveMetrics of both directions together as well.
+
+    Returns:
+        The loss, or (loss, ContrastiveMetrics).
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ or the reduction is unknown.
+
+    Reference:
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
+        arXiv:2103.00020.
+    """
+    op = "clip_loss"
+    checks.check_pair(op, "image_features", image_features, "text_features", text_features)
+    checks.check_reduction(op, reduction)
+    scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
+    x, y = common.unit(image_features, normalize), common.unit(text_features, normalize)
+    similarity = common.dots(x, y)
+    positive = similarity * scale
+    threshold = positive if return_metrics else None
+    ids = torch.arange(len(x), device=x.device)
+    row, col, rank_row, rank_col = pairwise(
+        "lse", x, y, scale=scale, ids_q=ids, ids_k=ids, want_col=True,
+        threshold_row=threshold, threshold_col=threshold,
+    )
+    loss = common.reduce(
+        (common.nll(row, positive) + common.nll(col, positive)) / 2, reduction
+    )
+    if not return_metrics:
+        return loss
+    rank = torch.cat((rank_row, rank_col))
+    return loss, common.metrics(rank, similarity, common.mean_negative(x, y, ids, ids))
+
+
+def dcl_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    sigma: float | None = None,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Decoupled contrastive loss: NT-Xent without the positive in the denominator.
+
+    With z = cat(z1, z2) and i' the other view of row i,
+
+        loss_i = -w_i s_ii' + log sum_{j not in {i, i'}} exp(s_ij),     w_i = 1
+
+    DCLW (``sigma`` given) weighs positives by w_i = 2 - N * softmax_i(<z1_i, z2_i> / sigma), which
+    carries no gradient.  The mean is over 2N rows, as lightly's ``DCLLoss`` and ``DCLWLoss``.
+
+    N = 1 has no negatives: only the positive term is left.
+
+    Args:
+        z1: [N, D].
+        z2: [N, D], same dtype and device.
+        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        sigma: None for DCL; a number > 0 for DCLW (the paper uses 0.5).
+        normalize: Whether to divide rows by max(norm, 1e-12) first.
+        reduction: "mean" over the 2N rows, "sum", or "none": [2N] in the order of cat(z1, z2).
+
+    Returns:
+        The loss, which may be negative.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ, temperature or sigma <= 0, or the reduction is unknown.
+
+    Reference:
+        Yeh et al., Decoupled Contrastive Learning, arXiv:2110.06848.
+    """
+    op = "dcl_loss"
+    checks.check_pair(op, "z1", z1, "z2", z2)
+    checks.check_reduction(op, reduction)
+    scale = checks.inverse_temperature(op, temperature, z1)
+    if sigma is not None:
+        checks.check_positive(op, "sigma", sigma)
+    n = len(z1)
+    z = common.unit(torch.cat((z1, z2)), normalize)
+    ids = torch.arange(n, device=z.device).repeat(2)
+    lse = pairwise("lse", z, scale=scale, ids_q=ids).row
+    if n == 1:
+        lse = torch.zeros_like(lse)
+    similarity = common.dots(z[:n], z[n:])
+    positive = similarity * scale
+    if sigma is not None:
+        weights = 2 - n * torch.softmax(similarity.detach() / sigma, 0)
+        positive = positive * weights
+    return common.reduce(lse - positive.repeat(2), reduction)

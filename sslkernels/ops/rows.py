@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gather and accumulate rows deterministically: the glue of class sums and hard mining.
+
+torch's own pair (index_select, index_add) uses atomics in one of its directions on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels.ops._library import LIB, below_autograd, define, needs_grad
+
+define("accumulate_rows(Tensor src, Tensor index, SymInt n) -> Tensor")
+define("take_rows(Tensor src, Tensor index) -> Tensor")
+
+
+def _accumulate(src: Tensor, index: Tensor, n: int) -> Tensor:
+    out = src.new_zeros((n, src.shape[1]))
+    if src.device.type == "cuda":
+        return out.index_put_((index,), src, accumulate=True)  # sorts: no atomics
+    return out.index_add_(0, index, src)  # on CPUs: one thread a row, in the order of src
+
+
+def _accumulate_fake(src, index, n):  # type: ignore[no-untyped-def]
+    return src.new_empty((n, src.shape[1]))
+
+
+def _take(src: Tensor, index: Tensor) -> Tensor:
+    return src.index_select(0, index)
+
+
+def _take_fake(src, index):  # type: ignore[no-untyped-def]
+    return src.new_empty((index.shape[0], src.shape[1]))
+
+
+class _Accumulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, src, index, n):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(index)
+        with below_autograd():
+            return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
+
+    @staticmethod
+    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+        return torch.ops.sslkernels.take_rows.default(dout, *ctx.saved_tensors), None, None
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, src, index):  # type: ignore[no-untyped-def]
+        ctx.n = src.shape[0]
+        ctx.save_for_backward(index)
+        with below_autograd():
+            return torch.ops.sslkernels.take_rows.default(src, index)
+
+    @staticmethod
+    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+        return torch.ops.sslkernels.accumulate_rows.default(dout, *ctx.saved_tensors, ctx.n), None
+
+
+def _accumulate_autograd(src, index, n):  # type: ignore[no-untyped-def]
+    if needs_grad(src):
+        return _Accumulate.apply(src, index, n)
+    with below_autograd():
+        return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
+
+
+def _take_autograd(src, index):  # type: ignore[no-untyped-def]
+    if needs_grad(src):
+        return _Take.apply(src, index)
+    with below_autograd():
+        return torch.ops.sslkernels.take_rows.default(src, index)
+
+
+for _name, _kernel, _fake, _autograd in (
+    ("accumulate_rows", _accumulate, _accumulate_fake, _accumulate_autograd),
+    ("take_rows", _take, _take_fake, _take_autograd),
+):
+    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sslkernels::{_name}", _fake, lib=LIB)
+    LIB.impl(_name, _autograd, "Autograd")
+
+
+def accumulate_rows(src: Tensor, index: Tensor, n: int) -> Tensor:
+    """[n, D]: out[index[i]] += src[i], in a fixed order.
+
+    Args:
+        src: [N, D].
+        index: [N] int64 in [0, n).
+        n: Rows of the result.
+    """
+    return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
+
+
+def take_rows(src: Tensor, index: Tensor) -> Tensor:
+    """[len(index), D]: src[index], whose gradient is accumulated in a fixed order.
+
+    Args:
+        src: [N, D].
+        index: [M] int64 in [0, N).
+    """
+    return torch.ops.sslkernels.take_rows.default(src, index)
+
+
+def segments(ids: Tensor) -> Tensor:
+    """[N] int64 in [0, N): equal ids get equal numbers; unlike ``torch.unique`` without a host sync.
+
+    Args:
+        ids: [N], any integer dtype.
+    """
+    ordered, order = ids.sort(stable=True)
+    steps = torch.zeros_like(ordered, dtype=torch.int64)
+    steps[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(steps).scatter_(0, order, steps.cumsum(0))
