@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: the error budget, backends and instruction sets, hostile inputs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sslkernels
+
+# Relative slack of the budget by dtype of the inputs: a few units in the last place of the
+# accumulation dtype, times the length of sums; for halves the rounding of the gradient itself.
+SLACK = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 8e-3,
+    torch.float16: 1e-3,
+}
+
+
+def check_budget(
+    ours: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    slack: float = 2e-6,
+    name: str = "",
+    floor: float = 1e-4,
+) -> None:
+    """|ours - truth| <= |eager - truth| + slack, in the maximum norm, with all figures on failure.
+
+    Args:
+        ours: The result under test.
+        eager: Plain PyTorch in the same dtype.
+        truth: float64.
+        slack: Relative to the largest |truth|.
+        name: What is compared, for the message.
+        floor: Smallest magnitude that slack is taken of, so that a truth of 0 leaves some room.
+    """
+    assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)} for {list(truth.shape)}"
+    ours, eager, truth = (x.detach().cpu().double() for x in (ours, eager, truth))
+    if not truth.numel():
+        return
+    finite = truth.isfinite()
+    same_kind = torch.equal(ours.nan_to_num(0.0)[~finite], truth.nan_to_num(0.0)[~finite])
+    assert same_kind and bool(ours[finite].isfinite().all()), (
+        f"{name}: NaN or inf where the truth has none (or the other way round); "
+        f"{int((~ours.isfinite()).sum())} bad of {ours.numel()}"
+    )
+    if not bool(finite.any()):
+        return
+    error = (ours - truth)[finite].abs().max().item()
+    eager_error = (eager - truth)[finite].nan_to_num(nan=torch.inf).abs().max().item()
+    size = truth[finite].abs().max().item()
+    limit = eager_error + slack * max(size, floor)
+    assert error <= limit, (
+        f"{name}: max abs error {error:.3e} (relative to the largest value: {error / max(size, 1e-300):.3e}) "
+        f"> eager {eager_error:.3e} + slack {slack:.1e} * {max(size, floor):.3e}"
+    )
+
+
+def check_loss(
+    ours: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: list[Tensor],
+    *,
+    slack: float | None = None,
+    name: str = "",
+    dloss: Tensor | None = None,
+) -> None:
+    """Loss and every gradient within the error budget.
+
+    Args:
+        ours: The function under test, called with ``inputs``.
+        reference: Its plain twin, called with the same in the same dtype and in float64.
+        inputs: Floating-point tensors; all of them get gradients.
+        slack: By default that of the dtype of the first input.
+        name: What is compared.
+        dloss: Incoming gradient; ones by default.
+    """
+    slack = SLACK[inputs[0].dtype] if slack is None else slack
+    results = []
+    for function, wide in ((ours, False), (reference, False), (reference, True)):
+        leaves = [(x.double() if wide else x).detach().clone().requires_grad_() for x in inputs]
+        loss = function(*leaves)
+        seed = torch.ones_like(loss) if dloss is None else dloss.to(loss.dtype)
+        results.append((loss, torch.autograd.grad(loss, leaves, seed, allow_unused=True)))
+    (loss, grads), (eager, eager_grads), (truth, true_grads) = results
+    # The loss is accumulated in float32 even for halves.
+    check_budget(loss, eager, truth, min(slack, 2e-6), f"{name} loss", floor=1.0)
+    for i, (g, e, t) in enumerate(zip(grads, eager_grads, true_grads, strict=True)):
+        if t is None:
+            assert g is None or not bool(g.any()), f"{name}: input {i} should get no gradient"
+            continue
+        assert g is not None, f"{name}: input {i} got no gradient"
+        assert g.dtype == inputs[i].dtype, f"{name}: gradient {i} is {g.dtype}"
+        check_budget(g, e, t, slack, f"{name} gradient of input {i}")
+
+
+def available_isas() -> list[str]:
+    """Instruction sets of the CPU extension, or nothing when it isn't built."""
+    return list(sslkernels.info().available_isas)
+
+
+def engines() -> list[str]:
+    """Names for ``engine``: "chunked", "cpu:<isa>" for each instruction set."""
+    return ["chunked", *(f"cpu:{isa}" for isa in available_isas())]
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Run a block on one of ``engines()``; the instruction set is restored."""
+    backend, _, isa = name.partition(":")
+    if not isa:
+        with sslkernels.backend(backend):
+            yield
+        return
+    extension: Any = importlib.import_module("sslkernels._C")
+    before = extension.isa()
+    extension.set_isa(isa)
+    try:
+        with sslkernels.backend(backend):
+            yield
+    finally:
+        extension.set_isa(before)
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """The same values in the middle of a NaN-filled buffer, rows longer than D: what is read past a
+    row or past the last row shows up as NaN.
+    """
+    rows, columns = x.shape
+    buffer = torch.full((rows + 6, columns + 5), torch.nan, dtype=x.dtype, device=x.device)
+    buffer[3 : rows + 3, 2 : columns + 2] = x
+    return buffer[3 : rows + 3, 2 : columns + 2]
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Run a block with n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def installed(name: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(name) is not None
