@@ -1,19 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact contrastive losses, queue and EMA updates in O(N·D) memory, as ordinary torch autograd ops."""
 
+from sslkernels import functional, metrics, reference
 from sslkernels._types import ContrastiveMetrics
 from sslkernels._version import __version__
-from sslkernels.functional import clip_loss, dcl_loss, info_nce_loss, nt_xent_loss
-from sslkernels.ops.registry import backend, info, set_backend
+from sslkernels.ema import EMA, cosine_decay, ema_update_
+from sslkernels.functional import (
+    alignment_loss,
+    byol_loss,
+    byol_loss_symmetric,
+    clip_loss,
+    contrastive_loss,
+    dcl_loss,
+    info_nce_loss,
+    margin_loss,
+    nt_xent_loss,
+    siglip_loss,
+    simsiam_loss,
+    sup_con_loss,
+    triplet_loss,
+    uniformity_loss,
+)
+from sslkernels.losses import (
+    BYOLLoss,
+    CLIPLoss,
+    ContrastiveLoss,
+    DCLLoss,
+    InfoNCELoss,
+    MoCoLoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SimSiamLoss,
+    SupConLoss,
+    TripletLoss,
+)
+from sslkernels.ops.registry import Info, backend, info, set_backend
+from sslkernels.queue import KeyQueue
 
 __all__ = [
+    "EMA",
+    "BYOLLoss",
+    "CLIPLoss",
+    "ContrastiveLoss",
     "ContrastiveMetrics",
+    "DCLLoss",
+    "Info",
+    "InfoNCELoss",
+    "KeyQueue",
+    "MoCoLoss",
+    "NTXentLoss",
+    "SigLIPLoss",
+    "SimSiamLoss",
+    "SupConLoss",
+    "TripletLoss",
     "__version__",
+    "alignment_loss",
     "backend",
+    "byol_loss",
+    "byol_loss_symmetric",
     "clip_loss",
+    "contrastive_loss",
+    "cosine_decay",
     "dcl_loss",
+    "ema_update_",
+    "functional",
     "info",
     "info_nce_loss",
+    "margin_loss",
+    "metrics",
     "nt_xent_loss",
+    "reference",
     "set_backend",
+    "siglip_loss",
+    "simsiam_loss",
+    "sup_con_loss",
+    "triplet_loss",
+    "uniformity_loss",
 ]

@@ -2,5 +2,28 @@
 """The losses as functions."""
 
 from sslkernels.functional.contrastive import clip_loss, dcl_loss, info_nce_loss, nt_xent_loss
+from sslkernels.functional.metric_learning import contrastive_loss, margin_loss, triplet_loss
+from sslkernels.functional.pairwise import (
+    alignment_loss,
+    siglip_loss,
+    sup_con_loss,
+    uniformity_loss,
+)
+from sslkernels.functional.regression import byol_loss, byol_loss_symmetric, simsiam_loss
 
-__all__ = ["clip_loss", "dcl_loss", "info_nce_loss", "nt_xent_loss"]
+__all__ = [
+    "alignment_loss",
+    "byol_loss",
+    "byol_loss_symmetric",
+    "clip_loss",
+    "contrastive_loss",
+    "dcl_loss",
+    "info_nce_loss",
+    "margin_loss",
+    "nt_xent_loss",
+    "siglip_loss",
+    "simsiam_loss",
+    "sup_con_loss",
+    "triplet_loss",
+    "uniformity_loss",
+]

@@ -117,3 +117,15 @@ def inverse_temperature(op: str, temperature: float | Tensor, like: Tensor) -> T
         return scalar(op, "temperature", temperature, like).reciprocal()
     check_positive(op, "temperature", temperature)
     return scalar(op, "temperature", 1.0 / temperature, like)
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """A number (a tensor would be a host sync)."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {list(allowed)}, got {value!r}")

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses over distances: triplets with mining, margins, contrastive pairs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels._types import Reduction
+from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels.functional import _checks as checks
+from sslkernels.functional import _common as common
+from sslkernels.ops.pairwise import extremes
+from sslkernels.ops.rows import take_rows
+from sslkernels.ops.triplet import mined_triplets
+
+_TRIPLET_REDUCTIONS = ("mean", "sum", "mean_nonzero")
+
+
+def triplet_loss(
+    z: Tensor,
+    labels: Tensor,
+    margin: float = 0.2,
+    *,
+    mining: str = "hard",
+    distance: str = "euclidean",
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Triplet margin loss with mining in the batch, never an N x N x N (nor N x N) array.
+
+        max( d(a, p) - d(a, n) + margin, 0 )
+
+    over the triplets that ``mining`` chooses, p another row with the label of a, n one with another:
+
+    * "hard": for each anchor its farthest positive and nearest negative ("batch hard");
+    * "semihard": for each pair (a, p) the nearest negative that is farther than p, or the farthest
+      negative if there is none (FaceNet, as in TensorFlow Addons and sentence-transformers);
+    * "all": every triplet ("batch all").
+
+    Anchors without a positive or without a negative are left out.  Equal rows have distance 0 and
+    gradient 0.  "hard" is a pass of the tile engine; the others sort distances in blocks of rows:
+    O(N^2 log N) time and O(N * D) memory.
+
+    Args:
+        z: [N, D].
+        labels: [N] integers.
+        margin: In units of the distance.
+        mining: "hard", "semihard" or "all".
+        distance: "euclidean" (||x - y||, not squared) or "cosine" (1 - cos).
+        normalize: Whether rows are divided by max(norm, 1e-12) first; "cosine" always does.
+        reduction: "mean" over the chosen triplets, "sum", or "mean_nonzero" over those with a loss
+            above 0 (pytorch-metric-learning's and sentence-transformers' default for "all").
+
+    Returns:
+        The loss; 0 when there is no triplet.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ or an option is unknown.
+
+    Reference:
+        Schroff et al., FaceNet, arXiv:1503.03832; Hermans et al., In Defense of the Triplet Loss,
+        arXiv:1703.07737.
+    """
+    op = "triplet_loss"
+    checks.check_matrix(op, "z", z)
+    labels = checks.check_ids(op, "labels", labels, (len(z),), z.device)
+    checks.check_number(op, "margin", margin)
+    checks.check_choice(op, "mining", mining, ("hard", "semihard", "all"))
+    checks.check_choice(op, "distance", distance, ("euclidean", "cosine"))
+    checks.check_reduction(op, reduction, _TRIPLET_REDUCTIONS)
+    cosine = distance == "cosine"
+    z = common.unit(z, normalize or cosine)
+    if mining == "hard":
+        terms, valid = _hard_terms(z, labels, margin, cosine)
+        total = common.reduce(terms, "sum")
+        count = (terms > 0).sum() if reduction == "mean_nonzero" else valid.sum()
+    else:
+        mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
+        total = common.reduce(mined.loss, "sum")
+        count = (mined.active if reduction == "mean_nonzero" else mined.count).sum()
+    return total if reduction == "sum" else total / count.clamp(min=1)
+
+
+def _hard_terms(
+    z: Tensor, labels: Tensor, margin: float, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    """Terms [N], 0 for anchors without a triplet, and which anchors have one."""
+    if len(z) == 0:
+        return common.dots(z, z), labels > 0
+    with torch.no_grad():
+        if cosine:  # d = 1 - S falls with the dot product
+            scale = checks.scalar("triplet_loss", "scale", -1.0, z)
+            positive, negative = extremes(z, scale=scale, ids_q=labels)
+        else:
+            # d^2 - |x|^2 = |y|^2 - 2 <x, y>.  Distances do not change with the origin, and around the
+            # mean less cancels.
+            wide = z.to(accumulation_dtype(z.dtype))
+            centred = wide - wide.mean(0)
+            scale = checks.scalar("triplet_loss", "scale", -2.0, z)
+            square = centred.square().sum(1)
+            positive, negative = extremes(centred, scale=scale, bias_k=square, ids_q=labels)
+    valid = (positive >= 0) & (negative >= 0)
+    distances = []
+    for chosen in (positive, negative):
+        other = take_rows(z, chosen.clamp(min=0))
+        # The distances that count are computed again from the two rows: no cancellation.
+        distances.append(1 - common.dots(z, other) if cosine else _euclidean(z, other))
+    terms = F.relu(distances[0] - distances[1] + margin)
+    return torch.where(valid, terms, 0.0), valid
+
+
+def _euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: ||a_i - b_i|| in the accumulation dtype; gradient 0 where they are equal."""
+    acc = accumulation_dtype(a.dtype)
+    return torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
+
+
+def margin_loss(
+    z_i: Tensor,
+    z_j: Tensor,
+    z_k: Tensor,
+    z_l: Tensor,
+    margin: float = 0.2,
+    *,
+    form: str = "relative",
+    eps: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Margin loss over given pairs: (i, j) of the same class, (k, l) of different ones.
+
+    * "relative": max( d(z_i, z_j) - d(z_k, z_l) + margin, 0 ), the published form.  With k = i it is
+      the triplet loss, with four different rows a term of the quadruplet loss.
+    * "floor": max( max(d(z_i, z_j), margin + d(z_k, z_l)) - |margin| + eps, 0 ), a form found in
+      articles.  Mind what it does: the gradient goes to the larger of the two inner terms, and
+      lowers that distance, also when it is the one of the negative pair.  With margin = -m < 0 it acts
+      on positive pairs farther apart than d(z_k, z_l) - m, and stops below m - eps.
+
+    d is the Euclidean distance; equal rows have gradient 0.
+
+    Args:
+        z_i: [N, D].
+        z_j: [N, D], same dtype and device, as are the other two.
+        z_k: [N, D].
+        z_l: [N, D].
+        margin: In units of the distance.
+        form: "relative" or "floor".
+        eps: Added before the outer maximum, "floor" only.
+        reduction: "mean" over N, "sum", or "none": [N].
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ or an option is unknown.
+
+    Reference:
+        Schroff et al., FaceNet, arXiv:1503.03832; Chen et al., Beyond Triplet Loss,
+        arXiv:1704.01719.
+    """
+    op = "margin_loss"
+    for name, other in (("z_j", z_j), ("z_k", z_k), ("z_l", z_l)):
+        checks.check_pair(op, "z_i", z_i, name, other)
+    checks.check_number(op, "margin", margin)
+    checks.check_number(op, "eps", eps)
+    checks.check_choice(op, "form", form, ("relative", "floor"))
+    checks.check_reduction(op, reduction)
+    same, different = _euclidean(z_i, z_j), _euclidean(z_k, z_l)
+    if form == "relative":
+        return common.reduce(F.relu(same - different + margin), reduction)
+    outer = torch.maximum(same, different + margin) - abs(margin) + eps
+    return common.reduce(F.relu(outer), reduction)
+
+
+def contrastive_loss(
+    a: Tensor, b: Tensor, same: Tensor, margin: float = 1.0, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """Contrastive pair loss, with d = ||a - b||.
+
+        loss = d^2 / 2 for a pair of the same class,   max(margin - d, 0)^2 / 2 for another
+
+    The halves are those of the paper; code without them is 2x this.  Equal rows have gradient 0.
+
+    Args:
+        a: [N, D].
+        b: [N, D], same dtype and device.
+        same: [N] bool, or integers 0 and 1: whether the pair belongs together.
+        margin: Distance from which on different pairs do not count.
+        reduction: "mean" over N, "sum", or "none": [N].
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If shapes or devices differ or the reduction is unknown.
+
+    Reference:
+        Hadsell, Chopra, LeCun, Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006.
+    """
+    op = "contrastive_loss"
+    checks.check_pair(op, "a", a, "b", b)
+    checks.check_number(op, "margin", margin)
+    checks.check_reduction(op, reduction)
+    if isinstance(same, Tensor) and same.dtype == torch.bool:
+        same = same.to(torch.int64)
+    same = checks.check_ids(op, "same", same, (len(a),), a.device) != 0
+    acc = accumulation_dtype(a.dtype)
+    squared = (a.to(acc) - b.to(acc)).square().sum(1)
+    short = F.relu(margin - _euclidean(a, b)).square()
+    return common.reduce(torch.where(same, squared, short) / 2, reduction)

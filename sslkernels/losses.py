@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses as nn.Modules: arguments are stored, ``forward`` is one call of the function.
+
+The functions in ``sslkernels.functional`` have the formulas, shapes, conventions and references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkernels import functional
+from sslkernels._types import ContrastiveMetrics
+from sslkernels.functional import _checks as checks
+from sslkernels.functional import _common as common
+from sslkernels.queue import KeyQueue
+
+Result = Tensor | tuple[Tensor, ContrastiveMetrics]
+
+
+class _Loss(nn.Module):
+    """Keyword arguments of a loss function, checked when the module is made."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        op = type(self).__name__
+        self.arguments = arguments
+        temperature = arguments.get("temperature")
+        if isinstance(temperature, nn.Parameter):  # learnable: a parameter of this module
+            self.temperature = arguments.pop("temperature")
+        elif temperature is not None and not isinstance(temperature, Tensor):
+            checks.check_positive(op, "temperature", temperature)
+        if "reduction" in arguments and "mining" not in arguments:
+            checks.check_reduction(op, arguments["reduction"])
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
+        if "temperature" in self._parameters:
+            return {**self.arguments, "temperature": self.temperature}
+        return self.arguments
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``print``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+
+
+class NTXentLoss(_Loss):
+    """``nt_xent_loss``: (z1, z2) or a sequence of views → loss.
+
+    An ``nn.Parameter`` as temperature becomes a parameter of the module and is learnt.
+
+    Example:
+        >>> import torch, sslkernels
+        >>> loss = sslkernels.NTXentLoss(temperature=0.5)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        return_metrics: bool = False,
+    ) -> None:
+        """See ``nt_xent_loss``."""
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            return_metrics=return_metrics,
+        )
+
+    def forward(self, z1: Tensor | Sequence[Tensor], z2: Tensor | None = None) -> Result:
+        """Loss of two views [N, D], or of a sequence of them."""
+        return functional.nt_xent_loss(z1, z2, **self._keywords)
+
+
+class InfoNCELoss(_Loss):
+    """``info_nce_loss``: (query, positive_key, negative_keys=None) → loss."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        normalize: bool = True,
+        return_metrics: bool = False,
+    ) -> None:
+        """See ``info_nce_loss``."""
+        super().__init__(
+            temperature=temperature,
+            reduction=reduction,
+            negative_mode=negative_mode,
+            normalize=normalize,
+            return_metrics=return_metrics,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        query_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> Result:
+        """Loss of queries [N, D] against their keys and the negatives."""
+        return functional.info_nce_loss(
+            query,
+            positive_key,
+            negative_keys,
+            query_ids=query_ids,
+            negative_ids=negative_ids,
+            **self._keywords,
+        )
+
+
+class CLIPLoss(_Loss):
+    """``clip_loss``: (image_features, text_features, logit_scale) → loss."""
+
+    def __init__(
+        self, *, normalize: bool = False, reduction: str = "mean", return_metrics: bool = False
+    ) -> None:
+        """See ``clip_loss``."""
+        super().__init__(normalize=normalize, reduction=reduction, return_metrics=return_metrics)
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor
+    ) -> Result:
+        """Loss of pairs [N, D]."""
+        return functional.clip_loss(image_features, text_features, logit_scale, **self._keywords)
+
+
+class SigLIPLoss(_Loss):
+    """``siglip_loss``: (image_features, text_features, logit_scale, logit_bias) → loss."""
+
+    def __init__(self, *, normalize: bool = False, reduction: str = "mean") -> None:
+        """See ``siglip_loss``."""
+        super().__init__(normalize=normalize, reduction=reduction)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+    ) -> Tensor:
+        """Loss of pairs [N, D]."""
+        return functional.siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, **self._keywords
+        )
+
+
+class SupConLoss(_Loss):
+    """``sup_con_loss``: (z, labels) → loss."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        """See ``sup_con_loss``."""
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Loss of rows [N, D] or views [N, V, D] with labels [N]."""
+        return functional.sup_con_loss(z, labels, **self._keywords)
+
+
+class DCLLoss(_Loss):
+    """``dcl_loss``: (z1, z2) → loss; DCLW with ``sigma``."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        sigma: float | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        """See ``dcl_loss``."""
+        if sigma is not None:
+            checks.check_positive("DCLLoss", "sigma", sigma)
+        super().__init__(
+            temperature=temperature, sigma=sigma, normalize=normalize, reduction=reduction
+        )
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Loss of two views [N, D]."""
+        return functional.dcl_loss(z1, z2, **self._keywords)
+
+
+class BYOLLoss(_Loss):
+    """``byol_loss``: (prediction, target) → loss of one view."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        """See ``byol_loss``."""
+        super().__init__(reduction=reduction)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of predictions [N, D] against targets [N, D]."""
+        return functional.byol_loss(prediction, target, **self._keywords)
+
+
+class SimSiamLoss(_Loss):
+    """``simsiam_loss``: (prediction_1, z_2, prediction_2, z_1) → loss of both views."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        """See ``simsiam_loss``."""
+        super().__init__(reduction=reduction)
+
+    def forward(
+        self, prediction_1: Tensor, z_2: Tensor, prediction_2: Tensor, z_1: Tensor
+    ) -> Tensor:
+        """Loss of two pairs [N, D]."""
+        return functional.simsiam_loss(prediction_1, z_2, prediction_2, z_1, **self._keywords)
+
+
+class TripletLoss(_Loss):
+    """``triplet_loss``: (z, labels) → loss."""
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        *,
+        mining: str = "hard",
+        distance: str = "euclidean",
+        normalize: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        """See ``triplet_loss``."""
+        checks.check_number("TripletLoss", "margin", margin)
+        checks.check_choice("TripletLoss", "mining", mining, ("hard", "semihard", "all"))
+        checks.check_choice("TripletLoss", "distance", distance, ("euclidean", "cosine"))
+        checks.check_reduction("TripletLoss", reduction, ("mean", "sum", "mean_nonzero"))
+        super().__init__(
+            margin=margin, mining=mining, distance=distance, normalize=normalize, reduction=reduction
+        )
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Loss of rows [N, D] with labels [N]."""
+        return functional.triplet_loss(z, labels, **self._keywords)
+
+
+class ContrastiveLoss(_Loss):
+    """``contrastive_loss``: (a, b, same) → loss."""
+
+    def __init__(self, margin: float = 1.0, *, reduction: str = "mean") -> None:
+        """See ``contrastive_loss``."""
+        checks.check_number("ContrastiveLoss", "margin", margin)
+        super().__init__(margin=margin, reduction=reduction)
+
+    def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
+        """Loss of pairs [N, D]; same: [N]."""
+        return functional.contrastive_loss(a, b, same, **self._keywords)
+
+
+class MoCoLoss(nn.Module):
+    """MoCo: InfoNCE against a queue of earlier keys, then the new keys are enqueued.
+
+    (query, key) → loss.  The logits use the queue as it was before this batch; the key gets no
+    gradient.  In evaluation mode (``.eval()``) nothing is enqueued.  While the queue is empty there are
+    no negatives and the loss is 0; while it fills, the rows there are count.
+
+    Query and key are normalised in float32 (or wider) and then cast to the queue's dtype, in which the
+    products are taken and accumulated in float32; the default queue is float32, which loses nothing.
+
+    Args:
+        queue_size: K; the paper uses 65536.
+        dim: D.
+        temperature: A number > 0, or a tensor; an ``nn.Parameter`` is learnt.
+        reduction: "mean", "sum" or "none".
+        dtype: Of the queue.
+        gather: Enqueue the keys of every rank (see ``KeyQueue``).
+        return_metrics: Whether to return (loss, ContrastiveMetrics).
+
+    Raises:
+        ValueError: If a size is below 1, temperature <= 0 or the reduction is unknown.
+
+    Reference:
+        He et al., Momentum Contrast for Unsupervised Visual Representation Learning,
+        arXiv:1911.05722.
+
+    Example:
+        >>> import torch, sslkernels
+        >>> loss = sslkernels.MoCoLoss(queue_size=32, dim=16)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16)).shape
+        torch.Size([])
+        >>> len(loss.queue)
+        8
+    """
+
+    def __init__(
+        self,
+        queue_size: int,
+        dim: int,
+        temperature: float | Tensor = 0.07,
+        *,
+        reduction: str = "mean",
+        dtype: torch.dtype = torch.float32,
+        gather: bool = False,
+        return_metrics: bool = False,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        if not isinstance(temperature, Tensor):
+            checks.check_positive("MoCoLoss", "temperature", temperature)
+        checks.check_reduction("MoCoLoss", reduction)
+        self.temperature = temperature
+        self.reduction, self.return_metrics = reduction, return_metrics
+        self.queue = KeyQueue(queue_size, dim, dtype=dtype, gather=gather)
+
+    def forward(self, query: Tensor, key: Tensor) -> Result:
+        """Loss of queries [N, D] and keys [N, D]; the keys then enter the queue."""
+        checks.check_pair("MoCoLoss", "query", query, "key", key)
+        key = key.detach()
+        dtype = self.queue.queue.dtype
+        result = functional.info_nce_loss(
+            common.unit(query, True).to(dtype),
+            common.unit(key, True).to(dtype),
+            self.queue.keys,
+            self.temperature,
+            self.reduction,
+            normalize=False,  # the queue holds normalised keys
+            return_metrics=self.return_metrics,
+        )
+        if self.training:
+            self.queue.enqueue(key)
+        return result
+
+    def extra_repr(self) -> str:
+        """Arguments, for ``print``."""
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"
