@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+// One vector type for every instruction set: GCC/Clang vector extensions, sized by the target flags.
+//
+// The compiler contracts a * b + c to FMA where the target has it (-ffp-contract=fast).  NaN handling
+// matters in every helper: `cond ? a : b` with a comparison that is false for NaN is written so that
+// the NaN survives.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+SSLK_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float vec __attribute__((vector_size(kVecBytes)));
+  typedef int32_t ivec __attribute__((vector_size(kVecBytes)));
+  using int_t = int32_t;
+  static constexpr int kLanes = kVecBytes / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double vec __attribute__((vector_size(kVecBytes)));
+  typedef int64_t ivec __attribute__((vector_size(kVecBytes)));
+  using int_t = int64_t;
+  static constexpr int kLanes = kVecBytes / 8;
+};
+
+template <class T>
+using Vec = typename Simd<T>::vec;
+template <class T>
+using IVec = typename Simd<T>::ivec;
+template <class T>
+using Int = typename Simd<T>::int_t;
+
+template <class T>
+inline __attribute__((always_inline)) Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline __attribute__((always_inline)) IVec<T> load_int(const Int<T>* p) {
+  IVec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store_int(Int<T>* p, IVec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline __attribute__((always_inline)) Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+template <class T>
+inline __attribute__((always_inline)) IVec<T> splat_int(Int<T> x) {
+  return IVec<T>{} + x;
+}
+
+template <class V, class U>
+inline __attribute__((always_inline)) V bit_cast(U u) {
+  static_assert(sizeof(V) == sizeof(U), "bit_cast between different sizes");
+  V v;
+  __builtin_memcpy(&v, &u, sizeof v);
+  return v;
+}
+
+// x where the mask is all ones, +0 where it is zero; unlike a multiplication it also stops inf and NaN.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> keep(Vec<T> x, IVec<T> mask) {
+  return bit_cast<Vec<T>>(bit_cast<IVec<T>>(x) & mask);
+}
+
+// All ones in the first `count` lanes (count may be negative or more than there are lanes).
+template <class T>
+inline __attribute__((always_inline)) IVec<T> lanes_below(int64_t count) {
+  IVec<T> lane = {};
+  for (int l = 0; l < Simd<T>::kLanes; ++l) lane[l] = l;
+  const int64_t lanes = Simd<T>::kLanes;
+  return lane < splat_int<T>(Int<T>(count < 0 ? 0 : (count > lanes ? lanes : count)));
+}
+
+template <class T>
+inline __attribute__((always_inline)) T sum_lanes(Vec<T> v) {
+  T s = v[0];
+  for (int l = 1; l < Simd<T>::kLanes; ++l) s += v[l];
+  return s;
+}
+
+// ---------------------------------------------------------------------------------- exp2, softplus
+
+// 2^t for t <= 127 (1023).  Arguments below the smallest normal exponent are clamped there, so that no
+// denormal appears.  float: degree 5, relative error 7.5e-8 on [-1/2, 1/2] (minimax in relative error);
+// double: degree 12, 6e-20 before rounding.
+inline __attribute__((always_inline)) Vec<float> exp2_v(Vec<float> t) {
+  t = t < -126.0f ? splat<float>(-126.0f) : t;  // a NaN compares false and stays
+  // 1.5 * 2^23 + 127: adding it leaves round(t) + 127, the exponent field of 2^round(t), in the low bits.
+  const float magic = 12583039.0f;
+  Vec<float> shifted = t + magic;
+  Vec<float> f = t - (shifted - magic);
+  Vec<float> p = splat<float>(0.0013276472167819943f);
+  p = p * f + 0.0096755413310213911f;
+  p = p * f + 0.055507132728753912f;
+  p = p * f + 0.24022119723969178f;
+  p = p * f + 0.69314696706526493f;
+  p = p * f + 1.0000000716546416f;
+  return p * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
+}
+
+inline __attribute__((always_inline)) Vec<double> exp2_v(Vec<double> t) {
+  t = t < -1022.0 ? splat<double>(-1022.0) : t;
+  const double magic = 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  Vec<double> shifted = t + magic;
+  Vec<double> f = t - (shifted - magic);
+  Vec<double> p = splat<double>(2.5733568308756891235e-11);
+  p = p * f + 4.4566753410482058782e-10;
+  p = p * f + 7.0548943863483480445e-9;
+  p = p * f + 1.017805119296064896e-7;
+  p = p * f + 1.3215486815999976975e-6;
+  p = p * f + 0.000015252733856293466416;
+  p = p * f + 0.00015403530393362755291;
+  p = p * f + 0.0013333558146390352775;
+  p = p * f + 0.0096181291076284830543;
+  p = p * f + 0.055504108664821698992;
+  p = p * f + 0.24022650695910071228;
+  p = p * f + 0.69314718055994530835;
+  p = p * f + 1.0;
+  return p * bit_cast<Vec<double>>(bit_cast<IVec<double>>(shifted) << 52);
+}
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// exp(-|x|), the ingredient shared by softplus and the logistic function; 0 instead of a denormal.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> exp_minus_abs(Vec<T> x) {
+  Vec<T> a = x < T(0) ? x : -x;
+  return exp2_v(a * T(kLog2E));
+}
+
+// log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(y), y = e / (2 + e) <= 1/3.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> softplus_v(Vec<T> x) {
+  constexpr int kTerms = sizeof(T) == 4 ? 7 : 17;  // y^2 <= 1/9: the next term is below half an ulp
+  Vec<T> e = exp_minus_abs<T>(x);
+  Vec<T> y = e / (T(2) + e);
+  Vec<T> y2 = y * y;
+  Vec<T> p = splat<T>(T(1) / T(2 * kTerms - 1));
+  for (int n = kTerms - 2; n >= 0; --n) p = p * y2 + T(1) / T(2 * n + 1);
+  return (x > T(0) ? x : (x == x ? Vec<T>{} : x)) + T(2) * y * p;
+}
+
+// 1 / (1 + exp(-x)) without overflow on either side.
+template <class T>
+inline __attribute__((always_inline)) Vec<T> logistic_v(Vec<T> x) {
+  Vec<T> e = exp_minus_abs<T>(x);
+  return (x < T(0) ? e : splat<T>(T(1))) / (T(1) + e);
+}
+
+// -------------------------------------------------------------------------------- 16-bit conversions
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline __attribute__((always_inline)) float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  return bit_cast<float>(u);
+}
+
+// Branch-free half to float: the exponent is rebased by a multiplication with 2^112, which also
+// normalises denormals; inf and NaN get their exponent bits put back.
+inline __attribute__((always_inline)) float to_float(f16 x) {
+  uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  float f = bit_cast<float>(magnitude) * 5192296858534827628530496329220096.0f;  // 2^112
+  uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(f) | special | sign);
+}
+
+inline __attribute__((always_inline)) float to_float(float x) { return x; }
+inline __attribute__((always_inline)) double to_float(double x) { return x; }
+
+// Round to nearest even, as torch does.
+inline __attribute__((always_inline)) void from_float(float x, bf16* out) {
+  uint32_t u = bit_cast<uint32_t>(x);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = x != x ? uint16_t(0x7fc0u) : uint16_t(rounded);
+}
+
+inline __attribute__((always_inline)) void from_float(float x, f16* out) {
+  uint32_t u = bit_cast<uint32_t>(x);
+  uint32_t sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  uint32_t half;
+  if (u >= 0x7f800000u) {
+    half = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  } else if (u >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (u < 0x38800000u) {  // denormal half: let the float adder round at 2^-24
+    float f = bit_cast<float>(u) + 0.5f;
+    half = bit_cast<uint32_t>(f) - 0x3f000000u;
+  } else {
+    half = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  }
+  out->bits = uint16_t(half | sign);
+}
+
+inline __attribute__((always_inline)) void from_float(float x, float* out) { *out = x; }
+inline __attribute__((always_inline)) void from_float(double x, double* out) { *out = x; }
+
+template <class In>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+// Accumulation type: float64 for float64, float32 for everything else.
+template <class In>
+using Acc = typename AccOf<In>::type;
+
+SSLK_END

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one C++ interface of the CPU kernels.  Torch-free: raw pointers, sizes, strides in elements.
+//
+// Kernels exist once per instruction set; `kernels()` returns the table of the one in use.
+// Conventions: N, M rows; D features; every size and offset is int64_t.  Pointers marked "acc" are
+// float for float32 and 16-bit inputs and double for float64.  Rows are contiguous in D unless a stride is given.
+#pragma once
+
+#include <cstdint>
+
+namespace sslk {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+enum class Kind : int { lse = 0, softplus = 1 };
+
+// A matrix of rows, each contiguous in D.
+struct Rows {
+  const void* data = nullptr;  // [n, d] of dtype
+  int64_t n = 0;
+  int64_t stride = 0;  // elements between rows
+};
+
+// One pass over the tiles of S = scale * Q K^T + bias; see sslkernels/backends/interface.py.
+struct PairwiseArgs {
+  Kind kind = Kind::lse;
+  DType dtype = DType::f32;
+  int64_t d = 0;
+  bool self = false;  // K = Q: S is symmetric and only one triangle is computed
+  // Rows are the concatenation of up to two matrices, so that NT-Xent needs no copy of its views.
+  Rows q[2];
+  Rows k[2];  // unused in self mode
+  const void* inv_q = nullptr;  // [N] acc or null: row i is used as inv_q[i] * q_i (fused normalisation)
+  const void* inv_k = nullptr;  // [M] acc or null
+  double scale = 1.0;
+  double bias = 0.0;
+  const int64_t* ids_q = nullptr;  // [N] or null: (i, j) is excluded when ids_q[i] == ids_k[j]
+  const int64_t* ids_k = nullptr;  // [M] or null; self mode: ids_q
+  int n_threads = 1;
+  bool bf16_operands = false;  // opt-in: operands of the products rounded to bfloat16
+
+  __attribute__((always_inline)) int64_t rows() const { return q[0].n + q[1].n; }
+  __attribute__((always_inline)) int64_t cols() const { return self ? rows() : k[0].n + k[1].n; }
+};
+
+struct PairwiseForwardOut {
+  void* row = nullptr;                   // [N] acc, or null
+  void* col = nullptr;                   // [M] acc, or null: not wanted
+  const void* threshold_row = nullptr;   // [N] acc in units of S, or null: no ranks
+  const void* threshold_col = nullptr;   // [M] acc or null
+  int64_t* rank_row = nullptr;           // [N]
+  int64_t* rank_col = nullptr;           // [M]
+};
+
+struct PairwiseBackwardArgs {
+  const void* row = nullptr;   // [N] acc
+  const void* col = nullptr;   // [M] acc or null
+  const void* drow = nullptr;  // [N] acc
+  const void* dcol = nullptr;  // [M] acc or null
+  void* dq = nullptr;          // [N, D] acc out: scale * (G k), or null
+  void* dk = nullptr;          // [M, D] acc out: scale * (G^T q), or null
+  // Elements between rows of dq and dk, and how many rows they hold.  With stride a multiple of 16
+  // and capacity a whole number of blocks (padded_rows) the kernel accumulates in place, without scratch.
+  int64_t stride = 0;
+  int64_t capacity_q = 0;
+  int64_t capacity_k = 0;
+  double* dbias = nullptr;     // sum of G, or null
+};
+
+struct AttendOut {
+  void* lse = nullptr;              // [N] acc
+  void* mean_key = nullptr;         // [N, D] acc
+  const void* threshold = nullptr;  // [N] acc or null
+  int64_t* rank = nullptr;          // [N]
+};
+
+struct ExtremesOut {
+  const void* bias_k = nullptr;   // [M] acc or null
+  int64_t* max_same = nullptr;    // [N]
+  int64_t* min_other = nullptr;   // [N]
+};
+
+// One pair of tensors of an EMA update, both contiguous; they may be the same memory but not overlap
+// otherwise.
+struct EmaEntry {
+  void* target = nullptr;        // [n] of target_dtype
+  const void* source = nullptr;  // [n] of source_dtype
+  int64_t n = 0;
+  int64_t begin = 0;  // elements in the entries before this one
+  DType target_dtype = DType::f32;
+  DType source_dtype = DType::f32;
+  uint32_t index = 0;  // names the tensor in the counter of the random bits
+};
+
+// target = fma(decay, target, (1 - decay) * source), rounded once to the target's dtype.
+struct EmaArgs {
+  const EmaEntry* entries = nullptr;  // [n_entries], none empty
+  int64_t n_entries = 0;
+  int64_t n_elements = 0;  // in all entries
+  double decay = 0.0;
+  bool stochastic_rounding = false;  // of 16-bit targets
+  uint64_t seed = 0;                 // key of the random bits
+  uint32_t step = 0;                 // counter of the random bits
+  int n_threads = 1;
+};
+
+// A batch of keys into a ring of rows: key i goes to row (ptr + i) mod K.
+struct EnqueueArgs {
+  void* queue = nullptr;  // [K, D] of queue_dtype
+  DType queue_dtype = DType::f32;
+  int64_t size = 0;        // K
+  int64_t dim = 0;         // D
+  int64_t* ptr = nullptr;  // [1] row to write next; advanced by n mod K
+  int64_t* fill = nullptr;  // [1] valid rows; grows to K
+  Rows keys;                // [N, D] of keys_dtype, not overlapping with the queue
+  DType keys_dtype = DType::f32;
+  bool normalize = true;
+  int64_t* queue_labels = nullptr;  // [K] or null
+  const int64_t* labels = nullptr;  // [N] or null
+  int n_threads = 1;
+};
+
+// The kernels of one instruction set.  A function returns 0, or -1 when memory could not be had.
+struct Kernels {
+  const char* isa;
+  int (*pairwise_forward)(const PairwiseArgs&, const PairwiseForwardOut&);
+  int (*pairwise_backward)(const PairwiseArgs&, const PairwiseBackwardArgs&);
+  int (*attend)(const PairwiseArgs&, const AttendOut&);
+  int (*extremes)(const PairwiseArgs&, const ExtremesOut&);
+  int (*ema_update)(const EmaArgs&);
+  int (*enqueue)(const EnqueueArgs&);
+};
+
+const Kernels& kernels();
+
+}  // namespace sslk

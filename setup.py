@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds ``sslkernels._C``: one set of kernel sources, compiled once per instruction set.
+
+Environment:
+    DEBUG=1                -O0 -g, for a debugger
+    SSLKERNELS_WERROR=1    compiler warnings are errors (CI)
+    SSLKERNELS_SANITIZE=1  address and undefined-behaviour sanitizers
+    SSLKERNELS_CUDA        0 | 1 | auto: build sslkernels._cuda with nvcc (see csrc/cuda/build.py)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CPU_SOURCES = sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))  # once per instruction set
+COMMON_SOURCES = sorted(p.as_posix() for p in Path("csrc").glob("*.cpp"))  # once
+HEADERS = sorted(
+    p.as_posix() for p in [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")]
+)
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_ISAS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
+
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is set to something other than 0."""
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def compile_flags() -> list[str]:
+    """Flags of every translation unit."""
+    flags = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
+    # -ffp-contract=fast: a * b + c may become one FMA.  No -ffast-math: NaN and inf must survive.
+    flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    flags += ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
+    if flag("SSLKERNELS_WERROR"):
+        flags.append("-Werror")
+    if flag("SSLKERNELS_SANITIZE"):
+        flags += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+    return flags
+
+
+def supported_isas(compiler: str) -> dict[str, list[str]]:
+    """Instruction sets that the compiler knows, by compiling an empty file; baseline always."""
+    isas: dict[str, list[str]] = {"baseline": []}
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return isas
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int probe() { return 0; }\n")
+        for name, flags in X86_ISAS.items():
+            command = [compiler, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                isas[name] = flags
+    return isas
+
+
+class BuildExt(build_ext):
+    """Compiles kernel files for each instruction set in parallel and links them into one module."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        """Compile csrc/cpu per instruction set, csrc once, then let setuptools link."""
+        if ext.name != "sslkernels._C":
+            super().build_extension(ext)
+            return
+        compiler = self.compiler
+        isas = supported_isas(compiler.compiler_so_cxx[0] if hasattr(compiler, "compiler_so_cxx")
+                              else compiler.compiler_so[0])
+        known = [(f"SSLK_HAVE_{name.upper()}", "1") for name in isas]
+        jobs = []
+        for name, isa_flags in isas.items():
+            folder = str(Path(self.build_temp, name))
+            macros = [("SSLK_ISA_NS", name), *known]
+            jobs += [(source, folder, macros, isa_flags) for source in CPU_SOURCES]
+        jobs += [(source, str(Path(self.build_temp, "common")), known, []) for source in COMMON_SOURCES]
+
+        def compile_one(job: tuple) -> list[str]:
+            source, folder, macros, isa_flags = job
+            extra = [*ext.extra_compile_args, *isa_flags]
+            expected = compiler.object_filenames([source], output_dir=folder)
+            if self._fresh(expected[0], source):
+                return expected
+            return compiler.compile(
+                [source], output_dir=folder, macros=macros,
+                include_dirs=[*ext.include_dirs, "csrc"], extra_postargs=extra, depends=ext.depends,
+            )
+
+        # Biggest files first, so that the last one to finish is a short one.
+        jobs.sort(key=lambda job: -Path(job[0]).stat().st_size)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = [name for names in pool.map(compile_one, jobs) for name in names]
+        # libgomp is deliberately not linked: the OpenMP symbols come from the runtime that torch has
+        # already loaded, so that there is exactly one in the process (sslkernels/backends/cpu.py).
+        link = ["-fsanitize=address,undefined"] if flag("SSLKERNELS_SANITIZE") else []
+        compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++",
+            build_temp=self.build_temp,
+        )
+
+    def _fresh(self, target: str, source: str) -> bool:
+        """Whether an object is newer than its source and every header (make's rule)."""
+        if self.force or not Path(target).exists():
+            return False
+        built = Path(target).stat().st_mtime
+        return all(Path(p).stat().st_mtime < built for p in [source, *HEADERS, "setup.py"])
+
+
+def cuda_command() -> type[build_ext]:
+    """BuildExt, extended with the CUDA module when csrc/cuda/build.py says so."""
+    spec = importlib.util.spec_from_file_location("sslk_cuda_build", ROOT / "csrc/cuda/build.py")
+    if spec is None or spec.loader is None or not (ROOT / "csrc/cuda/build.py").exists():
+        return BuildExt
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.with_cuda(BuildExt)
+
+
+extension = Pybind11Extension(
+    "sslkernels._C", COMMON_SOURCES, extra_compile_args=compile_flags(), depends=HEADERS, cxx_std=0
+)
+
+setup(ext_modules=[extension], cmdclass={"build_ext": cuda_command()})

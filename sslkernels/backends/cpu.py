@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels (``csrc/cpu``) behind the backend interface: addresses, sizes and threads.
+
+``sslkernels._C`` does not link an OpenMP runtime.  Its symbols are resolved from the one that torch
+has loaded, so that a process has a single pool of threads and ``torch.set_num_threads`` holds for
+both.  Only a torch built without OpenMP makes us load libgomp ourselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+from torch import Tensor
+
+from sslkernels.backends.interface import (
+    Attend,
+    Extremes,
+    Kind,
+    PairwiseBackward,
+    PairwiseForward,
+)
+
+try:
+    from sslkernels import _C
+except ImportError as error:
+    if "GOMP" not in str(error) and "omp_get" not in str(error):
+        raise
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    from sslkernels import _C
+
+from sslkernels.backends.updates_cpu import CopyPlan, EmaPlan, enqueue_  # noqa: E402
+
+__all__ = [
+    "CopyPlan", "EmaPlan", "attend", "enqueue_", "extremes", "pairwise_backward", "pairwise_forward",
+]
+
+# csrc/sslkernels.h: enum class DType, enum class Kind
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+KINDS = {"lse": 0, "softplus": 1}
+
+_C.set_isa(os.environ.get("SSLKERNELS_ISA") or "auto")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Accumulation dtype: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _cols(k: Tensor | None) -> int:
+    """Number of keys; -1 tells the kernel that the keys are the queries (self mode)."""
+    return -1 if k is None else k.shape[0]
+
+
+def pairwise_forward(
+    kind: Kind,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    want_col: bool,
+    threshold_row: Tensor | None,
+    threshold_col: Tensor | None,
+) -> PairwiseForward:
+    """See :meth:`sslkernels.backends.interface.Backend.pairwise_forward`."""
+    q = q.contiguous()
+    k = None if k is None else k.contiguous()
+    n, m = q.shape[0], _cols(k)
+    acc = accumulator(q.dtype)
+    row = torch.empty(n, dtype=acc)
+    col = torch.empty(m if want_col else 0, dtype=acc)
+    rank_row = torch.empty(0 if threshold_row is None else n, dtype=torch.int64)
+    rank_col = torch.empty(0 if threshold_col is None else m, dtype=torch.int64)
+    _C.pairwise_forward(
+        KINDS[kind], DTYPES[q.dtype], q.shape[1], q.data_ptr(), n, _address(k), m,
+        scale.data_ptr(), _address(bias), _address(ids_q), _address(ids_k), torch.get_num_threads(),
+        row.data_ptr(), col.data_ptr() if want_col else 0, _address(threshold_row),
+        _address(threshold_col), rank_row.data_ptr(), rank_col.data_ptr(),
+    )  # fmt: skip
+    return PairwiseForward(row, col, rank_row, rank_col)
+
+
+def pairwise_backward(
+    kind: Kind,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    row: Tensor,
+    col: Tensor | None,
+    drow: Tensor,
+    dcol: Tensor | None,
+    want_dq: bool,
+    want_dk: bool,
+) -> PairwiseBackward:
+    """See :meth:`sslkernels.backends.interface.Backend.pairwise_backward`."""
+    q = q.contiguous()
+    k = None if k is None else k.contiguous()
+    drow = drow.contiguous()
+    dcol = None if dcol is None else dcol.contiguous()
+    n, d = q.shape
+    acc = accumulator(q.dtype)
+    want_dq = want_dq or k is None
+    dq = torch.empty((n, d) if want_dq else 0, dtype=acc)
+    dk = torch.empty((k.shape[0], d) if want_dk and k is not None else 0, dtype=acc)
+    dbias = _C.pairwise_backward(
+        KINDS[kind], DTYPES[q.dtype], d, q.data_ptr(), n, _address(k), _cols(k),
+        scale.data_ptr(), _address(bias), _address(ids_q), _address(ids_k), torch.get_num_threads(),
+        row.data_ptr(), _address(col), drow.data_ptr(), _address(dcol),
+        dq.data_ptr() if want_dq else 0, dk.data_ptr() if want_dk and k is not None else 0,
+    )  # fmt: skip
+    return PairwiseBackward(dq, dk, torch.scalar_tensor(dbias, dtype=acc))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    threshold: Tensor | None,
+) -> Attend:
+    """See :meth:`sslkernels.backends.interface.Backend.attend`."""
+    q, k = q.contiguous(), k.contiguous()
+    n, d = q.shape
+    acc = accumulator(q.dtype)
+    lse = torch.empty(n, dtype=acc)
+    mean_key = torch.empty(n, d, dtype=acc)
+    rank = torch.empty(0 if threshold is None else n, dtype=torch.int64)
+    _C.attend(
+        DTYPES[q.dtype], d, q.data_ptr(), n, k.data_ptr(), k.shape[0], scale.data_ptr(),
+        _address(ids_q), _address(ids_k), torch.get_num_threads(), lse.data_ptr(),
+        mean_key.data_ptr(), _address(threshold), 0 if threshold is None else rank.data_ptr(),
+    )  # fmt: skip
+    return Attend(lse, mean_key, rank)
+
+
+def extremes(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias_k: Tensor | None,
+    ids_q: Tensor,
+    ids_k: Tensor | None,
+) -> Extremes:
+    """See :meth:`sslkernels.backends.interface.Backend.extremes`."""
+    q = q.contiguous()
+    k = None if k is None else k.contiguous()
+    n = q.shape[0]
+    max_same = torch.empty(n, dtype=torch.int64)
+    min_other = torch.empty(n, dtype=torch.int64)
+    _C.extremes(
+        DTYPES[q.dtype], q.shape[1], q.data_ptr(), n, _address(k), _cols(k), scale.data_ptr(),
+        _address(bias_k), _address(ids_q), _address(ids_k), torch.get_num_threads(),
+        max_same.data_ptr(), min_other.data_ptr(),
+    )  # fmt: skip
+    return Extremes(max_same, min_other)
