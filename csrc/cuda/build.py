@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How ``sslkernels._cuda`` is built: nvcc for the kernels, the host compiler for the bindings.
+
+No torch is needed, only nvcc, a C++17 compiler and pybind11's headers; no driver and no GPU either.
+``setup.py`` loads this file by path (pip's isolated build has nothing else on its import path).
+
+``SSLKERNELS_CUDA``: ``auto`` (the default) builds when nvcc is found, ``0`` never, ``1`` always, and
+then a missing nvcc or a failed compilation is an error.  ``SSLKERNELS_CUDA_ARCHS`` names the
+architectures, for instance ``80;90``; the last one is also kept as PTX for newer devices.
+``NVCC`` or ``CUDA_HOME`` say where nvcc is when it is not on ``PATH``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+KERNELS = ("ema.cu", "queue.cu")
+HEADERS = ("common.cuh", "launchers.h")
+BINDINGS = "bindings_cuda.cpp"
+ARCHS = ("80", "90", "100")  # A100, H100/H200, B100/B200; sm_86, 87 and 89 run the code of sm_80
+NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
+
+
+class CudaBuildError(RuntimeError):
+    """nvcc is required and missing, or a command of the build failed."""
+
+
+def find_nvcc(env: Mapping[str, str] = os.environ) -> str | None:
+    """The path of nvcc: ``NVCC``, then ``CUDA_HOME``/bin, then ``PATH``; None if there is none."""
+    if env.get("NVCC"):
+        return shutil.which(env["NVCC"], path=env.get("PATH"))
+    if env.get("CUDA_HOME"):
+        found = shutil.which("nvcc", path=os.path.join(env["CUDA_HOME"], "bin"))
+        if found:
+            return found
+    return shutil.which("nvcc", path=env.get("PATH"))
+
+
+def cuda_extension_requested(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether to build ``sslkernels._cuda``, by ``SSLKERNELS_CUDA`` and the presence of nvcc.
+
+    Raises:
+        CudaBuildError: ``SSLKERNELS_CUDA`` is 1 and there is no nvcc, or it has another value.
+    """
+    choice = env.get("SSLKERNELS_CUDA", "auto").strip().lower() or "auto"
+    if choice not in {"0", "1", "auto"}:
+        raise CudaBuildError(f"SSLKERNELS_CUDA must be 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return False
+    if find_nvcc(env) is not None:
+        return True
+    if choice == "1":
+        raise CudaBuildError(
+            "SSLKERNELS_CUDA=1 but nvcc was not found: put it on PATH, set CUDA_HOME or NVCC, "
+            "or build without it (SSLKERNELS_CUDA=0)"
+        )
+    return False
+
+
+def cuda_extension_required(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether a failure of the CUDA build must stop the installation (``SSLKERNELS_CUDA=1``)."""
+    return env.get("SSLKERNELS_CUDA", "").strip() == "1"
+
+
+def _run(command: Sequence[str], verbose: bool) -> str:
+    if verbose:
+        print("sslkernels:", " ".join(command), flush=True)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise CudaBuildError(f"{' '.join(command)}\n{done.stdout}")
+    return done.stdout
+
+
+def choose_archs(nvcc: str, env: Mapping[str, str] = os.environ) -> list[str]:
+    """The architectures to build: asked for, or those of ``ARCHS`` that this nvcc knows."""
+    if env.get("SSLKERNELS_CUDA_ARCHS"):
+        return [a.strip() for a in env["SSLKERNELS_CUDA_ARCHS"].replace(",", ";").split(";") if a]
+    known = set(_run([nvcc, "--list-gpu-code"], verbose=False).split())
+    chosen = [arch for arch in ARCHS if f"sm_{arch}" in known]
+    if not chosen:
+        raise CudaBuildError(f"{nvcc} knows none of sm_{', sm_'.join(ARCHS)}")
+    return chosen
+
+
+def arch_flags(archs: Sequence[str]) -> list[str]:
+    """``-gencode`` for the machine code of every architecture and the PTX of the last one."""
+    flags: list[str] = []
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def extension_filename() -> str:
+    """``_cuda`` with the suffix of this interpreter's extension modules."""
+    return f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def is_up_to_date(output: Path) -> bool:
+    """Whether ``output`` is newer than every source it is made of."""
+    if not output.exists():
+        return False
+    sources = [HERE / name for name in (*KERNELS, *HEADERS, BINDINGS, Path(__file__).name)]
+    return output.stat().st_mtime > max(source.stat().st_mtime for source in sources)
+
+
+def build_cuda_extension(
+    output: str | Path,
+    build_dir: str | Path,
+    env: Mapping[str, str] = os.environ,
+    *,
+    verbose: bool = True,
+) -> Path:
+    """Compile and link ``sslkernels._cuda`` into the file ``output``.
+
+    The static CUDA runtime is linked in and its symbols are kept inside, so that the extension
+    imports without a driver and lives beside the runtime that torch brings along.
+
+    Args:
+        output: the shared object to write, normally ``sslkernels/_cuda.<suffix>.so``.
+        build_dir: where the object files go.
+        env: the environment to read the choices from.
+        verbose: print the commands.
+
+    Returns:
+        ``output`` as a path.
+
+    Raises:
+        CudaBuildError: there is no nvcc, or a command failed (its output is in the message).
+    """
+    import pybind11
+
+    nvcc = find_nvcc(env)
+    if nvcc is None:
+        raise CudaBuildError("nvcc was not found: put it on PATH, or set CUDA_HOME or NVCC")
+    output, objects = Path(output), Path(build_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    objects.mkdir(parents=True, exist_ok=True)
+    compiler = env.get("CXX", "c++").split()
+    bindings = [
+        *compiler,
+        "-O2",
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_paths()['include']}",
+        "-c",
+        str(HERE / BINDINGS),
+        "-o",
+        str(objects / "bindings_cuda.o"),
+    ]
+    kernels = [nvcc, *NVCC_FLAGS, "--threads", "0", *arch_flags(choose_archs(nvcc, env)), "-c"]
+    commands = [bindings]
+    for name in KERNELS:
+        commands.append([*kernels, str(HERE / name), "-o", str(objects / f"{Path(name).stem}.o")])
+    for command in commands:
+        _run(command, verbose)
+    link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-o"]
+    inputs = ["bindings_cuda.o", *(f"{Path(name).stem}.o" for name in KERNELS)]
+    # Written beside the target and moved, so that an interrupted link leaves no half extension.
+    partial = output.with_name(output.name + ".partial")
+    _run([*link, str(partial), *(str(objects / name) for name in inputs)], verbose)
+    os.replace(partial, output)
+    return output
+
+
+def with_cuda(base: type[build_ext]) -> type[build_ext]:
+    """``base``, a ``build_ext`` command, extended so that it also builds ``sslkernels._cuda``.
+
+    What is up to date is not built again.  A failure stops the installation where the extension was
+    required; under ``auto`` it is reported and the installation goes on without.
+    """
+
+    class BuildWithCuda(base):  # type: ignore[misc, valid-type]
+        """Builds the extension modules of the base command, then the CUDA module."""
+
+        def run(self) -> None:
+            """Build everything."""
+            super().run()
+            try:
+                if not cuda_extension_requested():
+                    return
+                target = Path(self.get_ext_fullpath("sslkernels._cuda"))
+                if self.force or not is_up_to_date(target):
+                    build_cuda_extension(target, Path(self.build_temp, "cuda"))
+            except CudaBuildError as error:
+                if cuda_extension_required():
+                    raise
+                print(f"sslkernels: going on without sslkernels._cuda: {error}", file=sys.stderr)
+
+        def get_outputs(self) -> list[str]:
+            """What was built, the CUDA module included, for the record of an installation."""
+            outputs = list(super().get_outputs())
+            target = self.get_ext_fullpath("sslkernels._cuda")
+            return [*outputs, target] if os.path.exists(target) else outputs
+
+    return BuildWithCuda
+
+
+def main() -> int:
+    """``python csrc/cuda/build.py OUTPUT_DIR``: build the extension by hand."""
+    if len(sys.argv) != 2:
+        print("usage: python csrc/cuda/build.py OUTPUT_DIR", file=sys.stderr)
+        return 2
+    target = Path(sys.argv[1])
+    try:
+        print(build_cuda_extension(target / extension_filename(), target / "build"))
+    except CudaBuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
