@@ -29,7 +29,8 @@ KERNELS = ("ema.cu", "queue.cu")
 HEADERS = ("common.cuh", "launchers.h")
 BINDINGS = "bindings_cuda.cpp"
 ARCHS = ("80", "90", "100")  # A100, H100/H200, B100/B200; sm_86, 87 and 89 run the code of sm_80
-NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
+# --resource-usage: registers and spills of every kernel, kept in a log beside the objects.
+NVCC_FLAGS = ("-O3", "-std=c++17", "--resource-usage", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
 
 
 class CudaBuildError(RuntimeError):
@@ -130,7 +131,7 @@ def build_cuda_extension(
 
     Args:
         output: the shared object to write, normally ``sslkernels/_cuda.<suffix>.so``.
-        build_dir: where the object files go.
+        build_dir: where the object files go, and ``ema.log`` and ``queue.log`` with registers and spills.
         env: the environment to read the choices from.
         verbose: print the commands.
 
@@ -165,11 +166,11 @@ def build_cuda_extension(
         str(objects / "bindings_cuda.o"),
     ]
     kernels = [nvcc, *NVCC_FLAGS, "--threads", "0", *arch_flags(choose_archs(nvcc, env)), "-c"]
-    commands = [bindings]
+    _run(bindings, verbose)
     for name in KERNELS:
-        commands.append([*kernels, str(HERE / name), "-o", str(objects / f"{Path(name).stem}.o")])
-    for command in commands:
-        _run(command, verbose)
+        compiled = objects / f"{Path(name).stem}.o"
+        log = _run([*kernels, str(HERE / name), "-o", str(compiled)], verbose)
+        compiled.with_suffix(".log").write_text(log)
     link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-o"]
     inputs = ["bindings_cuda.o", *(f"{Path(name).stem}.o" for name in KERNELS)]
     # Written beside the target and moved, so that an interrupted link leaves no half extension.
@@ -192,9 +193,9 @@ def with_cuda(base: type[build_ext]) -> type[build_ext]:
         def run(self) -> None:
             """Build everything."""
             super().run()
+            if not cuda_extension_requested():
+                return
             try:
-                if not cuda_extension_requested():
-                    return
                 target = Path(self.get_ext_fullpath("sslkernels._cuda"))
                 if self.force or not is_up_to_date(target):
                     build_cuda_extension(target, Path(self.build_temp, "cuda"))
