@@ -1,0 +1,646 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tile engine on every backend and instruction set against dense matrices in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import sslkernels
+from helpers import SLACK, check_budget, check_loss, engine, engines, poisoned, threads
+from sslkernels.ops.pairwise import attend, extremes, pairwise
+
+NEG_INF = float("-inf")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# (N, M, D): one row, one column, lane and block sizes and their neighbours, a wide row, a tall matrix
+# that needs more than one block, and dimensions that are no power of two.
+SIZES = [
+    (1, 1, 1),
+    (2, 3, 8),
+    (3, 1, 24),
+    (63, 65, 100),
+    (64, 64, 128),
+    (65, 127, 129),
+    (127, 63, 24),
+    (130, 130, 32),
+    (5, 300, 768),
+    (300, 5, 8),
+    (700, 411, 16),
+]
+SELF_SIZES = [(1, 8), (2, 1), (3, 24), (63, 128), (64, 64), (65, 100), (127, 8), (130, 129), (700, 32)]
+
+
+@pytest.fixture(params=engines())
+def on_engine(request):
+    """Run the test on each backend and instruction set."""
+    with engine(request.param):
+        yield request.param
+
+
+def dense(
+    kind: str,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    ids_q: Tensor | None = None,
+    ids_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column reductions and S by the definition; halves in float32."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    k = q if k is None else k
+    s = q.to(acc) @ k.to(acc).T * scale.to(acc)
+    s = s if bias is None else s + bias.to(acc)
+    if ids_q is not None:
+        s = s.masked_fill(ids_q[:, None] == (ids_q if ids_k is None else ids_k), NEG_INF)
+
+    def reduce(x: Tensor) -> Tensor:
+        if kind == "softplus":
+            return torch.logaddexp(x, torch.zeros_like(x)).sum(1)
+        nothing = (x == NEG_INF).all(1)
+        lse = torch.logsumexp(x.masked_fill(nothing[:, None], 0.0), 1)
+        return lse.masked_fill(nothing, NEG_INF)
+
+    return reduce(s), reduce(s.T), s
+
+
+def make(n: int, m: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """q and k of about unit rows; some keys equal some queries, so that the tiles matter."""
+    generator = torch.Generator().manual_seed(n * 7919 + m * 31 + d)
+    q = torch.randn(n, d, generator=generator) / d**0.5
+    k = torch.randn(m, d, generator=generator) / d**0.5
+    planted = min(n, m)
+    k[: planted // 2] = q[: planted // 2]
+    return q.to(dtype), k.to(dtype)
+
+
+def ids_for(n: int, m: int, how: str) -> tuple[Tensor | None, Tensor | None]:
+    """No ids; the pairs on the diagonal; many duplicates, among them rows with nothing allowed."""
+    if how == "none":
+        return None, None
+    if how == "diagonal":
+        return torch.arange(n), torch.arange(m)
+    ids_q, ids_k = torch.arange(n) % 3, torch.arange(m) % 5
+    if m > 2:
+        ids_k[ids_k == 2] = 1
+    return ids_q, ids_k if n % 2 else torch.zeros_like(ids_k)
+
+
+def scalars(dtype: torch.dtype, scale: float, bias: float | None = None) -> list[Tensor]:
+    """0-d tensors of the accumulation dtype."""
+    acc = torch.promote_types(dtype, torch.float32)
+    return [torch.tensor(x, dtype=acc) for x in (scale, bias) if x is not None]
+
+
+def weights(*sizes: int) -> list[Tensor]:
+    """Non-uniform incoming gradients."""
+    return [torch.linspace(-1.0, 2.0, size) for size in sizes]
+
+
+def weighted(values: list[Tensor]) -> Tensor:
+    """A scalar that gives each output a different gradient; rows with nothing (-inf) take no part."""
+    total = values[0].new_zeros(())
+    for value, weight in zip(values, weights(*(len(v) for v in values)), strict=True):
+        used = torch.where(value == NEG_INF, 0.0, value)
+        total = total + (used * weight.to(value)).sum()
+    return total
+
+
+@pytest.mark.parametrize("ids", ["none", "diagonal", "many"])
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rows_columns_and_gradients(on_engine: str, size, kind: str, ids: str) -> None:
+    """Both reductions and the gradients of q, k, scale and bias."""
+    n, m, d = size
+    q, k = make(n, m, d)
+    ids_q, ids_k = ids_for(n, m, ids)
+    inputs = [q, k, *scalars(q.dtype, 7.0, -1.5 if kind == "softplus" else None)]
+
+    def ours(q, k, scale, bias=None):
+        out = pairwise(kind, q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True)
+        return weighted([out.row, out.col])
+
+    def reference(q, k, scale, bias=None):
+        return weighted(list(dense(kind, q, k, scale, bias, ids_q, ids_k)[:2]))
+
+    check_loss(ours, reference, inputs, slack=5e-6, name=f"{on_engine} {kind} {size} {ids}")
+    scale, bias = inputs[2], inputs[3] if kind == "softplus" else None
+    out = pairwise(
+        kind, q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True
+    )
+    wide = [None if x is None else x.double() for x in (q, k, scale, bias)]
+    true = dense(kind, *wide, ids_q, ids_k)
+    for name, value, truth in (("row", out.row, true[0]), ("col", out.col, true[1])):
+        check_budget(value, truth, truth, 2e-6, f"{on_engine} {kind} {size} {name}", floor=1.0)
+    assert not len(out.rank_row) and not len(out.rank_col)
+
+
+@pytest.mark.parametrize("ids", ["diagonal", "many", "none"])
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+@pytest.mark.parametrize("size", SELF_SIZES, ids=str)
+def test_self_mode(on_engine: str, size, kind: str, ids: str) -> None:
+    """k = q: the gradient of q has both sides, that of the scale is counted once."""
+    n, d = size
+    q, _ = make(n, n, d)
+    ids_q, _ = ids_for(n, n, ids)
+    inputs = [q, *scalars(q.dtype, 5.0)]
+
+    def ours(q, scale):
+        return weighted([pairwise(kind, q, scale=scale, ids_q=ids_q).row])
+
+    def reference(q, scale):
+        return weighted([dense(kind, q, None, scale, None, ids_q)[0]])
+
+    check_loss(ours, reference, inputs, slack=5e-6, name=f"{on_engine} self {kind} {size} {ids}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["self", "cross", "attend"])
+def test_dtypes(on_engine: str, dtype: torch.dtype, mode: str) -> None:
+    """Halves accumulate in float32; results have the accumulation dtype, gradients the input's."""
+    q, k = make(65, 70, 100, dtype)
+    ids_q, ids_k = ids_for(65, 70, "diagonal")
+    acc = torch.promote_types(dtype, torch.float32)
+    scale = scalars(dtype, 10.0)
+    if mode == "self":
+        inputs = [q, *scale]
+
+        def ours(q, scale):
+            row = pairwise("lse", q, scale=scale, ids_q=ids_q).row
+            assert row.dtype == acc
+            return weighted([row])
+
+        def reference(q, scale):
+            return weighted([dense("lse", q, None, scale, None, ids_q)[0]])
+    elif mode == "cross":
+        inputs = [q, k, *scale]
+
+        def ours(q, k, scale):
+            out = pairwise("lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_k, want_col=True)
+            assert out.row.dtype == out.col.dtype == acc
+            return weighted([out.row, out.col])
+
+        def reference(q, k, scale):
+            return weighted(list(dense("lse", q, k, scale, None, ids_q, ids_k)[:2]))
+    else:
+        inputs = [q, *scale]
+
+        def ours(q, scale):
+            lse = attend(q, k, scale=scale, ids_q=ids_q, ids_k=ids_k).lse
+            assert lse.dtype == acc
+            return weighted([lse])
+
+        def reference(q, scale):
+            return weighted([dense("lse", q, k.to(q.dtype), scale, None, ids_q, ids_k)[0]])
+
+    check_loss(ours, reference, inputs, name=f"{on_engine} {mode} {dtype}")
+
+
+@pytest.mark.parametrize("ids", ["none", "diagonal", "many"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_attend(on_engine: str, size, ids: str) -> None:
+    """lse, the weighted mean key, and the gradients of q and scale."""
+    n, m, d = size
+    q, k = make(n, m, d)
+    ids_q, ids_k = ids_for(n, m, ids)
+    inputs = [q, *scalars(q.dtype, 12.0)]
+
+    def ours(q, scale):
+        return weighted([attend(q, k, scale=scale, ids_q=ids_q, ids_k=ids_k).lse])
+
+    def reference(q, scale):
+        return weighted([dense("lse", q, k.to(q), scale, None, ids_q, ids_k)[0]])
+
+    check_loss(ours, reference, inputs, slack=5e-6, name=f"{on_engine} attend {size} {ids}")
+    out = attend(q, k, scale=inputs[1], ids_q=ids_q, ids_k=ids_k)
+    s = dense("lse", q.double(), k.double(), inputs[1].double(), None, ids_q, ids_k)[2]
+    mean_key = s.softmax(1).nan_to_num(0.0) @ k.double()
+    check_budget(out.mean_key, mean_key, mean_key, 5e-6, f"{on_engine} mean_key {size} {ids}")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("ids", ["none", "diagonal", "many"])
+def test_ranks(on_engine: str, size, ids: str) -> None:
+    """Counts of allowed S above a threshold, up to ties within rounding."""
+    n, m, d = size
+    q, k = make(n, m, d)
+    ids_q, ids_k = ids_for(n, m, ids)
+    (scale,) = scalars(q.dtype, 3.0)
+    row_at, col_at = torch.linspace(-0.5, 0.9, n), torch.linspace(0.9, -0.5, m)
+    out = pairwise(
+        "lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_k, want_col=True,
+        threshold_row=row_at, threshold_col=col_at,
+    )
+    rank = attend(q, k, scale=scale, ids_q=ids_q, ids_k=ids_k, threshold=row_at).rank
+    s = dense("lse", q.double(), k.double(), scale.double(), None, ids_q, ids_k)[2]
+    for got, at, matrix in (
+        (out.rank_row, row_at, s), (rank, row_at, s), (out.rank_col, col_at, s.T)
+    ):
+        assert got.dtype == torch.int64
+        low = (matrix > at.double()[:, None] + 2e-6).sum(1)
+        high = (matrix > at.double()[:, None] - 2e-6).sum(1)
+        assert bool(((low <= got) & (got <= high)).all()), f"{on_engine} {size} {ids}"
+    if n > 2 and ids == "none":
+        assert int(out.rank_row.sum()) > 0
+    with_self = pairwise("lse", q, scale=scale, threshold_row=row_at).rank_row
+    s = dense("lse", q.double(), None, scale.double())[2]
+    assert bool((with_self <= (s > row_at.double()[:, None] - 2e-6).sum(1)).all())
+    assert bool((with_self >= (s > row_at.double()[:, None] + 2e-6).sum(1)).all())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_extremes(on_engine: str, size, dtype: torch.dtype) -> None:
+    """Hard positives and negatives, with and without a bias, in both modes."""
+    n, m, d = size
+    q, k = make(n, m, d, dtype)
+    (scale,) = scalars(dtype, -2.0)
+    bias = torch.linspace(0.0, 0.5, m, dtype=scale.dtype)
+    ids_q, ids_k = torch.arange(n) % 4, torch.arange(m) % 3
+    cases = [(k, None, ids_k), (k, bias, ids_k), (None, None, None), (None, bias, None)]
+    for keys, bias_k, ids in cases:
+        if keys is None and bias_k is not None:
+            bias_k = torch.linspace(0.0, 0.5, n, dtype=scale.dtype)
+        out = extremes(q, keys, scale=scale, bias_k=bias_k, ids_q=ids_q, ids_k=ids)
+        s = dense("lse", q.double(), None if keys is None else k.double(), scale.double())[2]
+        s = s if bias_k is None else s + bias_k.double()
+        same = ids_q[:, None] == (ids_q if ids is None else ids)
+        other = ~same
+        if keys is None:
+            same.fill_diagonal_(False)
+        for got, mask, fill, best in (
+            (out.max_same, same, NEG_INF, "amax"), (out.min_other, other, -NEG_INF, "amin")
+        ):
+            assert got.dtype == torch.int64
+            assert torch.equal(got >= 0, mask.any(1)), f"{on_engine} {size}"
+            found = got >= 0
+            assert bool(mask[found, got[found]].all()), f"{on_engine} {size}: not allowed"
+            extreme = getattr(s.masked_fill(~mask, fill), best)(1)[found]
+            torch.testing.assert_close(s[found, got[found]], extreme, atol=2e-5, rtol=0)
+
+
+def test_extremes_ties_go_to_the_smallest_index(on_engine: str) -> None:
+    """All-equal rows: every choice is a tie."""
+    q = torch.ones(70, 8)
+    ids = torch.arange(70) % 7
+    (scale,) = scalars(q.dtype, 1.0)
+    out = extremes(q, scale=scale, ids_q=ids)
+    first_same = torch.where(torch.arange(70) < 7, torch.arange(70) + 7, ids)
+    first_other = torch.where(ids == 0, 1, 0)
+    assert torch.equal(out.max_same, first_same) and torch.equal(out.min_other, first_other)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values (of equal rows for "expanded") in other memory."""
+    wide = torch.empty(x.shape[0], 2 * x.shape[1], dtype=x.dtype)
+    wide[:, ::2] = x
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+    return {
+        "strided": wide[:, ::2],
+        "transposed": x.T.contiguous().T,
+        "poisoned": poisoned(x),
+        "misaligned": odd,
+        "expanded": x[:1].expand_as(x),
+        "expanded columns": x[:, :1].expand_as(x),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layout", ["strided", "transposed", "poisoned", "misaligned", "expanded", "expanded columns"]
+)
+def test_layouts(on_engine: str, layout: str, dtype: torch.dtype) -> None:
+    """Any strides, and NaN around the data, give what contiguous inputs give."""
+    q, k = (layouts(x)[layout] for x in make(67, 71, 37, dtype))
+    (scale,) = scalars(dtype, 4.0)
+    ids_q, ids_k = ids_for(67, 71, "diagonal")
+    drow, dcol = weights(67, 71)
+
+    def run(q: Tensor, k: Tensor) -> list[Tensor]:
+        q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        out = pairwise("lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_k, want_col=True)
+        grads = torch.autograd.grad([out.row, out.col], [q, k], [drow, dcol])
+        own = pairwise("lse", q, scale=scale, ids_q=ids_q).row
+        near = attend(q, k.detach(), scale=scale)
+        hard = extremes(q, k, scale=scale, ids_q=ids_q % 5, ids_k=ids_k % 5)
+        own_grad = torch.autograd.grad([own, near.lse], [q], [drow, drow])
+        return [*out[:2], *grads, own, *own_grad, *near[:2], *hard]
+
+    for got, expected in zip(run(q, k), run(q.contiguous(), k.contiguous()), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_stride_0_gradients(on_engine: str) -> None:
+    """row.sum() hands an expanded scalar to the backward pass."""
+    q, k = make(65, 66, 40)
+    (scale,) = scalars(q.dtype, 4.0)
+
+    def gradients(dense_seed: bool) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        out = pairwise("lse", *leaves, scale=scale, want_col=True)
+        near = attend(leaves[0], k, scale=scale)
+        if dense_seed:
+            seeds = [torch.full((n,), 2.0) for n in (65, 66, 65)]
+        else:
+            seeds = [torch.tensor(2.0).expand(n) for n in (65, 66, 65)]
+        return list(torch.autograd.grad([out.row, out.col, near.lse], leaves, seeds))
+
+    for got, expected in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("output", ["row", "col"])
+def test_one_output_used(on_engine: str, output: str) -> None:
+    """The gradient of an unused output is nothing, not garbage."""
+    q, k = make(33, 65, 24)
+
+    def ours(q, k, scale):
+        return getattr(pairwise("lse", q, k, scale=scale, want_col=True), output).sum()
+
+    def reference(q, k, scale):
+        return dense("lse", q, k, scale)[0 if output == "row" else 1].sum()
+
+    check_loss(ours, reference, [q, k, *scalars(q.dtype, 4.0)], name=f"{on_engine} {output}")
+
+
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+def test_scale_zero_and_negative(on_engine: str, kind: str) -> None:
+    """dscale needs no division by the scale that could be 0 / 0."""
+    q, k = make(20, 30, 16)
+    for value in (0.0, -3.0):
+        check_loss(
+            lambda q, k, s: weighted(list(pairwise(kind, q, k, scale=s, want_col=True)[:2])),
+            lambda q, k, s: weighted(list(dense(kind, q, k, s)[:2])),
+            [q, k, *scalars(q.dtype, value)],
+            name=f"{on_engine} {kind} scale {value}",
+        )
+        check_loss(
+            lambda q, s: weighted([pairwise(kind, q, scale=s).row]),
+            lambda q, s: weighted([dense(kind, q, None, s)[0]]),
+            [q, *scalars(q.dtype, value)],
+            name=f"{on_engine} {kind} self scale {value}",
+        )
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+def test_huge_logits(on_engine: str, kind: str, scale: float) -> None:
+    """Logits to +-1e4, all of one sign too: no overflow, no padding that wins the maximum."""
+    q = torch.nn.functional.normalize(make(67, 67, 20)[0].abs() + 0.1, dim=1)
+    k = torch.nn.functional.normalize(make(69, 69, 20)[0].abs() + 0.1, dim=1)
+    check_loss(
+        lambda q, k, s: weighted(list(pairwise(kind, q, k, scale=s, want_col=True)[:2])),
+        lambda q, k, s: weighted(list(dense(kind, q, k, s)[:2])),
+        [q, k, *scalars(q.dtype, scale)],
+        slack=2e-3,  # one ulp of a logit of 1e4 is 1e-3, and moves exp by that much
+        name=f"{on_engine} {kind} scale {scale}",
+    )
+    lse = attend(q, k, scale=torch.tensor(scale)).lse
+    true = dense("lse", q.double(), k.double(), torch.tensor(scale).double())[0]
+    check_budget(lse, true, true, 1e-6, f"{on_engine} attend scale {scale}")
+
+
+def test_nan_reaches_what_depends_on_it(on_engine: str) -> None:
+    """A NaN in a row of q poisons that row and, through S, every column; other rows stay clean."""
+    q, k = make(66, 70, 16)
+    q[3, 5] = torch.nan
+    (scale,) = scalars(q.dtype, 2.0)
+    out = pairwise("lse", q, k, scale=scale, want_col=True)
+    bad = torch.arange(66) == 3
+    assert torch.equal(out.row.isnan(), bad)
+    assert bool(out.col.isnan().all())
+    near = attend(q, k, scale=scale)
+    assert torch.equal(near.lse.isnan(), bad)
+    assert torch.equal(near.mean_key.isnan().any(1), bad)
+    assert bool(pairwise("lse", q, scale=scale).row.isnan().all())
+    leaf = q.clone().requires_grad_()
+    pairwise("softplus", leaf, k, scale=scale).row.sum().backward()
+    assert leaf.grad is not None and torch.equal(leaf.grad.isnan().any(1), bad)
+
+
+@pytest.mark.parametrize("size", [(0, 5, 3), (5, 0, 3), (0, 0, 3)], ids=str)
+def test_empty(on_engine: str, size) -> None:
+    """Nothing to reduce over is -inf (lse) or 0 (softplus, mean key), and no gradient."""
+    n, m, d = size
+    q, k = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
+    (scale,) = scalars(q.dtype, 2.0)
+    out = pairwise("lse", q, k, scale=scale, want_col=True)
+    assert out.row.shape == (n,) and out.col.shape == (m,)
+    assert bool((out.row == NEG_INF).all()) and bool((out.col == NEG_INF).all())
+    soft = pairwise("softplus", q, k, scale=scale, want_col=True)
+    assert not bool(soft.row.any()) and not bool(soft.col.any())
+    grads = torch.autograd.grad(
+        [out.row, out.col, soft.row, soft.col], [q, k], [torch.zeros_like(x) for x in
+                                                          (out.row, out.col, soft.row, soft.col)]
+    )
+    assert all(g.shape == x.shape and not bool(g.any()) for g, x in zip(grads, (q, k), strict=True))
+    near = attend(q.detach(), k.detach(), scale=scale)
+    assert bool((near.lse == NEG_INF).all()) and not bool(near.mean_key.any())
+    hard = extremes(q.detach(), k.detach(), scale=scale,
+                    ids_q=torch.zeros(n, dtype=torch.int64), ids_k=torch.zeros(m, dtype=torch.int64))
+    assert bool((hard.max_same == -1).all()) and bool((hard.min_other == -1).all())
+
+
+def test_same_bits_for_any_number_of_threads(on_engine: str) -> None:
+    """And from run to run."""
+    q, k = make(1030, 517, 48)
+    leaves = [x.clone().requires_grad_() for x in (q, k)]
+    scale = torch.tensor(9.0, requires_grad=True)
+    ids = torch.arange(1030)
+
+    def run() -> list[Tensor]:
+        out = pairwise("lse", *leaves, scale=scale, want_col=True)
+        own = pairwise("lse", leaves[0], scale=scale, ids_q=ids)
+        near = attend(leaves[0], k, scale=scale)
+        hard = extremes(q, scale=scale.detach(), ids_q=ids % 10)
+        outputs = [out.row, out.col, own.row, near.lse]
+        grads = torch.autograd.grad(outputs, [*leaves, scale], weights(1030, 517, 1030, 1030))
+        return [*outputs, *grads, near.mean_key, *hard]
+
+    with threads(1):
+        one = run()
+    for n_threads in (2, 3, 2):
+        with threads(n_threads):
+            for a, b in zip(run(), one, strict=True):
+                assert torch.equal(a, b), f"{on_engine}: {n_threads} threads"
+
+
+def test_inputs_are_not_written(on_engine: str) -> None:
+    """Neither values nor version counters of inputs move."""
+    q, k = make(40, 50, 12)
+    scale, bias = scalars(q.dtype, 3.0, 0.5)
+    ids_q, ids_k = ids_for(40, 50, "many")
+    given = [q, k, scale, bias, ids_q, ids_k]
+    before = [(x.clone(), x._version) for x in given]
+    leaves = [x.requires_grad_() for x in (q, k, scale, bias)]
+    out = pairwise("softplus", q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True)
+    torch.autograd.grad([out.row, out.col], leaves, weights(40, 50))
+    attend(q.detach(), k.detach(), scale=scale.detach(), ids_q=ids_q, ids_k=ids_k)
+    extremes(q.detach(), k.detach(), scale=scale.detach(), ids_q=ids_q, ids_k=ids_k)
+    for x, (value, version) in zip(given, before, strict=True):
+        assert torch.equal(x, value) and x._version == version
+
+
+def test_attend_keeps_nothing_of_the_keys(on_engine: str) -> None:
+    """Keys overwritten between forward and backward change no gradient."""
+    q, k = make(10, 40, 8)
+    scale = torch.tensor(5.0)
+
+    def gradient(overwrite: bool) -> Tensor:
+        leaf, keys = q.clone().requires_grad_(), k.clone()
+        lse = attend(leaf, keys, scale=scale).lse
+        if overwrite:
+            keys.fill_(torch.nan)
+        return torch.autograd.grad(lse.sum(), leaf)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+# ------------------------------------------------------------------------ the torch op itself
+
+
+def op_inputs() -> dict[str, tuple[Callable, tuple]]:
+    """Arguments of each op that reach every branch of its schema."""
+    ops = torch.ops.sslkernels
+    q, k = (x.double().requires_grad_() for x in make(6, 7, 5))
+    scale, bias = (x.requires_grad_() for x in scalars(q.dtype, 2.0, 0.3))
+    ids_q, ids_k = torch.arange(6), torch.arange(7) % 4
+    row_at, col_at = torch.zeros(6).double(), torch.zeros(7).double()
+    row = dense("lse", q, k, scale)[0].detach()
+    plain = [x.detach() for x in (q, k, scale, bias)]
+    return {
+        "pairwise lse": (
+            ops.pairwise, ("lse", q, k, scale, None, ids_q, ids_k, True, row_at, col_at)
+        ),
+        "pairwise self": (ops.pairwise, ("lse", q, None, scale, None, ids_q, None, False, None, None)),
+        "pairwise softplus": (
+            ops.pairwise, ("softplus", q, k, scale, bias, None, None, False, None, None)
+        ),
+        "pairwise half": (
+            ops.pairwise,
+            ("lse", q.detach().half().requires_grad_(), None, scale.detach().float(), None, ids_q,
+             None, False, None, None),
+        ),
+        "pairwise_backward": (
+            ops.pairwise_backward,
+            ("lse", *plain[:3], None, ids_q, ids_k, row, None, torch.ones_like(row), None, True, True,
+             True),
+        ),
+        "attend": (ops.attend, (q, k.detach(), scale, ids_q, ids_k, row_at)),
+        "extremes": (ops.extremes, (plain[0], None, plain[2], None, ids_q, None)),
+        "accumulate_rows": (ops.accumulate_rows, (q, ids_q % 3, 3)),
+        "take_rows": (ops.take_rows, (q, ids_k)),
+        "mined_triplets": (ops.mined_triplets, (q, ids_q % 2, 0.2, True, False)),
+        "mined_triplets_backward": (
+            ops.mined_triplets_backward, (plain[0], ids_q % 2, 0.2, False, True, row_at + 1)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_inputs()))
+@pytest.mark.parametrize("backend", ["chunked", None])
+def test_opcheck(name: str, backend: str | None) -> None:
+    """Schema, fake, autograd registration and AOT dispatch, with dynamic shapes."""
+    op, arguments = op_inputs()[name]
+    with sslkernels.backend(backend):
+        torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+def test_gradcheck(on_engine: str, kind: str) -> None:
+    """Against finite differences in float64, every differentiable input."""
+    q, k = (x.double().requires_grad_() for x in make(5, 7, 3))
+    scale, bias = (x.double().requires_grad_() for x in scalars(q.dtype, 2.0, 0.3))
+    ids_q, ids_k = torch.arange(5) % 2, torch.arange(7) % 4
+    extra = (bias,) if kind == "softplus" else ()
+
+    def cross(q, k, scale, *bias):
+        return pairwise(
+            kind, q, k, scale=scale, bias=bias[0] if bias else None, ids_q=ids_q, ids_k=ids_k,
+            want_col=True,
+        )[:2]
+
+    assert torch.autograd.gradcheck(cross, (q, k, scale, *extra))
+    assert torch.autograd.gradcheck(
+        lambda q, s: pairwise(kind, q, scale=s, ids_q=torch.arange(5)).row, (q, scale)
+    )
+    assert torch.autograd.gradcheck(
+        lambda q, s: attend(q, k.detach(), scale=s, ids_q=ids_q, ids_k=ids_k).lse, (q, scale)
+    )
+
+
+def test_second_derivative_raises() -> None:
+    """Instead of being silently zero; the first with create_graph is fine."""
+    q, k = (x.requires_grad_() for x in make(5, 6, 3))
+    scale = torch.tensor(2.0)
+    for value in (
+        pairwise("lse", q, k, scale=scale).row, attend(q, k.detach(), scale=scale).lse
+    ):
+        (first,) = torch.autograd.grad(value.sum(), q, create_graph=True)
+        assert first.requires_grad
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            first.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic: bool) -> None:
+    """The ops inside a compiled function, forward and backward, without a graph break."""
+    weight = torch.randn(8, 8, requires_grad=True)
+
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        out = pairwise("lse", x @ weight, y @ weight, scale=torch.full((), 3.0), want_col=True)
+        near = attend(x @ weight, y, scale=torch.full((), 3.0))
+        return out.row.sum() + out.col.mean() + near.lse.sum()
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n, m in ((6, 9), (12, 5)):
+        x, y = torch.randn(n, 8), torch.randn(m, 8)
+        (expected,) = torch.autograd.grad(model(x, y), weight)
+        (got,) = torch.autograd.grad(compiled(x, y), weight)
+        torch.testing.assert_close(got, expected)
+
+
+def test_autocast_leaves_the_engine_alone(on_engine: str) -> None:
+    """float32 operands are multiplied in float32 under autocast."""
+    q, k = make(30, 40, 16)
+    scale = torch.tensor(10.0)
+
+    def run() -> list[Tensor]:
+        leaf = q.clone().requires_grad_()
+        out = pairwise("lse", leaf, k, scale=scale, want_col=True)
+        return [*out[:2], *attend(q, k, scale=scale)[:2], *torch.autograd.grad(out.row.sum(), leaf)]
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "max"}, "kind must be 'lse' or 'softplus', got 'max'"),
+        ({"kind": "lse", "bias": torch.tensor(1.0)}, "bias needs kind 'softplus'"),
+        ({"kind": "lse", "want_col": True}, "want_col must be False in self mode"),
+    ],
+)
+def test_bad_combinations(arguments: dict, message: str) -> None:
+    """What does not go together is refused."""
+    with pytest.raises(ValueError, match=message):
+        pairwise(q=torch.ones(2, 2), scale=torch.tensor(1.0), **arguments)
+
+
+def test_attend_refuses_keys_that_require_grad() -> None:
+    """Their gradient would silently be missing."""
+    q, k = (x.requires_grad_() for x in make(3, 4, 2))
+    with pytest.raises(RuntimeError, match="keys get no gradient"):
+        attend(q, k, scale=torch.tensor(1.0)).lse.sum().backward()
+
+
+def test_slack_table_covers_every_dtype() -> None:
+    """helpers.SLACK is what the budget of a dtype is looked up in."""
+    assert set(SLACK) == set(DTYPES)
