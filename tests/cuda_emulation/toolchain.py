@@ -50,15 +50,21 @@ def run(command: Sequence[str | Path]) -> None:
 
 @functools.cache
 def sanitizer_library() -> str | None:
-    """The address sanitizer's runtime, to be loaded before the interpreter; None if not installed."""
+    """What to load before the interpreter: the address sanitizer, and the C++ library that it needs
+    to see exceptions.  None if the compiler has no sanitizer."""
     cxx = compiler()
     if cxx is None:
         return None
-    done = subprocess.run(
-        [cxx, "-print-file-name=libasan.so"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    path = Path(done.stdout.strip())
-    return str(path.resolve()) if path.is_absolute() and path.exists() else None
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        done = subprocess.run(
+            [cxx, f"-print-file-name={name}"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        path = Path(done.stdout.strip())
+        if not (path.is_absolute() and path.exists()):
+            return None
+        paths.append(str(path.resolve()))
+    return ":".join(paths)
 
 
 @functools.cache
