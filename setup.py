@@ -14,9 +14,11 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -74,6 +76,20 @@ def supported_isas(compiler: str) -> dict[str, list[str]]:
 class BuildExt(build_ext):
     """Compiles kernel files for each instruction set in parallel and links them into one module."""
 
+    def run(self) -> None:
+        """Build sslkernels._C, then sslkernels._cuda where it is asked for."""
+        super().run()
+        cuda = cuda_build()
+        output = Path(self.get_ext_fullpath("sslkernels._cuda"))
+        if not cuda.cuda_extension_requested() or cuda.is_up_to_date(output):
+            return
+        try:
+            cuda.build_cuda_extension(output, Path(self.build_temp, "cuda"))
+        except cuda.CudaBuildError as error:
+            if cuda.cuda_extension_required():
+                raise
+            print(f"sslkernels: built without sslkernels._cuda: {error}", file=sys.stderr)
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         """Compile csrc/cpu per instruction set, csrc once, then let setuptools link."""
         if ext.name != "sslkernels._C":
@@ -121,18 +137,18 @@ class BuildExt(build_ext):
         return all(Path(p).stat().st_mtime < built for p in [source, *HEADERS, "setup.py"])
 
 
-def cuda_command() -> type[build_ext]:
-    """BuildExt, extended with the CUDA module when csrc/cuda/build.py says so."""
+def cuda_build() -> ModuleType:
+    """csrc/cuda/build.py, which setup.py can't import by name in pip's isolated build."""
     spec = importlib.util.spec_from_file_location("sslk_cuda_build", ROOT / "csrc/cuda/build.py")
-    if spec is None or spec.loader is None or not (ROOT / "csrc/cuda/build.py").exists():
-        return BuildExt
+    if spec is None or spec.loader is None:
+        raise RuntimeError("csrc/cuda/build.py can't be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.with_cuda(BuildExt)
+    return module
 
 
 extension = Pybind11Extension(
     "sslkernels._C", COMMON_SOURCES, extra_compile_args=compile_flags(), depends=HEADERS, cxx_std=0
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": cuda_command()})
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

@@ -305,8 +305,10 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   e.fill_all_ids();
   e.choose_mode(e.pack_all(buffers, norms));
   if (rows_only_cols) {
-    std::memset(pass.row.factor, 0, size_t(e.q.n_pad) * sizeof(T));
-    std::memset(pass.row.lse, 0, size_t(e.q.n_pad) * sizeof(T));
+    for (int64_t i = 0; i < e.q.n_pad; ++i) {
+      pass.row.factor[i] = T(0);
+      pass.row.lse[i] = -Limits<T>::kFloor;  // 0 * exp2(t - lse) must not meet an overflow
+    }
   } else {
     fill_weight(e, pass.row, b.row, b.drow, e.q.n, e.q.n_pad);
   }
