@@ -281,8 +281,6 @@ def test_nan_input_gives_nan(case: Case) -> None:
     inputs[0] = inputs[0].clone()
     inputs[0].view(-1)[0] = torch.nan
     loss = case.call(ssl, inputs)
-    if case.name.startswith("triplet_loss"):
-        pytest.skip("a NaN distance is never the hardest; documented for the loss of its own row only")
     assert bool(loss.isnan().any()), case.name
 
 
@@ -350,9 +348,8 @@ def test_temperatures(on_engine: str, temperature: float, noise: float) -> None:
 
 
 def test_aligned_views_keep_their_gradient(on_engine: str) -> None:
-    """Equal views at T = 0.02, where the softmax of eager float32 rounds to 1 (relative error 0.6)."""
-    z = views(256, 128)[0]
-    noisy = z + 1e-3 * views(256, 128)[1]
+    """Close views at T = 0.02, where the softmax of eager float32 rounds to 1."""
+    z, noisy = views(256, 128, noise=0.2)
 
     def gradient(function: Callable, a: Tensor, b: Tensor) -> Tensor:
         a = a.clone().requires_grad_()
@@ -361,7 +358,7 @@ def test_aligned_views_keep_their_gradient(on_engine: str) -> None:
     truth = gradient(reference.nt_xent_loss, z.double(), noisy.double())
     error = (gradient(ssl.nt_xent_loss, z, noisy) - truth).norm() / truth.norm()
     eager = (gradient(reference.nt_xent_loss, z, noisy) - truth).norm() / truth.norm()
-    assert error < 1e-3 < eager, f"{on_engine}: ours {error:.1e}, eager {eager:.1e}"
+    assert error < 1e-3 and eager > 0.1, f"{on_engine}: ours {error:.1e}, eager {eager:.1e}"
 
 
 def test_opposite_positives_at_low_temperature(on_engine: str) -> None:

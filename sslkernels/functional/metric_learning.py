@@ -81,6 +81,8 @@ def triplet_loss(
         mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
         total = common.reduce(mined.loss, "sum")
         count = (mined.active if reduction == "mean_nonzero" else mined.count).sum()
+    # A NaN distance is neither the largest nor the smallest: mining alone would pass over it.
+    total = total * (1 + (z.detach() * 0).sum())
     return total if reduction == "sum" else total / count.clamp(min=1)
 
 

@@ -211,7 +211,7 @@ def alignment_loss(
     difference = common.unit(z1, normalize).to(acc) - common.unit(z2, normalize).to(acc)
     squared = difference.square().sum(1)
     if alpha != 2:
-        apart = squared > 0
+        apart = squared != 0  # true for NaN
         squared = torch.where(apart, torch.where(apart, squared, 1.0).pow(alpha / 2), 0.0)
     return common.reduce(squared, reduction)
 
