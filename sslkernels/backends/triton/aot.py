@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the tile kernels for a named architecture without a device and read what they use.
+
+``compile_kernel`` builds the same specialisation that a launch with the same flags would build
+(pointers and feature strides divisible by 16, unit feature stride) and parses the binary: registers,
+stack and spill bytes, shared and tensor memory, tensor-core instructions, 64-bit divisions.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import kernels, kernels_rows
+from .configs import Config, chunks, limits
+
+TRITON_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+_FLOAT32 = {
+    "row_m_ptr", "row_s_ptr", "col_m_ptr", "col_s_ptr", "m_ptr", "s_ptr", "scale_ptr", "bias_ptr",
+    "lift_ptr", "threshold_row_ptr", "threshold_col_ptr", "threshold_ptr", "row_ptr", "drow_ptr",
+    "col_ptr", "dcol_ptr", "dx_ptr", "dbias_ptr", "acc_ptr", "value_ptr", "bias_y_ptr", "mean_ptr",
+    "out_ptr", "factor_ptr",
+}  # fmt: skip
+_INT32 = {"row_rank_ptr", "col_rank_ptr", "part_rank_ptr", "index_ptr"}
+_INT64 = {"ids_x_ptr", "ids_y_ptr", "rank_ptr", "index_out_ptr"}
+_OPERANDS = {"x_ptr", "y_ptr", "g_ptr"}
+
+# One variant for each way a kernel is used by the losses, with every optional feature of that use
+# on: the others have less to keep in registers.  (kernel, its row of the config table, flags)
+VARIANTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "forward lse self": (
+        kernels.forward_kernel,
+        "forward",
+        {"KIND": 0, "TRIANGLE": True, "HAS_COL": True, "HAS_BIAS": False, "HAS_RANK_ROW": True,
+         "HAS_RANK_COL": True},
+    ),
+    "forward lse rows": (
+        kernels.forward_kernel,
+        "forward",
+        {"KIND": 0, "TRIANGLE": False, "HAS_COL": False, "HAS_BIAS": False, "HAS_RANK_ROW": True,
+         "HAS_RANK_COL": False},
+    ),
+    "forward lse rows+cols": (
+        kernels.forward_kernel,
+        "forward",
+        {"KIND": 0, "TRIANGLE": False, "HAS_COL": True, "HAS_BIAS": False, "HAS_RANK_ROW": True,
+         "HAS_RANK_COL": True},
+    ),
+    "forward softplus": (
+        kernels.forward_kernel,
+        "forward",
+        {"KIND": 1, "TRIANGLE": False, "HAS_COL": False, "HAS_BIAS": True, "HAS_RANK_ROW": False,
+         "HAS_RANK_COL": False},
+    ),
+    "extremes": (kernels_rows.extremes_kernel, "extremes", {"SELF": True, "HAS_BIAS": True}),
+    "backward lse": (
+        kernels.backward_kernel,
+        "fused",
+        {"KIND": 0, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": False, "WANT_DBIAS": False},
+    ),
+    "backward softplus": (
+        kernels.backward_kernel,
+        "fused",
+        {"KIND": 1, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": True, "WANT_DBIAS": True},
+    ),
+    "attend": (kernels_rows.attend_kernel, "fused", {"HAS_RANK": True}),
+    "panel lse": (
+        kernels.panel_kernel,
+        "panel",
+        {"KIND": 0, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": False, "WANT_DBIAS": False},
+    ),
+    "panel softplus": (
+        kernels.panel_kernel,
+        "panel",
+        {"KIND": 1, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": True, "WANT_DBIAS": True},
+    ),
+    "product": (kernels.product_kernel, "product", {}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel uses on one architecture."""
+
+    registers: int
+    spill_bytes: int  # NVIDIA: stack + local bytes a thread; AMD: spilled registers * 4
+    shared_bytes: int
+    shared_limit: int
+    tensor_memory: int  # columns of 512; 0 where the architecture has none
+    tensor_core: str  # the instruction family found, or ""
+    wide_divisions: int  # 64-bit divisions or remainders by a run-time value
+
+    def problems(self, dtype: str) -> list[str]:
+        """The budget: reasons why this kernel must not ship, empty if it may."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"{self.spill_bytes} bytes spilled")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"shared memory {self.shared_bytes} > {self.shared_limit} bytes")
+        if dtype != "float32" and not self.tensor_core:
+            found.append("no tensor-core instruction")
+        if self.wide_divisions:
+            found.append(f"{self.wide_divisions} 64-bit divisions")
+        return found
+
+
+def target_of(arch: str) -> GPUTarget:
+    """ "sm_90" or "gfx942" as Triton's target."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def _source(fn: Any, dtype: str, D: int, constants: dict[str, Any]) -> ASTSource:
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int], Any] = {}
+    attrs: dict[tuple[int], list[list[Any]]] = {}
+    for position, name in enumerate(fn.arg_names):
+        if name in _OPERANDS:
+            signature[name] = "*" + TRITON_DTYPES[dtype]
+        elif name in _FLOAT32:
+            signature[name] = "*fp32"
+        elif name in _INT32:
+            signature[name] = "*i32"
+        elif name in _INT64:
+            signature[name] = "*i64"
+        elif name in ("stride_xd", "stride_yd"):
+            signature[name] = "constexpr"
+            constexprs[(position,)] = 1
+        elif name in constants:
+            signature[name] = "constexpr"
+            constexprs[(position,)] = constants[name]
+        else:
+            signature[name] = "i32"
+        divisible = signature[name].startswith("*") or (
+            name in ("stride_xn", "stride_yn", "stride_gn", "D")
+            and (name == "stride_gn" or D % 16 == 0)
+        )
+        if divisible:
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)
+
+
+def compile_kernel(
+    variant: str, arch: str, dtype: str, D: int, config: Config, precision: str = "ieee"
+) -> tuple[Usage, Any]:
+    """Compile one variant for one architecture.
+
+    Args:
+        variant: a key of ``VARIANTS``.
+        arch: "sm_80", "sm_90", "sm_100", "gfx942" or another one that Triton knows.
+        dtype: "float32", "bfloat16" or "float16".
+        D: feature dimension, 1 to 1024.
+        config: tile sizes and launch options.
+        precision: ``input_precision`` of the dot products.
+
+    Returns:
+        The usage and Triton's compiled kernel (its ``asm`` dict has every stage).
+    """
+    fn, table, flags = VARIANTS[variant]
+    block_d, num_d = (config.block_d, 1) if table == "product" else chunks(config, D)
+    constants: dict[str, Any] = {
+        **flags,
+        "HAS_IDS": True,
+        "HAS_LIFT": dtype == "float16",
+        "EVEN_M": False,
+        "EVEN_D": D == block_d * num_d,
+        "HOLD_X": config.hold_x,
+        "PRECISION": precision,
+        "NUM_D": num_d,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": block_d,
+    }
+    target = target_of(arch)
+    options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(_source(fn, dtype, D, constants), target=target, options=options)
+    if target.backend == "cuda":
+        return _nvidia_usage(compiled, arch), compiled
+    return _amd_usage(compiled, arch), compiled
+
+
+def _wide_divisions(llir: str) -> int:
+    """64-bit divisions whose divisor is a run-time value (a constant becomes shifts)."""
+    return len(re.findall(r"\b[su](?:div|rem) (?:exact )?i64 [^,]+, %", llir))
+
+
+def _nvidia_usage(compiled: Any, arch: str) -> Usage:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run(
+            [tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"aot: cuobjdump printed no resource usage for {arch}: {text!r}")
+    ptx = compiled.asm["ptx"]
+    families = [w for w in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if w in ptx]
+    return Usage(
+        registers=int(found[1]),
+        spill_bytes=int(found[2]) + int(found[3]),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=limits(arch).shared_bytes,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        tensor_core="+".join(w.split(".")[0] for w in families),
+        wide_divisions=_wide_divisions(compiled.asm["llir"]),
+    )
+
+
+def _amd_usage(compiled: Any, arch: str) -> Usage:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"aot: the assembly for {arch} has no .{key}")
+        return int(found[1])
+
+    scratch = number("private_segment_fixed_size")
+    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    return Usage(
+        registers=number("vgpr_count"),
+        spill_bytes=max(scratch, spilled),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=limits(arch).shared_bytes,
+        tensor_memory=0,
+        tensor_core="mfma" if "v_mfma" in text else ("wmma" if "v_wmma" in text else ""),
+        wide_divisions=_wide_divisions(compiled.asm["llir"]),
+    )

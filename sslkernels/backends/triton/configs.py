@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes: a small table per (architecture family, kernel table, dtype class, D).
+
+No entry was timed: each is the largest tile of its candidate list that compiles on that family with
+zero spills and within shared memory for every variant of the kernel (``docs/gpu.md`` has the compiled
+figures, ``make gpu-report`` regenerates them).  "Largest" is by intensity, BLOCK_N * BLOCK_M /
+(BLOCK_N + BLOCK_M) FLOPs a byte read.  To measure instead, call ``tuning.autotune``; to force a
+configuration, use ``override``.
+
+The kernel tables:
+
+* ``forward``, ``extremes``: one S tile at a time;
+* ``fused``: backward and attend with the [BLOCK_N, D] sums on chip; None where that does not fit, and
+  then the gradient goes by panels;
+* ``panel``: writes G of some rows; ``product``: multiplies it with y (block_m is the summed side).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+TABLES = ("forward", "extremes", "fused", "panel", "product")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+# The last row of a table: holds for every larger D (verified up to 1024).
+ANY_D = 1 << 31
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of one kernel: rows, columns, features, and how it is compiled."""
+
+    block_n: int
+    block_m: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    hold_x: bool = True  # forward table only: keep the block of x on chip (else stream by chunks)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use at most."""
+
+    shared_bytes: int
+    source: str
+
+
+# Dynamic shared memory one block can opt in to (CUDA C++ programming guide, technical
+# specifications per compute capability) and LDS of a workgroup (AMD ISA guides).
+_LIMITS = {
+    "sm_80": Limits(166_912, "163 KB"),
+    "sm_86": Limits(101_376, "99 KB"),
+    "sm_87": Limits(166_912, "163 KB"),
+    "sm_89": Limits(101_376, "99 KB"),
+    "sm_90": Limits(232_448, "227 KB"),
+    "sm_100": Limits(232_448, "227 KB"),
+    "sm_103": Limits(232_448, "227 KB"),
+    "sm_120": Limits(101_376, "99 KB"),
+    "sm_121": Limits(101_376, "99 KB"),
+    "gfx950": Limits(163_840, "160 KB"),
+}
+_SMALLEST = Limits(65_536, "64 KB, the smallest of any supported device")
+
+
+def limits(arch: str) -> Limits:
+    """Limits of an architecture; an unknown one gets the smallest."""
+    return _LIMITS.get(arch, _SMALLEST)
+
+
+def family(arch: str) -> str:
+    """Which rows of the table an architecture uses."""
+    if arch in ("sm_80", "sm_87"):
+        return "ampere"  # mma.sync, 163 KB
+    if arch == "sm_90":
+        return "hopper"  # wgmma, 227 KB
+    if arch in ("sm_100", "sm_103"):
+        return "blackwell"  # tcgen05, 227 KB and tensor memory
+    if arch.startswith("sm_"):
+        return "small"  # mma.sync, 99 KB or less: sm_86, sm_89, sm_120, ...
+    return "cdna"  # mfma, 64 KB; wave64
+
+
+@functools.cache
+def _cuda_arch(index: int) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "interpreter" for a CPU tensor."""
+    if device.type != "cuda":
+        return "interpreter"
+    return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+# Programs a launch should have at least: four a multiprocessor, so that the last wave, which is on
+# average half empty, costs an eighth.  The interpreter gets enough to exercise the splits.
+_WAVES = 4
+_INTERPRETER_PROGRAMS = 8
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def target_programs(device: torch.device) -> int:
+    """How many programs fill the device."""
+    if _overrides.programs is not None:
+        return _overrides.programs
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _WAVES * _multiprocessors(index)
+
+
+def chunks(config: Config, D: int) -> tuple[int, int]:
+    """(BLOCK_D, NUM_D): chunk width and count that cover D.
+
+    The width is block_d, less if D is less, and half of it where that wastes fewer columns: D = 129
+    with block_d = 128 is three chunks of 64, not two of 128.
+    """
+    width = min(config.block_d, max(16, triton.next_power_of_2(D)))
+    count = triton.cdiv(D, width)
+    half = width // 2
+    if half >= 16 and triton.cdiv(D, half) * half < count * width:
+        return half, triton.cdiv(D, half)
+    return width, count
+
+
+# (family, table, "half" | "float32") -> rows of (largest D, configuration or None)
+_Rows = list[tuple[int, Config | None]]
+TABLE: dict[tuple[str, str, str], _Rows] = {}
+for _dtype in ("half", "float32"):
+    TABLE["interpreter", "extremes", _dtype] = TABLE["interpreter", "forward", _dtype] = [
+        (64, Config(32, 16, 32, 4, 1)),
+        (ANY_D, Config(32, 16, 64, 4, 1, False)),
+    ]
+    TABLE["interpreter", "fused", _dtype] = [(256, Config(32, 16, 64, 4, 1)), (ANY_D, None)]
+    TABLE["interpreter", "panel", _dtype] = [(ANY_D, Config(32, 32, 64, 4, 1))]
+    TABLE["interpreter", "product", _dtype] = [(ANY_D, Config(32, 16, 64, 4, 1))]
+
+
+def _dtype_class(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float32 else "half"
+
+
+def lookup(table: str, arch: str, D: int, dtype: torch.dtype) -> Config | None:
+    """The table's entry, without overrides: the first row whose largest D is not below D."""
+    rows = TABLE[
+        "interpreter" if arch == "interpreter" else family(arch), table, _dtype_class(dtype)
+    ]
+    for largest, config in rows:
+        if largest >= D:
+            return config
+    return None
+
+
+@dataclass
+class _Overrides:
+    configs: dict[str, Config | None]
+    programs: int | None = None
+    precision: str | None = None
+
+
+_overrides = _Overrides({})
+# (table, arch, D, dtype) -> configuration found by tuning.autotune
+_tuned: dict[tuple[str, str, int, torch.dtype], Config | None] = {}
+
+
+@contextlib.contextmanager
+def override(
+    *, programs: int | None = None, fp32_precision: str | None = None, **tables: Config | None
+) -> Iterator[None]:
+    """Force configurations inside the block.
+
+    Args:
+        programs: programs a launch should have, instead of four a multiprocessor.
+        fp32_precision: "ieee", "tf32" or "tf32x3" for float32 products.
+        **tables: forward, fused, panel, product; ``fused=None`` sends gradients by panels.
+
+    Raises:
+        ValueError: for an unknown table or precision.
+    """
+    global _overrides
+    unknown = set(tables) - set(TABLES)
+    if unknown:
+        raise ValueError(
+            f"override: tables are {', '.join(TABLES)}, got {', '.join(sorted(unknown))}"
+        )
+    if fp32_precision is not None and fp32_precision not in PRECISIONS:
+        raise ValueError(
+            f"override: fp32_precision must be one of {PRECISIONS}, got {fp32_precision!r}"
+        )
+    previous = _overrides
+    _overrides = _Overrides(
+        {**previous.configs, **tables},
+        previous.programs if programs is None else programs,
+        previous.precision if fp32_precision is None else fp32_precision,
+    )
+    try:
+        yield
+    finally:
+        _overrides = previous
+
+
+def remember(table: str, arch: str, D: int, dtype: torch.dtype, config: Config | None) -> None:
+    """Use a measured configuration from now on in this process."""
+    _tuned[table, arch, D, dtype] = config
+
+
+def choose(table: str, device: torch.device, D: int, dtype: torch.dtype) -> Config | None:
+    """The configuration to launch with: override, else tuned, else the table."""
+    if table in _overrides.configs:
+        return _overrides.configs[table]
+    arch = arch_of(device)
+    key = (table, arch, D, dtype)
+    if key in _tuned:
+        return _tuned[key]
+    return lookup(table, arch, D, dtype)
+
+
+def require(table: str, device: torch.device, D: int, dtype: torch.dtype) -> Config:
+    """``choose`` for the tables that have an entry for every D."""
+    config = choose(table, device, D, dtype)
+    if config is None:
+        raise ValueError(
+            f"triton backend: no {table} configuration for D = {D}, {dtype} on {device}"
+        )
+    return config
+
+
+def precision() -> str:
+    """``input_precision`` of float32 products: "ieee" unless asked otherwise.
+
+    Asked by ``override(fp32_precision=...)`` or the environment variable
+    SSLKERNELS_TRITON_FP32=tf32|tf32x3.  torch.backends.cuda.matmul.allow_tf32 is not such an ask: it
+    is often set for the network, and a temperature of 0.01 turns its 1e-3 into 10 %.
+    """
+    asked = _overrides.precision or os.environ.get("SSLKERNELS_TRITON_FP32", "ieee")
+    if asked not in PRECISIONS:
+        raise ValueError(f"SSLKERNELS_TRITON_FP32 must be one of {PRECISIONS}, got {asked!r}")
+    return asked

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launchers of the tile kernels: the functions of ``backends/interface.py`` for CUDA tensors.
+
+Nothing here reads a tensor on the host, and every buffer size follows from shapes alone, so each
+function can be captured in a CUDA graph.  How much is allocated beyond the outputs:
+
+* row slots: splits * N * 3 words, column slots: row blocks per launch * M * 3 words, both at most
+  ``max((N + M) * D, 2^24)`` words;
+* partial products of backward and attend: splits * N * D words under the same bound;
+* a panel of G, for large D only: rows * M elements under the same bound.
+
+So extra memory is O((N + M) * D) plus at most 64 MiB a buffer.  Columns are reduced in the same pass
+as rows: each row block writes its column sums to a slot of its own, and when the slots of one launch
+reach the bound they are folded into slot 0 before the next launch.  The alternative, a second pass
+with the roles swapped, needs no slots but computes every product twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..interface import Attend, Extremes, Kind, PairwiseBackward, PairwiseForward
+from . import configs, kernels, kernels_rows
+from .gradients import Side, gradient
+from .plan import COMBINE_BLOCK, Slots, check, slot_words, splits_for, tile_flags, vector
+from .runtime import launch
+
+
+def pairwise_forward(
+    kind: Kind,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    want_col: bool,
+    threshold_row: Tensor | None,
+    threshold_col: Tensor | None,
+) -> PairwiseForward:
+    """See ``Backend.pairwise_forward``.  Self mode visits one triangle of S: N^2 D FLOPs."""
+    check("pairwise_forward", q, k)
+    triangle = k is None
+    y = q if k is None else k
+    (N, D), M, device = q.shape, y.shape[0], q.device
+    kind_id = 0 if kind == "lse" else 1
+    has_col = triangle or want_col
+    ids_x, ids_y = vector(ids_q), vector(ids_q if triangle else ids_k)
+    threshold_row = vector(threshold_row)
+    threshold_col = threshold_row if triangle else vector(threshold_col)
+    rank_row, rank_col = threshold_row is not None, has_col and threshold_col is not None
+
+    def empty(length: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(length, dtype=dtype, device=device)
+
+    out_row = empty(N, torch.float32)
+    out_col = empty(M if want_col else 0, torch.float32)
+    out_rank_row = empty(N if rank_row else 0, torch.int64)
+    out_rank_col = empty(M if want_col and rank_col else 0, torch.int64)
+    result = PairwiseForward(out_row, out_col, out_rank_row, out_rank_col)
+    if N == 0 or M == 0:
+        for t in (out_row, out_col):
+            t.fill_(float("-inf") if kind_id == 0 else 0.0)
+        for t in (out_rank_row, out_rank_col):
+            t.zero_()
+        return result
+
+    config = configs.require("forward", device, D, q.dtype)
+    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    words = slot_words(N, M, D)
+    group = min(row_blocks, max(1, words // (3 * M))) if has_col else row_blocks
+    splits, per_split = splits_for(device, group, tiles, max(1, words // (3 * N)))
+    # Slots of one buffer: [a row slot for each split | the fold | a column slot for each row block].
+    # In self mode rows and columns are the same thing and share it; otherwise each has its own.
+    folds = group < row_blocks
+    rows = Slots(kind_id, rank_row, splits + (folds + group if triangle else 0), N, device)
+    cols, fold = rows, splits
+    if has_col and not triangle:
+        cols, fold = Slots(kind_id, rank_col, folds + group, M, device), 0
+    col_base = fold + folds
+    if folds:
+        cols.clear(fold)
+
+    flags = {
+        "KIND": kind_id,
+        "TRIANGLE": triangle,
+        "HAS_COL": has_col,
+        "HAS_BIAS": bias is not None,
+        "HAS_IDS": ids_x is not None,
+        "HAS_RANK_ROW": rank_row,
+        "HAS_RANK_COL": rank_col,
+        "HOLD_X": config.hold_x,
+        **tile_flags(config, q, y),
+    }
+    for first_block in range(0, row_blocks, group):
+        blocks = min(group, row_blocks - first_block)
+        launch(
+            kernels.forward_kernel,
+            (blocks, splits),
+            device,
+            *rows.pointers(0),
+            *(cols.pointers(col_base) if has_col else (None, None, None)),
+            q,
+            y,
+            scale,
+            bias,
+            ids_x,
+            ids_y,
+            threshold_row,
+            threshold_col if rank_col else None,
+            N,
+            M,
+            D,
+            per_split,
+            first_block,
+            *q.stride(),
+            *y.stride(),
+            **flags,
+        )
+        if not has_col:
+            continue
+        where = (col_base, first_block, config) if triangle else None
+        end = col_base + blocks
+        if first_block + blocks < row_blocks:
+            cols.combine(None, None, fold, end, where)
+        elif triangle:
+            cols.combine(out_row, out_rank_row if rank_row else None, 0, end, where)
+        else:
+            cols.combine(out_col, out_rank_col if rank_col else None, 0, end)
+    if not triangle:
+        rows.combine(out_row, out_rank_row if rank_row else None, 0, splits)
+    return result
+
+
+def pairwise_backward(
+    kind: Kind,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    row: Tensor,
+    col: Tensor | None,
+    drow: Tensor,
+    dcol: Tensor | None,
+    want_dq: bool,
+    want_dk: bool,
+) -> PairwiseBackward:
+    """See ``Backend.pairwise_backward``.
+
+    Self mode is one pass with col = row and dcol = drow (4 N^2 D FLOPs).  Otherwise dq and dk are
+    one pass each, 4 N M D FLOPs, the second with the roles of q and k swapped.
+    """
+    check("pairwise_backward", q, k)
+    lse = kind == "lse"
+    kind_id = 0 if lse else 1
+    row, col = (vector(row), vector(col)) if lse else (None, None)
+    drow, dcol = vector(drow), vector(dcol)
+    ids_q, ids_k = vector(ids_q), vector(ids_k)
+    nothing = torch.empty(0, dtype=torch.float32, device=q.device)
+    dq = dk = nothing
+    total: Tensor | None = None
+    q_side = Side(q, ids_q, row, drow)
+    k_side = q_side if k is None else Side(k, ids_k, col, dcol)
+    if want_dq or (not lse and not want_dk):
+        dx, total = gradient(kind_id, q_side, k_side, scale, bias, scale, want_dbias=not lse)
+        dq = dx if want_dq else nothing
+        if k is None and total is not None:
+            total = 0.5 * total  # the pass summed G + G^T
+    if want_dk and k is not None:
+        dk, swapped = gradient(
+            kind_id, k_side, q_side, scale, bias, scale, want_dbias=not lse and total is None
+        )
+        total = swapped if total is None else total
+    if total is None:
+        total = torch.zeros((), dtype=torch.float32, device=q.device)
+    return PairwiseBackward(dq, dk, total)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    threshold: Tensor | None,
+) -> Attend:
+    """See ``Backend.attend``.
+
+    4 N M D FLOPs where the fused kernel fits; for large D log-sum-exp first and then the mean key as
+    a gradient by panels (drow = 1), 6 N M D.  Nothing of k is needed for the backward pass.
+    """
+    check("attend", q, k)
+    (N, D), M, device = q.shape, k.shape[0], q.device
+    config = configs.choose("fused", device, D, q.dtype)
+    if config is None:
+        forward = pairwise_forward("lse", q, k, scale, None, ids_q, ids_k, False, threshold, None)
+        one = torch.ones((), dtype=torch.float32, device=device)
+        rows = Side(q, vector(ids_q), forward.row, one.expand(N).contiguous())
+        columns = Side(k, vector(ids_k), None, None)
+        mean_key, _ = gradient(0, rows, columns, scale, None, one, want_dbias=False)
+        return Attend(forward.row, mean_key, forward.rank_row)
+
+    has_rank = threshold is not None
+    lse = torch.empty(N, dtype=torch.float32, device=device)
+    mean_key = torch.empty(N, D, dtype=torch.float32, device=device)
+    rank = torch.empty(N if has_rank else 0, dtype=torch.int64, device=device)
+    if N == 0 or M == 0:
+        return Attend(lse.fill_(float("-inf")), mean_key.zero_(), rank.zero_())
+    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    splits, per_split = splits_for(
+        device, row_blocks, tiles, max(1, slot_words(N, M, D) // (N * D))
+    )
+    slots = Slots(0, has_rank, splits, N, device)
+    acc = torch.empty(splits, N, D, dtype=torch.float32, device=device)
+    launch(
+        kernels_rows.attend_kernel,
+        (row_blocks, splits),
+        device,
+        *slots.pointers(0),
+        acc,
+        q,
+        k,
+        scale,
+        vector(ids_q),
+        vector(ids_k),
+        vector(threshold),
+        N,
+        M,
+        D,
+        per_split,
+        *q.stride(),
+        *k.stride(),
+        HAS_IDS=ids_q is not None,
+        HAS_RANK=has_rank,
+        HAS_LIFT=q.dtype == torch.float16,
+        **tile_flags(config, q, k),
+    )
+    slots.combine(lse, rank if has_rank else None, 0, splits)
+    block_n, block_d = 16, min(64, max(16, triton.next_power_of_2(D)))
+    launch(
+        kernels_rows.attend_combine_kernel,
+        (triton.cdiv(N, block_n), triton.cdiv(D, block_d)),
+        device,
+        mean_key,
+        slots.m,
+        slots.s,
+        acc,
+        N,
+        D,
+        splits,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+    )
+    return Attend(lse, mean_key, rank)
+
+
+def extremes(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias_k: Tensor | None,
+    ids_q: Tensor,
+    ids_k: Tensor | None,
+) -> Extremes:
+    """See ``Backend.extremes``.  A NaN in S counts as the extreme, as in torch.argmax."""
+    check("extremes", q, k)
+    y = q if k is None else k
+    (N, D), M, device = q.shape, y.shape[0], q.device
+    found = torch.full((2, N), -1, dtype=torch.int64, device=device)
+    if N == 0 or M == 0:
+        return Extremes(found[0], found[1])
+    ids_x = ids_q.contiguous()
+    ids_y = ids_x if k is None or ids_k is None else ids_k.contiguous()
+    config = configs.require("extremes", device, D, q.dtype)
+    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    splits, per_split = splits_for(
+        device, row_blocks, tiles, max(1, slot_words(N, M, D) // (4 * N))
+    )
+    values = torch.empty(2, splits, N, dtype=torch.float32, device=device)
+    indices = torch.empty(2, splits, N, dtype=torch.int32, device=device)
+    launch(
+        kernels_rows.extremes_kernel,
+        (row_blocks, splits),
+        device,
+        values,
+        indices,
+        q,
+        y,
+        scale,
+        vector(bias_k),
+        ids_x,
+        ids_y,
+        N,
+        M,
+        D,
+        per_split,
+        *q.stride(),
+        *y.stride(),
+        SELF=k is None,
+        HAS_BIAS=bias_k is not None,
+        HOLD_X=config.hold_x,
+        **tile_flags(config, q, y),
+    )
+    launch(
+        kernels_rows.extremes_combine_kernel,
+        (triton.cdiv(N, COMBINE_BLOCK), 2),
+        device,
+        found,
+        values,
+        indices,
+        N,
+        splits,
+        BLOCK_L=COMBINE_BLOCK,
+    )
+    return Extremes(found[0], found[1])
