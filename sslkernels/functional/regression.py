@@ -13,7 +13,7 @@ from sslkernels.functional import _common as common
 def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """BYOL's regression of one view: 2 - 2 cos(prediction, target).
 
-    The target gets no gradient.  A zero row has cosine 0 and gradient 0.
+    The target gets no gradient.  A zero row has cosine 0.
 
     Args:
         prediction: [N, D], output of the predictor.
