@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``ssltrain``: train, evaluate, embed, plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssltrain.config import (
+    METHODS,
+    RUNTIME_FIELDS,
+    OneLineParser,
+    TrainConfig,
+    config_parser,
+    flag,
+)
+from ssltrain.errors import UserError
+
+# torch, kornia, scikit-learn and matplotlib take seconds to import: the functions below import
+# them when they are needed, so that help and a mistyped flag answer at once.
+if TYPE_CHECKING:
+    from ssltrain.data import ImageData
+    from ssltrain.runs import RunFolder
+
+USAGE = """\
+usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
+       ssltrain METHOD --resume RUN            continue a run bit for bit
+       ssltrain demo [flags]                   train all three methods on digits
+       ssltrain eval RUN                       evaluate a run again
+       ssltrain embed RUN [--data DATA]        write the features of a data set
+       ssltrain plot RUN                       draw a run again
+
+METHOD is simclr, byol or moco. Every run has a folder (the default is runs/METHOD-DATA-seedN).
+'ssltrain simclr --help' lists the flags; docs/training.md explains them.
+"""
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0, or 2 for an error that the user can put right (one line on stderr), or 130 when a
+        training run was interrupted and left a checkpoint.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"ssltrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before or after the training loop, which has its own handler
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    command, rest = words[0], words[1:]
+    if command in METHODS:
+        return _train(command, rest)
+    commands = {"demo": _demo, "eval": _eval, "embed": _embed, "plot": _plot}
+    if command not in commands:
+        raise UserError(
+            f"unknown command '{command}'; choose one of {', '.join([*METHODS, *commands])}"
+        )
+    return commands[command](rest)
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def _train(method: str, arguments: list[str]) -> int:
+    config, resume = read_arguments(method, arguments)
+    return train(config, resume)
+
+
+def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunFolder | None]:
+    """The configuration of a run, and the folder to resume if ``--resume`` names one.
+
+    A new run starts from the preset of the method and the kind of its data; a resumed one from
+    its saved configuration, of which only the flags in RUNTIME_FIELDS may be changed.
+
+    Raises:
+        UserError: a bad flag, file or value.
+    """
+    prog = f"ssltrain {method}"
+    # The first pass only finds out which defaults apply; help must wait for them.
+    asks_help = any(word in ("-h", "--help") for word in arguments)
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    values = _parse(words, TrainConfig(method=_as_method(method)), prog)
+    resume = values.pop("resume")
+    if resume is None:
+        from ssltrain.data import locate
+
+        kind, _ = locate(values["data"])
+        defaults, folder = TrainConfig.from_presets(method, values["data"], kind), None
+    else:
+        from ssltrain.runs import RunFolder
+
+        folder = RunFolder.open(resume)
+        defaults = TrainConfig.load(folder.config)
+    if asks_help:
+        _parser(defaults, prog).print_help()
+        raise SystemExit(0)
+    values = _parse(words, defaults, prog)
+    values.pop("resume")
+    config = TrainConfig(**values).validate()
+    if folder is not None and defaults.method != method:
+        raise UserError(f"{resume} is a {defaults.method} run: use 'ssltrain {defaults.method}'")
+    if config.method != method:
+        raise UserError(f"the configuration is for {config.method}: use 'ssltrain {config.method}'")
+    if folder is not None:
+        for item in dataclasses.fields(TrainConfig):
+            kept, asked = getattr(defaults, item.name), getattr(config, item.name)
+            if kept != asked and item.name not in RUNTIME_FIELDS:
+                raise UserError(
+                    f"{flag(item.name)} was {kept!r} in {resume} and cannot become {asked!r} on "
+                    "--resume; drop the flag, or start a new run"
+                )
+    return config, folder
+
+
+def _as_method(name: str) -> Any:
+    return name
+
+
+def _parser(defaults: TrainConfig, prog: str) -> OneLineParser:
+    parser = config_parser(defaults, prog)
+    parser.add_argument("--resume", type=str, help="run folder to continue, bit for bit")
+    return parser
+
+
+def _parse(words: list[str], defaults: TrainConfig, prog: str) -> dict[str, Any]:
+    values = _parser(defaults, prog).parse_args(words).as_dict()
+    values.pop("config", None)
+    return values
+
+
+def train(config: TrainConfig, resume: RunFolder | None = None) -> int:
+    """Train, evaluate and draw; return the exit code.
+
+    Args:
+        config: the run.
+        resume: the folder of the run to continue; None starts a new one.
+
+    Raises:
+        UserError: something in the configuration or the data does not fit.
+    """
+    from ssltrain.data import load
+    from ssltrain.parallel import world
+    from ssltrain.runs import RunFolder
+    from ssltrain.trainer import Trainer
+
+    with world(config) as processes:
+        data = load(config.data, config.image_size)
+        trainer = Trainer(config, data, processes, None)
+        if resume is not None:
+            trainer.restore(resume.read_checkpoint())
+        if processes.is_main:
+            trainer.folder = resume or RunFolder.create(config, data.name)
+            print(
+                f"{config.method} on {data.name}: {len(data.train)} training images, "
+                f"{trainer.total_steps} steps on {processes.device}; run folder "
+                f"{trainer.folder.path}",
+                flush=True,
+            )
+        outcome = trainer.fit()
+        if trainer.folder is None:
+            return 0
+        print(f"trained for {outcome.seconds:.1f} s at {outcome.images_per_s:,.0f} images/s")
+    folder = trainer.folder
+    if not outcome.finished:
+        print(
+            f"stopped at step {trainer.method.step} of {trainer.total_steps}; "
+            f"continue with: ssltrain {config.method} --resume {folder.path}"
+        )
+        return 0 if config.stop_after else INTERRUPTED
+    if config.evaluate:
+        _report(folder, config, data, evaluate=data.has_labels)
+    return 0
+
+
+def _report(folder: RunFolder, config: TrainConfig, data: ImageData, evaluate: bool) -> None:
+    """Evaluate (where asked), draw both plots, and print where everything is."""
+    from ssltrain.evaluate import all_features, table
+    from ssltrain.evaluate import evaluate as score_all
+    from ssltrain.parallel import choose_device
+    from ssltrain.plots import draw_loss, draw_map
+
+    features = all_features(folder, config, data, choose_device(config.device))
+    if evaluate:
+        print(table(score_all(folder, config, data, features)))
+    elif not data.has_labels:
+        print(f"{data.name} has no labels: no probes, only the plots")
+    written = [folder.results] if evaluate else []
+    if folder.read_metrics():
+        draw_loss(folder, config)
+        written.append(folder.loss_plot)
+    draw_map(folder, config, data, features)
+    written.append(folder.map_plot)
+    print("wrote " + ", ".join(str(path) for path in written), flush=True)
+
+
+def _demo(arguments: list[str]) -> int:
+    """Train the three methods on digits with the same flags, then print the tables together."""
+    for method in METHODS:
+        config, resume = read_arguments(method, arguments)
+        if resume is not None or config.run:
+            raise UserError("ssltrain demo starts three new runs: drop --resume and --run")
+        if config.data != "digits":
+            raise UserError("ssltrain demo trains on digits: use 'ssltrain simclr --data ...'")
+        code = train(config)
+        if code:
+            return code
+    return 0
+
+
+# ---- commands on a run folder ----------------------------------------------------------------
+
+
+def _run_parser(command: str, purpose: str) -> OneLineParser:
+    parser = OneLineParser(
+        prog=f"ssltrain {command}", description=purpose, allow_abbrev=False, default_env=False
+    )
+    parser.add_argument("run_folder", type=str, help="folder of a run")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or another")
+    return parser
+
+
+def _open_run(options: dict[str, Any]) -> tuple[RunFolder, TrainConfig]:
+    from ssltrain.runs import RunFolder
+
+    folder = RunFolder.open(options["run_folder"])
+    config = TrainConfig.load(folder.config)
+    return folder, dataclasses.replace(config, device=options["device"])
+
+
+def _eval(arguments: list[str]) -> int:
+    from ssltrain.data import load
+
+    parser = _run_parser("eval", "evaluate the last checkpoint of a run, and draw it")
+    folder, config = _open_run(parser.parse_args(arguments).as_dict())
+    data = load(config.data, config.image_size)
+    if not data.has_labels:
+        raise UserError(f"{data.name} has no labels, which the evaluation needs")
+    _report(folder, config, data, evaluate=True)
+    return 0
+
+
+def _plot(arguments: list[str]) -> int:
+    from ssltrain.data import load
+
+    parser = _run_parser("plot", "draw the loss curve and the map of the embeddings of a run")
+    folder, config = _open_run(parser.parse_args(arguments).as_dict())
+    _report(folder, config, load(config.data, config.image_size), evaluate=False)
+    return 0
+
+
+def _embed(arguments: list[str]) -> int:
+    parser = _run_parser("embed", "write the features of a data set as .npz")
+    parser.add_argument("--data", type=str, help="data set; the default is the one of the run")
+    parser.add_argument("--out", type=str, help="file to write (default: RUN/embeddings.npz)")
+    options = parser.parse_args(arguments).as_dict()
+
+    import numpy as np
+
+    from ssltrain.data import load
+    from ssltrain.evaluate import embed, trained_encoder
+    from ssltrain.parallel import choose_device
+
+    folder, config = _open_run(options)
+    own = load(config.data, config.image_size)  # the encoder's normalisation comes from here
+    data = own if options["data"] is None else load(options["data"], own.size[0])
+    if data.channels != own.channels or data.size != own.size:
+        raise UserError(
+            f"{data.name} has images of {data.channels} x {data.size[0]} x {data.size[1]}, the run "
+            f"was trained on {own.channels} x {own.size[0]} x {own.size[1]}"
+        )
+    encoder = trained_encoder(folder, config, own)
+    device = choose_device(config.device)
+    arrays: dict[str, Any] = {}
+    for name, part in (("train", data.train), ("test", data.test)):
+        arrays[f"{name}_features"] = embed(encoder, part.images, device)
+        if part.labels is not None:
+            arrays[f"{name}_labels"] = part.labels
+    out = Path(options["out"]).expanduser() if options["out"] else folder.embeddings
+    try:
+        with out.open("wb") as file:  # a file object: np.savez would add .npz to another suffix
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    print(f"wrote {out}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
+    return 0

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: one frozen dataclass, its presets, its checks, its file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from ssltrain.errors import UserError
+from ssltrain.presets import preset
+
+METHODS = ("simclr", "byol", "moco")
+
+# Flags that say how to run, not what to compute: they may differ when a run is resumed.
+RUNTIME_FIELDS = frozenset(
+    {"device", "threads", "stop_after", "evaluate", "progress", "log_every", "save_every"}
+)
+
+
+def _option(default: Any, group: str, text: str) -> Any:
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; written to ``config.yaml`` in its folder.
+
+    The defaults below are overlaid by the preset of the method and the data set
+    (``ssltrain.presets``), then by ``--config FILE``, then by flags.
+    """
+
+    method: Literal["simclr", "byol", "moco"] = _option("simclr", "run", "training method")
+    data: str = _option(
+        "digits", "data", "digits, or a path, or mnist:DIR, cifar10:DIR, npz:FILE, folder:DIR"
+    )
+    image_size: int = _option(
+        0, "data", "pixels a side after resizing; 0 keeps the size (image folders: 64)"
+    )
+
+    backbone: str = _option("resnet", "model", "resnet, timm:NAME or module:factory")
+    width: int = _option(32, "model", "channels of the first stage of resnet")
+    stages: int = _option(4, "model", "stages of resnet; each after the first halves the image")
+    blocks: int = _option(2, "model", "residual blocks a stage of resnet")
+    projector_hidden: int = _option(512, "model", "hidden width of projector and predictor")
+    projector_dim: int = _option(128, "model", "output width of projector and predictor")
+
+    temperature: float = _option(0.1, "loss", "softmax temperature (simclr, moco)")
+    queue_size: int = _option(4096, "loss", "negatives kept in the queue (moco)")
+    ema_decay: float = _option(
+        0.99, "loss", "decay of the target network; byol raises it to 1 along a cosine"
+    )
+    symmetric: bool = _option(
+        False, "loss", "moco: also use view 2 as query and view 1 as key (byol always does)"
+    )
+
+    crop_min: float = _option(0.2, "augmentation", "least area of a random crop; 1 turns it off")
+    flip: float = _option(0.5, "augmentation", "probability of a horizontal flip")
+    jitter: float = _option(0.5, "augmentation", "strength of colour jitter; 0 turns it off")
+    gray: float = _option(0.2, "augmentation", "probability of dropping the colour")
+    blur: float = _option(0.0, "augmentation", "probability of a Gaussian blur")
+    rotate: float = _option(0.0, "augmentation", "largest rotation in degrees")
+    translate: float = _option(0.0, "augmentation", "largest shift as a share of the side")
+    zoom: float = _option(0.0, "augmentation", "largest relative change of scale")
+    shear: float = _option(0.0, "augmentation", "largest shear in degrees")
+    elastic: float = _option(0.0, "augmentation", "strength of elastic deformation")
+    erase: float = _option(0.0, "augmentation", "probability of erasing a rectangle")
+    noise: float = _option(0.0, "augmentation", "standard deviation of Gaussian noise")
+
+    epochs: int = _option(100, "optimisation", "passes over the training images")
+    batch_size: int = _option(256, "optimisation", "images a step, over all processes")
+    micro_batch: int = _option(
+        0, "optimisation", "images a forward pass and process; 0 is the whole batch (byol, moco)"
+    )
+    optimizer: Literal["sgd", "adamw", "lars"] = _option("sgd", "optimisation", "optimiser")
+    base_lr: float = _option(0.06, "optimisation", "learning rate for 256 images a step")
+    momentum: float = _option(0.9, "optimisation", "momentum (sgd, lars)")
+    weight_decay: float = _option(5e-4, "optimisation", "weight decay, not on biases and norms")
+    warmup: float = _option(0.1, "optimisation", "share of the steps for linear warm-up")
+    amp: Literal["none", "bf16"] = _option("none", "optimisation", "autocast of the networks")
+
+    seed: int = _option(0, "run", "seed of weights, order and augmentation")
+    run: str = _option("", "run", "run folder; the default is runs/METHOD-DATA-seedN")
+    device: str = _option("auto", "run", "auto, cpu, cuda or any torch device")
+    threads: int = _option(0, "run", "CPU threads; 0 leaves it to torch")
+    log_every: int = _option(10, "run", "steps between updates of the bar and TensorBoard")
+    save_every: int = _option(10, "run", "epochs between checkpoints")
+    stop_after: int = _option(0, "run", "stop, with a checkpoint, after this many steps; 0 never")
+    evaluate: bool = _option(True, "run", "evaluate and draw the plots at the end")
+    progress: bool = _option(True, "run", "show a progress bar")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: ``base_lr`` scaled linearly with the batch."""
+        return self.base_lr * self.batch_size / 256
+
+    def validate(self) -> TrainConfig:
+        """Return self, or raise a ``UserError`` that names the flag and what must hold."""
+        positive = (
+            "width", "stages", "blocks", "projector_hidden", "projector_dim", "queue_size",
+            "epochs", "batch_size", "log_every", "save_every",
+        )  # fmt: skip
+        not_negative = (
+            "image_size", "micro_batch", "weight_decay", "stop_after", "threads",
+            "jitter", "rotate", "translate", "zoom", "shear", "elastic", "noise", "base_lr", "seed",
+        )  # fmt: skip
+        for name in positive:
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in not_negative:
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("flip", "gray", "blur", "erase", "ema_decay", "momentum", "warmup"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._check("temperature", self.temperature > 0, "greater than 0")
+        self._check("crop_min", 0 < self.crop_min <= 1, "greater than 0 and at most 1")
+        self._check("zoom", self.zoom < 1, "less than 1")
+        self._check("batch_size", self.batch_size >= 2, "at least 2 (a loss needs negatives)")
+        if self.micro_batch and self.method == "simclr":
+            raise UserError(
+                "--micro-batch cannot be used with simclr: every image of the batch is a negative "
+                "of every other, so splitting it changes the loss; lower --batch-size instead"
+            )
+        return self
+
+    def _check(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{flag(name)} must be {what}, got {getattr(self, name)}")
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML, in a form that ``--config`` and ``load`` read."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a configuration that ``save`` wrote.
+
+        Raises:
+            UserError: the file is missing, is not YAML, or has a wrong key or value.
+        """
+        values = config_parser(cls(), "ssltrain").parse_args(["--config", str(path)]).as_dict()
+        values.pop("config", None)
+        return cls(**values).validate()
+
+    @classmethod
+    def from_presets(cls, method: str, data: str, kind: str) -> TrainConfig:
+        """The defaults of ``method`` on a data set of ``kind`` (see ``ssltrain.presets``)."""
+        return cls(**{"method": method, "data": data, **preset(method, kind)})
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field: ``batch_size`` is ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose errors are a ``UserError`` of one line in the user's own terms."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what argparse would print after a page of usage."""
+        message = re.sub(r'Parser key "(\w+)":', lambda found: flag(found[1]) + ":", message)
+        message = re.sub(r"Expected a <class '(\w+)'>", r"expected a value of type \1", message)
+        message = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"expected one of \1", message)
+        message = " ".join(message.split()).rstrip(".")
+        raise UserError(f"{message}; '{self.prog} --help' lists the flags")
+
+
+def config_parser(defaults: TrainConfig, prog: str) -> OneLineParser:
+    """A parser with one flag a field of ``TrainConfig`` and ``--config FILE``."""
+    parser = OneLineParser(prog=prog, allow_abbrev=False, default_env=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file of settings; flags after it win"
+    )
+    types = typing.get_type_hints(TrainConfig)
+    groups: dict[str, Any] = {}
+    for item in dataclasses.fields(TrainConfig):
+        title = item.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(
+            flag(item.name),
+            type=types[item.name],
+            default=getattr(defaults, item.name),
+            # Commands name the method; the key is there for configuration files alone.
+            help=argparse.SUPPRESS if item.name == "method" else item.metadata["help"],
+        )
+    return parser

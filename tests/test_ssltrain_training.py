@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training end to end on a few hundred digits: losses fall, resuming is exact, outputs exist."""
+
+import csv
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("kornia", reason="needs the packages of the trainers")
+
+from ssltrain.augment import TwoViews
+from ssltrain.cli import main, read_arguments
+from ssltrain.config import METHODS, TrainConfig
+from ssltrain.data import load
+from ssltrain.diagnostics import collapse
+from ssltrain.evaluate import few_label_rows, table
+from ssltrain.methods import build_method
+from ssltrain.optim import build_optimizer, warmup_cosine
+from ssltrain.parallel import World
+from ssltrain.runs import METRICS, epoch_order
+from ssltrain.trainer import fresh_encoder
+
+PYTHON_FOLDER = Path(__file__).resolve().parents[1] / "python"
+ROOT = PYTHON_FOLDER.parent
+
+# 256 training images of 8 x 8 in batches of 64: four steps an epoch, milliseconds each.
+SMALL = [
+    "--batch-size", "64", "--width", "8", "--stages", "2", "--blocks", "1", "--queue-size", "128",
+    "--projector-hidden", "32", "--projector-dim", "16", "--optimizer", "adamw", "--log-every", "2",
+    "--base-lr", "0.02", "--rotate", "10", "--translate", "0.1", "--noise", "0.05",
+    "--temperature", "0.1", "--ema-decay", "0.9", "--flip", "0", "--crop-min", "1", "--jitter", "0.5", "--progress", "false", "--device", "cpu",
+]  # fmt: skip
+TIMES = ("images_per_s", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors are fastest on one thread, and other tests keep their setting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """320 of the digits as .npz, which the loader splits into 256 and 64."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    path = tmp_path_factory.mktemp("data") / "some.npz"
+    images = np.rint(digits.images[:320] * (255 / 16)).astype(np.uint8)
+    np.savez(path, images=images, labels=digits.target[:320])
+    return str(path)
+
+
+def run(method: str, data: str, folder: Path, *words: str) -> int:
+    """The command with the small network; ``words`` come last and win."""
+    return main([method, "--data", data, "--run", str(folder), *SMALL, *words])
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_same_bits(ours: Any, theirs: Any, where: str = "checkpoint") -> None:
+    """Equal nested containers, tensors by their bits."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same_bits(ours[key], theirs[key], f"{where}[{key!r}]")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same_bits(a, b, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint without the settings of the run, which name its folder."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state.pop("config")
+    return state
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_lower_the_loss(method: str, digits_file: str, tmp_path: Path) -> None:
+    folder = tmp_path / method
+    assert run(method, digits_file, folder, "--epochs", "5", "--evaluate", "false") == 0
+    written = rows(folder)
+    assert [row["epoch"] for row in written] == [0, 1, 2, 3, 4]
+    assert written[-1]["step"] == 20
+    assert tuple(written[0]) == METRICS
+    assert all(math.isfinite(value) for row in written for value in row.values())
+    assert written[-1]["loss"] < 0.96 * written[0]["loss"]
+    if method != "byol":  # which does not train to tell images of a batch apart
+        assert written[-1]["top1"] > written[0]["top1"]
+    assert 1 <= written[-1]["effective_rank"] <= 16  # two stages of width 8 give 16 features
+    assert any((folder / "tensorboard").iterdir())
+    assert checkpoint(folder)["step"] == 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_continues_bit_for_bit(method: str, digits_file: str, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    words = ["--epochs", "3", "--evaluate", "false", "--erase", "0.5"]
+    assert run(method, digits_file, whole, *words) == 0
+    # Six steps: one epoch and a half, so that the position within an epoch matters.
+    assert run(method, digits_file, halves, *words, "--stop-after", "6") == 0
+    assert checkpoint(halves)["step"] == 6
+    torch.manual_seed(99)  # what the process drew before must not matter
+    resume = [method, "--resume", str(halves), "--stop-after", "0"]
+    assert main(resume) == 0
+    assert_same_bits(checkpoint(halves), checkpoint(whole))
+    for ours, theirs in zip(rows(halves), rows(whole), strict=True):
+        for name in set(METRICS) - set(TIMES):
+            assert ours[name] == theirs[name], name
+
+
+def test_another_seed_gives_another_run(digits_file: str, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        run("simclr", digits_file, tmp_path / seed, "--seed", seed, "--epochs", "1",
+            "--evaluate", "false")  # fmt: skip
+    assert rows(tmp_path / "0")[0]["loss"] != rows(tmp_path / "1")[0]["loss"]
+
+
+def test_an_interrupt_leaves_a_checkpoint(
+    digits_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+    forward = TwoViews.forward
+
+    def interrupted(self: TwoViews, images: torch.Tensor) -> Any:
+        calls.append(len(images))
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, images)
+
+    monkeypatch.setattr(TwoViews, "forward", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    folder = tmp_path / "run"
+    assert run("simclr", digits_file, folder, "--epochs", "2", "--evaluate", "false") == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert checkpoint(folder)["step"] == 3
+    assert f"ssltrain simclr --resume {folder}" in capsys.readouterr().out
+    assert main(["simclr", "--resume", str(folder)]) == 0
+    assert checkpoint(folder)["step"] == 8
+
+
+def test_resume_refuses_what_would_change_the_run(
+    digits_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run("moco", digits_file, folder, "--epochs", "2", "--evaluate", "false", "--stop-after", "1")
+    capsys.readouterr()
+    assert main(["moco", "--resume", str(folder), "--base-lr", "0.5"]) == 2
+    assert "--base-lr was 0.02" in capsys.readouterr().err
+    assert main(["byol", "--resume", str(folder)]) == 2
+    assert "is a moco run" in capsys.readouterr().err
+    (folder / "checkpoint.pt").write_bytes(b"cut short")
+    assert main(["moco", "--resume", str(folder)]) == 2
+    assert "the file is damaged" in capsys.readouterr().err
+    (folder / "checkpoint.pt").unlink()
+    assert main(["moco", "--resume", str(folder)]) == 2
+    assert "has no checkpoint.pt" in capsys.readouterr().err
+
+
+def test_autocast_trains(digits_file: str, tmp_path: Path) -> None:
+    words = ["--epochs", "3", "--evaluate", "false", "--amp", "bf16"]
+    assert run("simclr", digits_file, tmp_path / "run", *words) == 0
+    written = rows(tmp_path / "run")
+    assert written[-1]["loss"] < written[0]["loss"]
+    weights = checkpoint(tmp_path / "run")["method"]
+    assert all(value.dtype != torch.bfloat16 for value in weights.values() if torch.is_tensor(value))
+
+
+def flat_backbone(in_channels: int) -> nn.Module:
+    """A backbone without batch norm, whose gradient is a sum over images."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 12), nn.Tanh())
+
+
+@pytest.mark.parametrize("symmetric", ["false", "true"])
+def test_micro_batches_give_the_gradient_of_the_batch(
+    digits_file: str, symmetric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flat_backbone", sys.modules[__name__])
+    grads = []
+    for micro in ("0", "24"):
+        method = small_method(
+            "moco", digits_file, "--backbone", "flat_backbone:flat_backbone",
+            "--micro-batch", micro, "--symmetric", symmetric,
+        ).double()  # fmt: skip
+        torch.manual_seed(1)
+        views = torch.rand(3, 64, 1, 8, 8, dtype=torch.float64)
+        method.prime([views[2]])
+        metrics = method.train_step(views[0], views[1])
+        grads.append([p.grad for p in method.online.parameters()] + [metrics.loss])
+    assert any(grad.abs().max() > 1e-3 for grad in grads[0][:-1])
+    for whole, parts in zip(*grads, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
+
+
+def small_method(name: str, data_file: str, *words: str) -> Any:
+    """A method before its first step of ten, on views of the size of the digits."""
+    config, _ = read_arguments(name, ["--data", data_file, *SMALL, *words])
+    encoder = fresh_encoder(config, load(config.data))
+    return build_method(config, encoder, World(0, 1, torch.device("cpu")), 10)
+
+
+def test_byol_moves_its_target_after_the_step(digits_file: str) -> None:
+    method = small_method("byol", digits_file, "--ema-decay", "0.75")
+    optimizer = build_optimizer(method.config, method.online.parameters())
+    views = torch.rand(2, 64, 1, 8, 8)
+    for step in range(2):
+        before = [p.detach().double() for p in method.target.parameters()]
+        method.train_step(views[0], views[1])
+        unmoved = [p.detach().double() for p in method.target.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(before, unmoved, strict=True))
+        optimizer.step()
+        method.after_step()
+        decay = 1 - 0.25 * (math.cos(math.pi * step / 10) + 1) / 2  # the paper's schedule
+        online = [p.detach().double() for p in method.network.parameters()]
+        for target, old, new in zip(method.target.parameters(), before, online, strict=True):
+            expected = decay * old + (1 - decay) * new
+            torch.testing.assert_close(target.double(), expected, rtol=1e-6, atol=1e-8)
+    assert all(p.grad is None for p in method.target.parameters())
+
+
+def test_moco_averages_first_and_enqueues_last(digits_file: str) -> None:
+    method = small_method("moco", digits_file, "--ema-decay", "0.75", "--symmetric", "false")
+    method.eval()  # running statistics: a key then depends on its own image alone
+    views = torch.rand(2, 64, 1, 8, 8)
+    method.prime([torch.rand(64, 1, 8, 8)])
+    with torch.no_grad():
+        for parameter in method.online.parameters():
+            parameter.mul_(1.25)
+        before = [p.clone() for p in method.target.parameters()]
+    seen = len(method.queue)
+    method.train_step(views[0], views[1])
+    online = list(method.network.parameters())
+    for target, old, new in zip(method.target.parameters(), before, online, strict=True):
+        torch.testing.assert_close(target, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
+    assert (seen, len(method.queue)) == (64, 128)
+    with torch.no_grad():  # the new rows are keys of view 2 under the averaged network
+        keys = nn.functional.normalize(method.target(views[1]), dim=1)
+    torch.testing.assert_close(method.queue.keys[64:], keys, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None for p in method.target.parameters())
+
+
+# ---- evaluation and plots ------------------------------------------------------------------------
+
+
+def test_evaluation_embedding_and_plots(
+    digits_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run("simclr", digits_file, folder, "--epochs", "2") == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert table(results) in capsys.readouterr().out
+    assert set(results["accuracy"]) == {"raw", "untrained", "trained"}
+    for scores in results["accuracy"].values():
+        assert set(scores) == {"knn", "linear", "linear_few", "linear_few_std"}
+        assert all(0.3 < scores[name] <= 1 for name in ("knn", "linear", "linear_few"))
+    for name in ("loss.png", "embeddings.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        (folder / name).unlink()
+
+    (folder / "results.json").unlink()
+    assert main(["eval", str(folder)]) == 0
+    assert json.loads((folder / "results.json").read_text()) == results
+
+    (folder / "loss.png").unlink()
+    assert main(["plot", str(folder), "--device", "cpu"]) == 0
+    assert (folder / "loss.png").exists() and (folder / "embeddings.png").exists()
+
+    assert main(["embed", str(folder)]) == 0
+    with np.load(folder / "embeddings.npz") as arrays:
+        assert arrays["train_features"].shape == (256, 16)
+        assert arrays["test_features"].shape == (64, 16)
+        assert np.array_equal(arrays["test_labels"], load(digits_file).test.labels)
+        own = arrays["test_features"]
+    assert main(["embed", str(folder), "--data", "digits", "--out", str(tmp_path / "all.bin")]) == 0
+    with np.load(tmp_path / "all.bin") as arrays:
+        assert arrays["train_features"].shape == (1437, 16)
+    assert np.isfinite(own).all() and own.std() > 0
+
+
+def test_images_without_labels_train_and_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    folder = tmp_path / "run"
+    assert run("byol", str(tmp_path / "a.npz"), folder, "--epochs", "1") == 0
+    assert "has no labels" in capsys.readouterr().out
+    assert (folder / "embeddings.png").exists() and not (folder / "results.json").exists()
+    assert main(["eval", str(folder)]) == 2
+    assert "has no labels" in capsys.readouterr().err
+
+
+def test_few_labels_are_balanced_and_fixed() -> None:
+    labels = np.array([0] * 50 + [1] * 4 + [5] * 30)
+    chosen = few_label_rows(labels, draw=3)
+    assert np.bincount(labels[chosen]).tolist() == [10, 4, 0, 0, 0, 10]
+    assert len(set(chosen)) == len(chosen)
+    assert np.array_equal(chosen, few_label_rows(labels, draw=3))
+    assert not np.array_equal(chosen, few_label_rows(labels, draw=4))
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def test_collapse_diagnostics_tell_collapse_from_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(400, 8, generator=generator)
+    found = collapse(spread, spread, spread)
+    assert found.feature_std.item() == pytest.approx(1, abs=0.02)
+    assert found.effective_rank.item() == pytest.approx(8, abs=0.1)
+    assert found.alignment.item() == 0 and found.uniformity.item() < -3
+    point = spread[:1].expand(400, 8)
+    found = collapse(point, point, point)
+    assert found.feature_std.item() == pytest.approx(0, abs=1e-5)
+    assert found.effective_rank.item() == pytest.approx(1, abs=1e-3)
+    assert found.uniformity.item() == pytest.approx(0, abs=1e-5)
+    opposite = collapse(spread, spread, -spread)
+    assert opposite.alignment.item() == pytest.approx(4, abs=1e-5)
+
+
+def test_views_differ_and_follow_the_generator() -> None:
+    config, _ = read_arguments("simclr", [])
+    views = TwoViews(config, 1, (8, 8))
+    images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(5)
+    view_1, view_2 = views(images)
+    assert view_1.shape == view_2.shape == (16, 1, 8, 8)
+    assert view_1.min() >= 0 and view_1.max() <= 1
+    assert (view_1 != view_2).flatten(1).any(dim=1).all()
+    torch.manual_seed(5)
+    assert torch.equal(views(images)[0], view_1)
+
+
+def test_colour_views_keep_shape_and_range() -> None:
+    config = TrainConfig(blur=0.5, elastic=1.0, rotate=5.0, erase=0.5, noise=0.1)
+    view_1, view_2 = TwoViews(config, 3, (16, 12))(torch.randint(0, 256, (8, 3, 16, 12)))
+    assert view_1.shape == view_2.shape == (8, 3, 16, 12)
+    assert view_1.isfinite().all() and view_1.min() >= 0 and view_1.max() <= 1
+
+
+def test_epochs_visit_every_image_in_their_own_order() -> None:
+    orders = [epoch_order(100, seed=1, epoch=epoch) for epoch in range(3)]
+    assert all(sorted(order.tolist()) == list(range(100)) for order in orders)
+    assert not torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[2], epoch_order(100, seed=1, epoch=2))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_optimizers_decay_matrices_only(name: str) -> None:
+    if name == "lars":
+        pytest.importorskip("pytorch_optimizer", reason="LARS comes from there")
+    config = TrainConfig(optimizer=name, base_lr=0.1, weight_decay=0.5)  # type: ignore[arg-type]
+    layer = nn.Linear(3, 3)
+    nn.init.ones_(layer.bias)
+    optimizer = build_optimizer(config, layer.parameters())
+    size = layer.weight.norm().item()
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(layer.bias, torch.ones(3))
+    assert layer.weight.norm().item() < size
+
+
+def test_warmup_then_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, warmup_steps=4, total_steps=20)
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[12] == pytest.approx(1.0) and 0 < rates[-1] < 0.05
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_two_processes_share_a_run(digits_file: str, tmp_path: Path) -> None:
+    """Two gloo processes train MoCo together, with a gathered queue, and one writes the run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "run"
+    words = ["--run", str(folder), "--data", digits_file, *SMALL, "--epochs", "2", "--threads", "1"]
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(PYTHON_FOLDER), str(ROOT), *sys.path]),
+            "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "ssltrain", "moco", *words, "--evaluate", "false"],
+                cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True,
+            )  # fmt: skip
+        )
+    done = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], done
+    assert done[1][0] == ""  # the second process prints nothing
+    state = checkpoint(folder)
+    assert state["step"] == 8 and len(state["random"]) == 2
+    assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])
+    assert state["method"]["queue.fill"].item() == 128
+    assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"]
