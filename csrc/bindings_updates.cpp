@@ -7,6 +7,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -91,26 +92,69 @@ void copy_all(const Table& table) {
   }
 }
 
-// Tensors that must still be the same objects at the same addresses.  Holds weak references, so that
-// it keeps no tensor alive and an object at the address of a dead one is not taken for it.
-class AddressWatch {
+// Functions of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), found in the torch
+// that is loaded.  A handle is the address of an at::Tensor, which is one pointer to its TensorImpl.
+struct TensorInterface {
+  using Handle = void**;
+  int32_t (*data_ptr)(Handle, void**);
+  int32_t (*numel)(Handle, int64_t*);
+  int32_t (*dtype)(Handle, int32_t*);
+  int32_t (*dim)(Handle, int64_t*);
+  int32_t (*strides)(Handle, int64_t**);
+};
+
+// What an update relies on.  Sizes follow from it where strides are those of a dense tensor.
+struct Layout {
+  static constexpr int64_t kMaxDim = 6;
+  void* data = nullptr;
+  int64_t numel = 0;
+  int32_t dtype = 0;
+  int64_t dim = 0;
+  int64_t strides[kMaxDim] = {};
+
+  bool operator==(const Layout& other) const {
+    if (data != other.data || numel != other.numel || dtype != other.dtype || dim != other.dim) return false;
+    for (int64_t i = 0; i < dim; ++i) {
+      if (strides[i] != other.strides[i]) return false;
+    }
+    return true;
+  }
+};
+
+// Tensors that must still be the same objects with the same memory and layout.  Holds weak references:
+// it keeps no tensor alive, an object at the address of a dead one is not taken for it, and torch
+// refuses to exchange the insides of a tensor that has one (swap_tensors), so that an implementation
+// asked here belongs to a living tensor.
+class TensorWatch {
  public:
-  // `data_ptr` and `numel` are the methods of torch.Tensor.
-  AddressWatch(const py::list& tensors, py::object data_ptr, py::object numel)
-      : data_ptr_(std::move(data_ptr)), numel_(std::move(numel)) {
+  // `functions` are the addresses of the members of TensorInterface.
+  TensorWatch(const py::list& tensors, const std::vector<uintptr_t>& functions) {
+    if (functions.size() != 5) throw std::invalid_argument("TensorWatch: 5 functions are needed");
+    torch_.data_ptr = reinterpret_cast<decltype(torch_.data_ptr)>(functions[0]);
+    torch_.numel = reinterpret_cast<decltype(torch_.numel)>(functions[1]);
+    torch_.dtype = reinterpret_cast<decltype(torch_.dtype)>(functions[2]);
+    torch_.dim = reinterpret_cast<decltype(torch_.dim)>(functions[3]);
+    torch_.strides = reinterpret_cast<decltype(torch_.strides)>(functions[4]);
     for (py::handle tensor : tensors) {
-      seen_.push_back({py::weakref(tensor), ask(data_ptr_, tensor.ptr()), ask(numel_, tensor.ptr())});
+      Seen seen{py::weakref(tensor), reinterpret_cast<void*>(py::cast<uintptr_t>(tensor.attr("_cdata"))), {}};
+      if (!ask(seen.impl, seen.layout)) throw std::runtime_error("TensorWatch: a tensor has no memory");
+      if (uintptr_t(seen.layout.data) != py::cast<uintptr_t>(tensor.attr("data_ptr")())) {
+        throw std::runtime_error("TensorWatch: torch's C interface disagrees with data_ptr()");
+      }
+      seen_.push_back(std::move(seen));
     }
   }
 
+  // Whether a + b are the tensors of the constructor, unchanged.
   bool unchanged(const py::list& a, const py::list& b) const {
     const size_t n_a = a.size(), n_b = b.size();
     if (n_a + n_b != seen_.size()) return false;
+    Layout now;
     for (size_t i = 0; i < seen_.size(); ++i) {
       PyObject* tensor = i < n_a ? PyList_GET_ITEM(a.ptr(), py::ssize_t(i))
                                  : PyList_GET_ITEM(b.ptr(), py::ssize_t(i - n_a));
-      if (!refers_to(seen_[i].reference.ptr(), tensor) ||
-          ask(data_ptr_, tensor) != seen_[i].address || ask(numel_, tensor) != seen_[i].numel) {
+      if (!refers_to(seen_[i].reference.ptr(), tensor) || !ask(seen_[i].impl, now) ||
+          !(now == seen_[i].layout)) {
         return false;
       }
     }
@@ -120,17 +164,19 @@ class AddressWatch {
  private:
   struct Seen {
     py::weakref reference;
-    unsigned long long address;
-    unsigned long long numel;
+    void* impl;
+    Layout layout;
   };
 
-  static unsigned long long ask(const py::object& method, PyObject* tensor) {
-    PyObject* answer = PyObject_CallOneArg(method.ptr(), tensor);
-    if (answer == nullptr) throw py::error_already_set();
-    const unsigned long long value = PyLong_AsUnsignedLongLong(answer);
-    Py_DECREF(answer);
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return value;
+  bool ask(void* impl, Layout& out) const {
+    int64_t* strides = nullptr;
+    if (torch_.data_ptr(&impl, &out.data) != 0 || torch_.numel(&impl, &out.numel) != 0 ||
+        torch_.dtype(&impl, &out.dtype) != 0 || torch_.dim(&impl, &out.dim) != 0 ||
+        torch_.strides(&impl, &strides) != 0 || out.dim > Layout::kMaxDim) {
+      return false;
+    }
+    for (int64_t i = 0; i < out.dim; ++i) out.strides[i] = strides[i];
+    return true;
   }
 
   static bool refers_to(PyObject* reference, PyObject* object) {
@@ -144,7 +190,7 @@ class AddressWatch {
 #endif
   }
 
-  py::object data_ptr_, numel_;
+  TensorInterface torch_ = {};
   std::vector<Seen> seen_;
 };
 
@@ -209,9 +255,9 @@ void enqueue(uintptr_t queue, int queue_dtype, int64_t size, int64_t dim, uintpt
 void bind_updates(py::module_& m) {
   py::class_<EmaPlan>(m, "EmaPlan").def(py::init<const Table&>()).def("run", &EmaPlan::run);
   m.def("copy_all", &copy_all);
-  py::class_<AddressWatch>(m, "AddressWatch")
-      .def(py::init<const py::list&, py::object, py::object>())
-      .def("unchanged", &AddressWatch::unchanged);
+  py::class_<TensorWatch>(m, "TensorWatch")
+      .def(py::init<const py::list&, const std::vector<uintptr_t>&>())
+      .def("unchanged", &TensorWatch::unchanged);
   py::class_<SlotWatch>(m, "SlotWatch")
       .def(py::init<const py::list&>())
       .def("unchanged", &SlotWatch::unchanged);

@@ -18,7 +18,6 @@ from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch
 Decay = float | Callable[[int], float]
 
 
-@torch.no_grad()
 def ema_update_(
     targets: Iterable[Tensor],
     sources: Iterable[Tensor],
@@ -197,7 +196,6 @@ class EMA(nn.Module):
         """Call the averaged network."""
         return self.module(*args, **kwargs)
 
-    @torch.no_grad()
     def update(self, online: nn.Module, step: int | None = None) -> None:
         """Move the average towards a network; call it after the optimiser's step.
 
@@ -214,10 +212,11 @@ class EMA(nn.Module):
         plan = self._plan
         if plan is None or not plan.run(online, decay, self.stochastic_rounding, self.seed, step):
             self._plan = None
-            pairs = _Pairs(self.module, _unwrap(online), self.buffers_policy)
-            pairs.run(decay, self.stochastic_rounding, self.seed, step)
-            if is_plain_eager():
-                self._plan = pairs.plan(self, online)
+            with torch.no_grad():
+                pairs = _Pairs(self.module, _unwrap(online), self.buffers_policy)
+                pairs.run(decay, self.stochastic_rounding, self.seed, step)
+                if is_plain_eager():
+                    self._plan = pairs.plan(self, online)
         self.__dict__["step"] = step + 1  # nn.Module.__setattr__ takes longer than a small update
 
     def get_extra_state(self) -> dict[str, int]:

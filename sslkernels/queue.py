@@ -86,8 +86,8 @@ class KeyQueue(nn.Module):
         # counts as long as the tensor and its version are those that were seen.
         self._n_valid = 0
         self._fill_seen: tuple[Tensor, int] = (self.fill, self.fill._version)
+        self._plan: _ops.EnqueuePlan | None = None
 
-    @torch.no_grad()
     def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
         """Normalise, cast and write a batch of keys; one call, without gradient or host sync.
 
@@ -105,12 +105,19 @@ class KeyQueue(nn.Module):
             keys = _gather(keys)
             labels = None if labels is None else _gather(labels)
         before = len(self)
-        buffers = self._buffers
-        fill = buffers["fill"]
-        _ops.enqueue_(
-            buffers["queue"], buffers["queue_ptr"], fill, keys, self.normalize, buffers["labels"], labels
-        )
+        if labels is not None or self._plan is None or not self._plan.run(keys, self.normalize):
+            self._enqueue(keys, labels)
         self._remember(min(before + keys.shape[0], self.size))
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor, labels: Tensor | None) -> None:
+        """Check everything, enqueue, and plan the next one."""
+        queue_labels = self.labels
+        _ops.enqueue_(
+            self.queue, self.queue_ptr, self.fill, keys, self.normalize, queue_labels, labels
+        )
+        if queue_labels is None and not torch.compiler.is_compiling():
+            self.__dict__["_plan"] = _ops.EnqueuePlan(self.queue, self.queue_ptr, self.fill)
 
     @property
     def keys(self) -> Tensor:
@@ -161,6 +168,10 @@ class KeyQueue(nn.Module):
         self.fill.zero_()
         if self.labels is not None:
             self.labels.fill_(-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and deep copies leave the cached addresses out."""
+        return {**self.__dict__, "_plan": None}
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -44,7 +44,7 @@ class EmaPlan:
                 part = slice(begin, begin + _BLOCK)
                 mixed = _mix(target[part], source[part], decay)
                 if words is not None:
-                    mixed = round_stochastic(mixed, words[part], target.dtype)
+                    mixed = round_stochastic(mixed.to(torch.float32), words[part], target.dtype)
                 target[part].copy_(mixed)
 
 

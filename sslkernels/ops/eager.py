@@ -8,7 +8,10 @@ modes and tensor subclasses go through the registered op.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 try:
-    from sslkernels import _C
+    from sslkernels.backends.cpu import _C
 except ImportError:  # the registry reports the missing extension; plans are then not cached
     _C = None
 
@@ -38,16 +41,34 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-def watch(tensors: Sequence[Tensor]) -> Any | None:
-    """An object whose ``unchanged(a, b)`` says that a + b are these tensors at these addresses.
+@functools.cache
+def _torch_interface() -> list[int] | None:
+    """Addresses of five functions of torch's stable C interface, or None where torch lacks one.
 
-    None when the extension is missing, or when a tensor has no address (functorch wrappers).
+    Asking a tensor for its address through Python takes as long as updating 64 elements; asked 80
+    times, it would be the whole cost of the update.
     """
-    if _C is None:
+    names = ("data_ptr", "numel", "dtype", "dim", "strides")
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        functions = [getattr(library, f"aoti_torch_get_{name}") for name in names]
+    except (OSError, AttributeError):
+        return None
+    return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+
+
+def watch(tensors: Sequence[Tensor]) -> Any | None:
+    """An object whose ``unchanged(a, b)`` says that a + b are these tensors, in the same memory.
+
+    Compared are the objects, their addresses, dtypes, numbers of elements and strides.  None where
+    that can't be told cheaply: the plan must then be made for each call.
+    """
+    functions = _torch_interface()
+    if _C is None or functions is None:
         return None
     try:
-        return _C.AddressWatch(list(tensors), Tensor.data_ptr)
-    except RuntimeError:
+        return _C.TensorWatch(list(tensors), functions)
+    except RuntimeError:  # tensors without memory of their own (functorch wrappers)
         return None
 
 

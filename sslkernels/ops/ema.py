@@ -16,7 +16,6 @@ Two ways lead to the same kernel:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _has_repeated_elements(x: Tensor) -> bool:
-    """Whether two indices of a strided tensor may share an address (expanded or overlapping views)."""
+    """Whether indices of a strided tensor may share an address (expanded or overlapping views)."""
     extent = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
@@ -106,31 +105,26 @@ def _has_repeated_elements(x: Tensor) -> bool:
     return False
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """First address of a tensor and the one behind its last element."""
-    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    begin = x.data_ptr()
-    return begin, begin + (last + 1) * x.element_size()
-
-
 def _check_overlap(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Raises ValueError when an element would be written twice, or read after it was written.
 
     A source may be its own target, and several sources may share memory.
     """
-    spans = []
+    spans = []  # first byte, byte behind the last, is it a target, index
     for index, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if target.numel() == 0:
             continue
-        if _has_repeated_elements(target):
+        begin, end = _span(target)
+        if end - begin != target.numel() * target.element_size() and _has_repeated_elements(target):
             raise ValueError(
                 f"{op}: targets[{index}] has elements that share memory (an expanded view, strides "
                 f"{list(target.stride())}), so it can't be updated in place"
             )
-        spans.append((*_span(target), True, index))
-        same = source.data_ptr() == target.data_ptr() and source.stride() == target.stride()
-        if not (same and source.dtype == target.dtype):
-            spans.append((*_span(source), False, index))
+        spans.append((begin, end, True, index))
+        read = _span(source)
+        itself = read == (begin, end) and source.stride() == target.stride()
+        if not itself or source.dtype != target.dtype:
+            spans.append((*read, False, index))
     spans.sort()
     end_of_target = end_of_any = 0  # furthest byte seen so far
     last_target = last_any = -1
@@ -146,6 +140,15 @@ def _check_overlap(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]
             end_of_any, last_any = end, index
         if is_target and end > end_of_target:
             end_of_target, last_target = end, index
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First address of a tensor and the one behind its last element."""
+    begin = x.data_ptr()
+    if x.is_contiguous():
+        return begin, begin + x.numel() * x.element_size()
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return begin, begin + (last + 1) * x.element_size()
 
 
 def _copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
@@ -185,8 +188,8 @@ class Update:
         for index, target in enumerate(targets):
             by_device.setdefault(target.device, []).append(index)
         # The tensor index that seeds stochastic rounding counts over the pairs of one device.
-        self._parts: list[tuple[ModuleType, Any]] = []
-        self._devices = list(by_device)
+        self._parts: list[Any] = []
+        self._requested = registry.requested()
         self._copied_back: list[tuple[Tensor, Tensor]] = []
         self.reusable = True  # False: copies were made of strided tensors, which are good for one call
         for device, indices in by_device.items():
@@ -195,7 +198,7 @@ class Update:
             pairs = [self._flatten(*pair) for pair in zip(*on_device, strict=True)]
             backend = registry.resolve(device, "updates")
             plan = backend.EmaPlan([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-            self._parts.append((backend, plan))
+            self._parts.append(plan)
         self._copies = [_copies(copy_targets, copy_sources)] if copy_targets else []
 
     def _flatten(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,15 +216,12 @@ class Update:
         return target, source.contiguous()
 
     def serves(self) -> bool:
-        """Whether the backends chosen now are those of this plan."""
-        return all(
-            registry.resolve(device, "updates") is part[0]
-            for device, part in zip(self._devices, self._parts, strict=True)
-        )
+        """Whether the backend asked for is still the one that this plan was made with."""
+        return registry.requested() == self._requested
 
     def run(self, decay: float, stochastic_rounding: bool, seed: int, step: int) -> None:
         """Update every target in place; version counters are the caller's business."""
-        for _, plan in self._parts:
+        for plan in self._parts:
             plan.run(decay, stochastic_rounding=stochastic_rounding, seed=seed, step=step)
         for strided, copy in self._copied_back:
             strided.copy_(copy)
@@ -237,9 +237,8 @@ def _impl(
     seed: int = 0,
     step: int = 0,
 ) -> None:
-    Update(targets, sources).run(
-        check_decay("ema_update_", decay), stochastic_rounding, seed, step
-    )
+    decay = check_decay("ema_update_", decay)
+    Update(targets, sources).run(decay, stochastic_rounding, seed, step)
     bump_versions(targets)
 
 
@@ -291,7 +290,9 @@ def update(
                 while len(_PLANS) >= _MAX_PLANS:
                     del _PLANS[next(iter(_PLANS))]
                 _PLANS[key] = (seen, plan)
-            plan.run(decay, stochastic_rounding, seed, step)
+            with torch.no_grad():
+                plan.run(decay, stochastic_rounding, seed, step)
             bump_versions(targets)
             return
-    torch.ops.sslkernels.ema_update_(targets, sources, decay, stochastic_rounding, seed, step)
+    with torch.no_grad():
+        torch.ops.sslkernels.ema_update_(targets, sources, decay, stochastic_rounding, seed, step)

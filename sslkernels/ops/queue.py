@@ -8,11 +8,13 @@ it lives, on the device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sslkernels.ops import registry
-from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager
+from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -100,7 +102,7 @@ def _impl(
     _check(queue, queue_ptr, fill, keys, queue_labels, labels)
     if keys.shape[0] == 0:
         return
-    if keys.numel() and keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
+    if queue.device.type != "meta" and _same_storage(keys, queue):
         keys = keys.clone()  # keys read from the queue itself must not change while it is written
     if labels is not None and labels.dtype != torch.int64:
         labels = labels.to(torch.int64)
@@ -154,3 +156,49 @@ def enqueue_(
         _impl(*arguments)
     else:
         torch.ops.sslkernels.queue_enqueue_(*arguments)
+
+
+class EnqueuePlan:
+    """A repeated enqueue into a queue without labels on the CPU: what does not change is checked once.
+
+    Args:
+        queue: As for ``enqueue_``.
+        queue_ptr: As for ``enqueue_``.
+        fill: As for ``enqueue_``.
+    """
+
+    def __init__(self, queue: Tensor, queue_ptr: Tensor, fill: Tensor) -> None:
+        """See the class."""
+        self._state = [queue, queue_ptr, fill]
+        self._requested = registry.requested()
+        self._seen: Any = None  # None: the plan is of no use here
+        backend = registry.resolve(queue.device, "updates")
+        if backend.__name__ == "sslkernels.backends.cpu" and are_plain(*self._state):
+            _check(queue, queue_ptr, fill, queue[:0], None, None)
+            self._write = backend.enqueue_
+            self._dim = queue.shape[1]
+            self._seen = watch(self._state)
+
+    def run(self, keys: Tensor, normalize: bool) -> bool:
+        """Enqueue and return True; or do nothing and return False where ``enqueue_`` has to look closer."""
+        if (
+            self._seen is None
+            or not is_plain_eager()
+            or not are_plain(keys)
+            or keys.dim() != 2
+            or keys.shape[1] != self._dim
+            or keys.shape[0] == 0
+            or keys.dtype not in _FLOATING
+            or not keys.is_cpu
+            or registry.requested() != self._requested
+            or not self._seen.unchanged(self._state, [])
+            or _same_storage(keys, self._state[0])
+        ):
+            return False
+        self._write(*self._state, keys, normalize, None, None)
+        bump_versions(self._state)
+        return True
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
