@@ -180,9 +180,12 @@ def check_ema_small(emulator: Emulator) -> None:
     pairs = [(twin.FLOAT32, twin.FLOAT32), (twin.BFLOAT16, twin.FLOAT32),
              (twin.FLOAT32, twin.FLOAT16)]  # fmt: skip
     sizes = [CHUNK + 5, 0, 1, 3, 17, 1023, CHUNK - 1, 2 * CHUNK + 64, 2, 33]
+    # Few elements at every kind of start: alike, a vector apart, and never aligned together.
+    starts = [(0, 0), (4, 4), (4, 0), (8, 4), (12, 12)]
+    few = [n for n in (1, 2, 3, 4, 17) for _ in starts]
     for schedule in (0, 1, 2):
-        shifts = [(0, 0), (4, 4), (8, 4), (4, 12), (12, 12)]
-        check_ema(emulator, sizes, pairs, shifts=shifts, schedule=schedule)
+        check_ema(emulator, sizes, pairs, shifts=[(0, 0), (4, 8)], schedule=schedule)
+        check_ema(emulator, few, [(0, 0)], shifts=starts, schedule=schedule)
         check_ema(
             emulator, [CHUNK * 6, 9], [(twin.BFLOAT16, twin.BFLOAT16)], shifts=[(0, 0), (2, 2)],
             stochastic=True, device_state=True, schedule=schedule,

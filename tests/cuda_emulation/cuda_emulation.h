@@ -4,8 +4,10 @@
 //
 // Blocks and threads are real: every CUDA thread is a fiber with a stack of its own, blocks are
 // started in shuffled order with several resident at a time, and at each barrier, shuffle, fence and
-// atomic the scheduler picks the next thread at random (or always the first, or always the last, by
-// seed). A thread that passes where a barrier is missing therefore meets data that is not there yet.
+// atomic the scheduler picks the next thread. A thread that passes where a barrier is missing
+// therefore meets data that is not there yet, or takes it away from others. Three policies, by seed:
+// the first thread that can run, as far as it can, so that a warp runs ahead of the next; the last
+// thread that can run, with a switch at every fence and atomic; at random.
 // Checked, each with an abort that names block and thread: barriers that not every thread of the
 // block reaches, or reaches at different lines; shuffles whose mask leaves out the caller or names a
 // lane that has returned; deadlock. Shared memory is allocated afresh for each block, filled with
@@ -46,7 +48,7 @@ struct Thread {  // what a kernel can ask of the thread that runs it
 const Thread& current();
 
 struct Config {
-  uint64_t seed = 1;        // of the schedule; seed % 3: 0 first thread, 1 last thread, 2 random
+  uint64_t seed = 1;        // of the schedule; seed % 3 is the policy, as listed above
   int multiprocessors = 1;  // what cudaDeviceGetAttribute answers
   int resident_blocks = 3;  // blocks that run interleaved
 };

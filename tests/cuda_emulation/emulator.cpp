@@ -41,6 +41,7 @@ struct Worker;
 struct Fiber : Thread {
   Block* block = nullptr;
   int index = 0;             // in the block
+  long long order = 0;       // by age of the block, then by index
   Worker* worker = nullptr;  // set while it has a stack
   int generation = 0;        // shuffles done
   int wait_line = 0;         // where it waits, 0 if it does not
@@ -88,6 +89,7 @@ struct Scheduler {
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
   int resident = 0;
+  long long admitted = 0;
   int device = 0;
   long long launches = 0;
   int launch_device = -1;
@@ -136,8 +138,10 @@ void admit_block() {
     fiber.grid_dim = s.grid;
     fiber.block = block.get();
     fiber.index = i;
+    fiber.order = s.admitted * 1024 + i;
     s.runnable.push_back(&fiber);
   }
+  ++s.admitted;
   ++s.resident;
   s.blocks.push_back(std::move(block));
 }
@@ -145,15 +149,17 @@ void admit_block() {
 Fiber* pick() {
   Scheduler& s = scheduler();
   size_t at = 0;
-  if (s.policy == 1) at = s.runnable.size() - 1;
-  if (s.policy == 2) at = s.random() % s.runnable.size();
-  Fiber* fiber = s.runnable[at];
-  if (s.policy == 2) {  // order is of no use there, so take it out in constant time
-    s.runnable[at] = s.runnable.back();
-    s.runnable.pop_back();
+  if (s.policy == 2) {
+    at = s.random() % s.runnable.size();
   } else {
-    s.runnable.erase(s.runnable.begin() + static_cast<std::ptrdiff_t>(at));
+    for (size_t i = 1; i < s.runnable.size(); ++i) {
+      const bool before = s.runnable[i]->order < s.runnable[at]->order;
+      if (before == (s.policy == 0)) at = i;
+    }
   }
+  Fiber* fiber = s.runnable[at];
+  s.runnable[at] = s.runnable.back();
+  s.runnable.pop_back();
   return fiber;
 }
 
@@ -329,7 +335,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int source_lane, int line) {
 
 void maybe_switch() {
   Scheduler& s = scheduler();
-  if (s.policy == 2 && s.random() % 2 == 0) return;
+  if (s.policy == 0 || (s.policy == 2 && s.random() % 2 == 0)) return;
   s.runnable.push_back(s.current);
   wait_here();
 }
