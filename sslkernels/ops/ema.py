@@ -192,6 +192,7 @@ class Update:
         self._requested = registry.requested()
         self._copied_back: list[tuple[Tensor, Tensor]] = []
         self.reusable = True  # False: copies were made of strided tensors, which are good for one call
+        self._kept: list[Tensor] = []  # those copies: plans hold addresses only
         for device, indices in by_device.items():
             on_device = [targets[i] for i in indices], [sources[i] for i in indices]
             _check_overlap(op, *on_device)
@@ -213,7 +214,9 @@ class Update:
         if not target.is_contiguous():
             strided, target = target, target.contiguous()
             self._copied_back.append((strided, target))
-        return target, source.contiguous()
+        source = source.contiguous()
+        self._kept += [target, source]
+        return target, source
 
     def serves(self) -> bool:
         """Whether the backend asked for is still the one that this plan was made with."""
