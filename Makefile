@@ -1,0 +1,121 @@
+# Everything is set up in .venv with the versions of constraints.txt, on the first call and again when
+# a file that it depends on has changed.  `make help` lists the targets.
+#
+#   PYTHON=python3.12     another interpreter (3.10 or newer; the pins are for 3.11 and newer)
+#   PIP_FLAGS="..."       flags for every `pip install`, for example an index with CPU builds of torch
+#   ARGS="..."            more arguments for train, test, bench
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# The first interpreter that is new enough and can make a virtual environment.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+	--prefer-binary --retries 5 --timeout 60 -c constraints.txt $(PIP_FLAGS)
+# The CUDA module takes minutes to compile: by default only where there is a GPU to run it.
+export SSLKERNELS_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)
+
+PYTHON_FILES := sslkernels python tests benchmarks setup.py .ci csrc
+CPP_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+CPU_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+ifneq ($(SSLKERNELS_CUDA),0)
+CPU_SOURCES += $(wildcard csrc/cuda/*)
+endif
+
+# ---- Targets -------------------------------------------------------------------------------------
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: train
+train: ## train and evaluate SimCLR, BYOL and MoCo on digits (some minutes); results go to runs/
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.train $(VENV)/.build
+	$(BIN)/python -m ssltrain demo $(ARGS)
+	@echo "results: $(CURDIR)/runs (config, metrics.csv, checkpoint, results, PNG plots, TensorBoard)"
+
+.PHONY: test
+test: test-setup ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-fast
+test-fast: test-setup ## run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+.PHONY: build
+build: $(VENV)/.build ## compile the C++ extension in place (SSLKERNELS_WERROR=1, DEBUG=1, SSLKERNELS_CUDA=1)
+
+.PHONY: bench
+bench: test-setup ## benchmark against PyTorch and other libraries: the headline table, 2 to 4 minutes
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: bench-full
+bench-full: test-setup ## every benchmark, size and contender
+	$(BIN)/python -m benchmarks --full $(ARGS)
+
+.PHONY: gpu-check
+gpu-check: test-setup ## test and measure on a GPU and write one report; without one, a dry run
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+.PHONY: gpu-report
+gpu-report: test-setup ## compile every GPU kernel ahead of time; registers, spills and shared memory to docs
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.test ## check style and types; changes no file
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.test ## format Python and C++ files
+	$(BIN)/ruff check --fix-only --quiet $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+.PHONY: clean
+clean: ## remove everything that was built, and .venv; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f sslkernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- Set-up --------------------------------------------------------------------------------------
+
+.PHONY: test-setup
+test-setup:
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.test $(VENV)/.build
+
+# What is needed to compile.  The package is used in place: a .pth file names its two roots.
+$(VENV)/.tools: constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python of 3.10 or newer with the module venv was found;" \
+		"install one (Debian: python3-venv) or say PYTHON=..." >&2; exit 2; }
+	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) setuptools wheel pybind11
+	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/python" > \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sslkernels_in_place.pth"
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.tools
+	@echo "installing torch and the packages of the trainers"
+	@$(BIN)/python .ci/requirements.py train > $(VENV)/train.txt
+	@$(INSTALL) -r $(VENV)/train.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.tools
+	@echo "installing torch and the packages of trainers and tests"
+	@$(BIN)/python .ci/requirements.py train gpu bench dev > $(VENV)/test.txt
+	@$(INSTALL) -r $(VENV)/test.txt
+	@touch $@ $(VENV)/.train
+
+$(VENV)/.build: $(VENV)/.tools $(CPU_SOURCES)
+	@echo "compiling the C++ extension (about a minute)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/build.log 2>&1 \
+		|| { cat $(VENV)/build.log >&2; exit 1; }
+	@touch $@
