@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact contrastive losses, queue and EMA updates in O(N·D) memory, as ordinary torch autograd ops."""
+"""Exact contrastive losses, queue and EMA updates in O(N·D) memory, as ordinary torch ops."""
 
 from sslkernels import functional, metrics, reference
 from sslkernels._types import ContrastiveMetrics

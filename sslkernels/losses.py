@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels import functional
-from sslkernels._types import ContrastiveMetrics
+from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
 from sslkernels.queue import KeyQueue
@@ -242,7 +242,11 @@ class TripletLoss(_Loss):
         checks.check_choice("TripletLoss", "distance", distance, ("euclidean", "cosine"))
         checks.check_reduction("TripletLoss", reduction, ("mean", "sum", "mean_nonzero"))
         super().__init__(
-            margin=margin, mining=mining, distance=distance, normalize=normalize, reduction=reduction
+            margin=margin,
+            mining=mining,
+            distance=distance,
+            normalize=normalize,
+            reduction=reduction,
         )
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -267,11 +271,12 @@ class MoCoLoss(nn.Module):
     """MoCo: InfoNCE against a queue of earlier keys, then the new keys are enqueued.
 
     (query, key) → loss.  The logits use the queue as it was before this batch; the key gets no
-    gradient.  In evaluation mode (``.eval()``) nothing is enqueued.  While the queue is empty there are
-    no negatives and the loss is 0; while it fills, the rows there are count.
+    gradient.  In evaluation mode (``.eval()``) nothing is enqueued.  While the queue is empty there
+    are no negatives and the loss is 0; while it fills, the rows there are count.
 
-    Query and key are normalised in float32 (or wider) and then cast to the queue's dtype, in which the
-    products are taken and accumulated in float32; the default queue is float32, which loses nothing.
+    Query and key are normalised in float32 (or wider) and then cast to the queue's dtype, in which
+    the products are taken and accumulated in float32; the default queue is float32, which loses
+    nothing.
 
     Args:
         queue_size: K; the paper uses 65536.
@@ -304,7 +309,7 @@ class MoCoLoss(nn.Module):
         dim: int,
         temperature: float | Tensor = 0.07,
         *,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         dtype: torch.dtype = torch.float32,
         gather: bool = False,
         return_metrics: bool = False,
@@ -315,7 +320,8 @@ class MoCoLoss(nn.Module):
             checks.check_positive("MoCoLoss", "temperature", temperature)
         checks.check_reduction("MoCoLoss", reduction)
         self.temperature = temperature
-        self.reduction, self.return_metrics = reduction, return_metrics
+        self.reduction: Reduction = reduction
+        self.return_metrics = return_metrics
         self.queue = KeyQueue(queue_size, dim, dtype=dtype, gather=gather)
 
     def forward(self, query: Tensor, key: Tensor) -> Result:

@@ -66,8 +66,8 @@ def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
 def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
     """Mean over features of the standard deviation over rows.
 
-    Of normalised rows it is 0 after a collapse to one point and about 1 / sqrt(D) when they are spread
-    over the sphere (SimSiam, arXiv:2011.10566, section 4.1).
+    Of normalised rows it is 0 after a collapse to one point and about 1 / sqrt(D) when they are
+    spread over the sphere (SimSiam, arXiv:2011.10566, section 4.1).
 
     Args:
         z: [N, D].
@@ -87,8 +87,8 @@ def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
 def effective_rank(z: Tensor, *, center: bool = True) -> Tensor:
     """exp of the entropy of the normalised singular values: how many dimensions are in use.
 
-    Between 1 (a line) and min(N, D); 0 when z (centred) is zero.  The singular values are the square
-    roots of the eigenvalues of the D x D matrix of second moments, so that time is O(N * D^2 + D^3).
+    Between 1 (a line) and min(N, D); 0 when z (centred) is zero.  The singular values are the
+    square roots of the eigenvalues of the D x D matrix of second moments: O(N D^2 + D^3) time.
 
     Args:
         z: [N, D], rows as they are.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of every public function, in plain and obvious PyTorch.
 
-With float64 inputs these functions are the truth of the tests, with float32 inputs the eager baseline
-of tests and benchmarks.  They build the N x N matrices that the library avoids, are differentiable as
-often as torch allows, and check nothing.  Half inputs are computed in float32.  Arguments, defaults and
-conventions are those of the public functions; see their docstrings for shapes.
+With float64 inputs these functions are the truth of the tests, with float32 inputs the eager
+baseline of tests and benchmarks.  They build the N x N matrices that the library avoids, are
+differentiable as often as torch allows, and check nothing.  Half inputs are computed in float32.
+Arguments, defaults and conventions are those of the public functions; see their docstrings for
+shapes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def nt_xent_loss(
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """NT-Xent over two or more views (arXiv:2002.05709)."""
-    views = (z1, z2) if isinstance(z1, Tensor) else tuple(z1)
+    views = tuple(x for x in (z1, z2) if x is not None) if isinstance(z1, Tensor) else tuple(z1)
     v, n = len(views), len(views[0])
     z = _unit(torch.cat(views), normalize)
     similarity = z @ z.T
@@ -121,7 +122,9 @@ def info_nce_loss(
             excluded[:, 1:] = query_ids[:, None] == negative_ids
     negative = ~positive & ~excluded
     logits = (similarity / temperature).masked_fill(~(positive | negative), NEG_INF)
-    target = torch.arange(n, device=q.device) if negative_keys is None else positive.long().argmax(1)
+    target = (
+        torch.arange(n, device=q.device) if negative_keys is None else positive.long().argmax(1)
+    )
     loss = F.cross_entropy(logits, target, reduction="none") if n else logits.sum(1)
     loss = _reduce(loss, reduction)
     return (loss, _ranking_metrics(similarity, positive, negative)) if return_metrics else loss

@@ -58,7 +58,8 @@ def check_budget(
     size = truth[finite].abs().max().item()
     limit = eager_error + slack * max(size, floor)
     assert error <= limit, (
-        f"{name}: max abs error {error:.3e} (relative to the largest value: {error / max(size, 1e-300):.3e}) "
+        f"{name}: max abs error {error:.3e} "
+        f"(relative to the largest value: {error / max(size, 1e-300):.3e}) "
         f"> eager {eager_error:.3e} + slack {slack:.1e} * {max(size, floor):.3e}"
     )
 
@@ -98,8 +99,8 @@ def check_loss(
             continue
         assert g is not None, f"{name}: input {i} got no gradient"
         assert g.dtype == inputs[i].dtype, f"{name}: gradient {i} is {g.dtype}"
-        # The gradient of a scalar is a sum over everything, in which most may cancel; the terms of a
-        # small one, a temperature, are of the order of 1 / T^2.
+        # The gradient of a scalar is a sum over everything, in which most may cancel; the terms of
+        # a small one, a temperature, are of the order of 1 / T^2.
         floor = 2e-2 if inputs[i].ndim else max(1.0, min(1e4, 1 / max(1e-9, float(inputs[i]) ** 2)))
         check_budget(g, e, t, slack, f"{name} gradient of input {i}", floor)
 
@@ -133,8 +134,9 @@ def engine(name: str) -> Iterator[None]:
 
 
 def poisoned(x: Tensor) -> Tensor:
-    """The same values in the middle of a NaN-filled buffer, rows longer than D: what is read past a
-    row or past the last row shows up as NaN.
+    """The same values in the middle of a NaN-filled buffer.
+
+    Rows are longer than D: what is read past a row or past the last row shows up as NaN.
     """
     rows, columns = x.shape
     buffer = torch.full((rows + 6, columns + 5), torch.nan, dtype=x.dtype, device=x.device)

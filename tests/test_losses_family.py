@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as ssl
 from helpers import check_budget, check_loss, engine, engines, poisoned, threads
@@ -124,15 +125,27 @@ CASES = [
     Queue("info_nce_loss batch", two),
     Queue("info_nce_loss batch ids", two, ids=True, reduction="sum"),
     Queue("info_nce_loss queue", lambda n, d: [*views(n, d), negatives(n, d), t()]),
-    Queue("info_nce_loss queue ids", lambda n, d: [*views(n, d), negatives(n, d), t()], ids=True,
-          reduction="none"),
-    Queue("info_nce_loss paired", lambda n, d: [*views(n, d), negatives(4 * n, d)[: 6 * n].view(n, 6, d),
-          t()], negative_mode="paired", ids=True),
+    Queue(
+        "info_nce_loss queue ids",
+        lambda n, d: [*views(n, d), negatives(n, d), t()],
+        ids=True,
+        reduction="none",
+    ),
+    Queue(
+        "info_nce_loss paired",
+        lambda n, d: [*views(n, d), negatives(4 * n, d)[: 6 * n].view(n, 6, d), t()],
+        negative_mode="paired",
+        ids=True,
+    ),
     Case("clip_loss", lambda n, d: [*unit_pair(n, d), t(10.0)]),
     Case("clip_loss none", lambda n, d: [*views(n, d), t(10.0)], normalize=True, reduction="none"),
     Case("siglip_loss", lambda n, d: [*unit_pair(n, d), t(10.0), t(-10.0)]),
-    Case("siglip_loss none", lambda n, d: [*views(n, d), t(5.0), t(-1.0)], normalize=True,
-         reduction="none"),
+    Case(
+        "siglip_loss none",
+        lambda n, d: [*views(n, d), t(5.0), t(-1.0)],
+        normalize=True,
+        reduction="none",
+    ),
     Labelled("sup_con_loss", lambda n, d: [views(n, d)[0], t(0.1)]),
     Labelled("sup_con_loss none", lambda n, d: [views(n, d)[0], t()], reduction="none"),
     Labelled("sup_con_loss views", lambda n, d: [torch.stack(views(n, d, 3), 1), t()]),
@@ -144,28 +157,56 @@ CASES = [
     Case("simsiam_loss", lambda n, d: views(n, d, 4)),
     Labelled("triplet_loss hard", lambda n, d: views(n, d)[:1], margin=0.5),
     Labelled("triplet_loss hard cosine", lambda n, d: views(n, d)[:1], distance="cosine"),
-    Labelled("triplet_loss hard normalized", lambda n, d: views(n, d)[:1], normalize=True,
-             reduction="mean_nonzero"),
+    Labelled(
+        "triplet_loss hard normalized",
+        lambda n, d: views(n, d)[:1],
+        normalize=True,
+        reduction="mean_nonzero",
+    ),
     Labelled("triplet_loss semihard", lambda n, d: views(n, d)[:1], mining="semihard"),
-    Labelled("triplet_loss semihard cosine", lambda n, d: views(n, d)[:1], mining="semihard",
-             distance="cosine", reduction="mean_nonzero"),
+    Labelled(
+        "triplet_loss semihard cosine",
+        lambda n, d: views(n, d)[:1],
+        mining="semihard",
+        distance="cosine",
+        reduction="mean_nonzero",
+    ),
     Labelled("triplet_loss all", lambda n, d: views(n, d)[:1], mining="all", margin=0.4),
-    Labelled("triplet_loss all cosine", lambda n, d: views(n, d)[:1], mining="all",
-             distance="cosine", reduction="mean_nonzero"),
+    Labelled(
+        "triplet_loss all cosine",
+        lambda n, d: views(n, d)[:1],
+        mining="all",
+        distance="cosine",
+        reduction="mean_nonzero",
+    ),
     Case("margin_loss", lambda n, d: views(n, d, 4), margin=0.3),
     Case("margin_loss floor", lambda n, d: views(n, d, 4), margin=-0.5, form="floor", eps=0.1),
     Pairs("contrastive_loss", lambda n, d: [v / d**0.5 for v in views(n, d)]),
-    Pairs("contrastive_loss none", lambda n, d: [v / d**0.5 for v in views(n, d)], reduction="none",
-          margin=2.0),
+    Pairs(
+        "contrastive_loss none",
+        lambda n, d: [v / d**0.5 for v in views(n, d)],
+        reduction="none",
+        margin=2.0,
+    ),
     Case("alignment_loss", lambda n, d: views(n, d)),
-    Case("alignment_loss cubed", lambda n, d: views(n, d), alpha=3.0, normalize=False,
-         reduction="none"),
+    Case(
+        "alignment_loss cubed",
+        lambda n, d: views(n, d),
+        alpha=3.0,
+        normalize=False,
+        reduction="none",
+    ),
     OneArgument("uniformity_loss", lambda n, d: views(n, d)[:1]),
-    OneArgument("uniformity_loss raw", lambda n, d: [views(n, d)[0] / d**0.5], normalize=False, t=0.7),
+    OneArgument(
+        "uniformity_loss raw", lambda n, d: [views(n, d)[0] / d**0.5], normalize=False, t=0.7
+    ),
 ]
 # On the tile engine: these run on every instruction set, the others do not depend on it.
-ON_TILES = [c for c in CASES if c.name.split("_")[0] in ("nt", "info", "clip", "siglip", "sup", "dcl",
-                                                          "uniformity")] + [CASES[23], CASES[24]]
+ON_TILES = [
+    c
+    for c in CASES
+    if c.name.split("_")[0] in ("nt", "info", "clip", "siglip", "sup", "dcl", "uniformity")
+] + [CASES[23], CASES[24]]
 EVERY = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
@@ -176,8 +217,11 @@ def test_against_float64_truth(case: Case, size) -> None:
     inputs = case.make(*size)
     loss = case.call(ssl, inputs)
     check_loss(
-        lambda *x: case.call(ssl, list(x)), lambda *x: case.call(reference, list(x)), inputs,
-        slack=5e-6, name=f"{case.name} {size}",
+        lambda *x: case.call(ssl, list(x)),
+        lambda *x: case.call(reference, list(x)),
+        inputs,
+        slack=5e-6,
+        name=f"{case.name} {size}",
         dloss=torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape),
     )
 
@@ -189,8 +233,11 @@ def test_on_every_engine(on_engine: str, case: Case) -> None:
         inputs = case.make(*size)
         loss = case.call(ssl, inputs)
         check_loss(
-            lambda *x: case.call(ssl, list(x)), lambda *x: case.call(reference, list(x)), inputs,
-            slack=5e-6, name=f"{on_engine} {case.name} {size}",
+            lambda *x: case.call(ssl, list(x)),
+            lambda *x: case.call(reference, list(x)),
+            inputs,
+            slack=5e-6,
+            name=f"{on_engine} {case.name} {size}",
             dloss=torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape),
         )
 
@@ -203,8 +250,11 @@ def test_halves(case: Case, dtype: torch.dtype) -> None:
     loss = case.call(ssl, inputs)
     assert loss.dtype == torch.float32
     check_loss(
-        lambda *x: case.call(ssl, list(x)), lambda *x: case.call(reference, list(x)), inputs,
-        name=f"{case.name} {dtype}", dloss=torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape),
+        lambda *x: case.call(ssl, list(x)),
+        lambda *x: case.call(reference, list(x)),
+        inputs,
+        name=f"{case.name} {dtype}",
+        dloss=torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape),
     )
 
 
@@ -239,12 +289,46 @@ def test_same_bits_for_any_number_of_threads(case: Case) -> None:
             assert torch.equal(a, b), case.name
 
 
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any op of torch returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@EVERY
+def test_nothing_of_n_by_n_between_the_ops(case: Case) -> None:
+    """No op in forward or backward returns, and autograd keeps, nothing that grows as N * N."""
+    n, d = 1500, 4
+    leaves = [x.requires_grad_() for x in case.make(n, d)]
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        case.call(ssl, leaves).sum().backward()
+    assert largest.numel <= 12 * n * d, f"{case.name}: {largest.numel} elements"
+    assert sum(kept.values()) <= 40 * n * d * 4, f"{case.name}: {sum(kept.values())} bytes"
+
+
 @EVERY
 def test_strided_and_poisoned_inputs(case: Case) -> None:
     """Rows in the middle of NaN: the same result as contiguous inputs."""
     inputs = case.make(37, 20)
     hostile = [poisoned(x) if x.ndim == 2 else x for x in inputs]
-    torch.testing.assert_close(case.call(ssl, hostile), case.call(ssl, inputs), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        case.call(ssl, hostile), case.call(ssl, inputs), atol=1e-6, rtol=1e-6
+    )
 
 
 @EVERY
@@ -262,8 +346,11 @@ def test_degenerate_inputs_stay_finite(case: Case) -> None:
         return out
 
     cases = {
-        "equal": filled(equal), "zero": filled(zero), "opposite": filled(equal, flip=True),
-        "one": case.make(1, d), "none": [x[:0] if x.ndim else x for x in shapes],
+        "equal": filled(equal),
+        "zero": filled(zero),
+        "opposite": filled(equal, flip=True),
+        "one": case.make(1, d),
+        "none": [x[:0] if x.ndim else x for x in shapes],
     }
     for name, inputs in cases.items():
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -367,7 +454,9 @@ def test_opposite_positives_at_low_temperature(on_engine: str) -> None:
     check_loss(
         lambda a, b: ssl.nt_xent_loss(a, b, 0.01),
         lambda a, b: reference.nt_xent_loss(a, b, 0.01),
-        [z, -z], slack=2e-5, name=f"{on_engine} opposite",
+        [z, -z],
+        slack=2e-5,
+        name=f"{on_engine} opposite",
     )
     assert ssl.nt_xent_loss(z, -z, 0.01) > 100
 
@@ -377,13 +466,18 @@ def test_logits_to_1e4(on_engine: str, scale: float) -> None:
     """CLIP and SigLIP with logits of +-1e4."""
     x, y = unit_pair(65, 16)
     check_loss(
-        lambda a, b: ssl.clip_loss(a, b, scale), lambda a, b: reference.clip_loss(a, b, scale),
-        [x, y], slack=2e-3, name=f"{on_engine} clip {scale}",
+        lambda a, b: ssl.clip_loss(a, b, scale),
+        lambda a, b: reference.clip_loss(a, b, scale),
+        [x, y],
+        slack=2e-3,
+        name=f"{on_engine} clip {scale}",
     )
     check_loss(
         lambda a, b: ssl.siglip_loss(a, b, scale, -10.0),
         lambda a, b: reference.siglip_loss(a, b, scale, -10.0),
-        [x, y], slack=2e-3, name=f"{on_engine} siglip {scale}",
+        [x, y],
+        slack=2e-3,
+        name=f"{on_engine} siglip {scale}",
     )
 
 
@@ -399,8 +493,13 @@ def test_single_sample_and_no_rows() -> None:
     assert ssl.clip_loss(one, one, 3.0) == 0
     assert ssl.uniformity_loss(one) == 0
     torch.testing.assert_close(ssl.dcl_loss(one, one, 0.5), torch.tensor(-2.0))
-    for function in (ssl.nt_xent_loss, ssl.info_nce_loss, ssl.dcl_loss, ssl.byol_loss,
-                     ssl.alignment_loss):
+    for function in (
+        ssl.nt_xent_loss,
+        ssl.info_nce_loss,
+        ssl.dcl_loss,
+        ssl.byol_loss,
+        ssl.alignment_loss,
+    ):
         assert function(empty, empty) == 0
         if function is not ssl.byol_loss:
             assert function(empty, empty, reduction="none").numel() == 0
@@ -420,7 +519,9 @@ def test_sup_con_of_two_views_is_nt_xent() -> None:
     """Unique labels, two views: the same formula."""
     z1, z2 = views(20, 8)
     expected = ssl.nt_xent_loss(z1, z2, 0.3)
-    torch.testing.assert_close(ssl.sup_con_loss(torch.stack((z1, z2), 1), torch.arange(20), 0.3), expected)
+    torch.testing.assert_close(
+        ssl.sup_con_loss(torch.stack((z1, z2), 1), torch.arange(20), 0.3), expected
+    )
     both = ssl.sup_con_loss(torch.cat((z1, z2)), torch.arange(20).repeat(2), 0.3)
     torch.testing.assert_close(both, expected)
 
@@ -438,7 +539,7 @@ def test_reductions_agree() -> None:
 
 
 def test_row_order_of_nt_xent() -> None:
-    """"none" gives [2N] in the order of cat(z1, z2)."""
+    """Reduction "none" gives [2N] in the order of cat(z1, z2)."""
     z1, z2 = views(7, 5)
     rows = ssl.nt_xent_loss(z1, z2, reduction="none")
     swapped = ssl.nt_xent_loss(z2, z1, reduction="none")
@@ -459,10 +560,21 @@ def test_metrics_agree_with_the_reference(backend: str | None) -> None:
         ("info_nce_loss", (z1, z2), {}),
         ("info_nce_loss", (z1, z2), {"query_ids": ids}),
         ("info_nce_loss", (z1, z2, queue), {}),
-        ("info_nce_loss", (z1, z2, queue), {"query_ids": ids, "negative_ids": torch.arange(83) % 13}),
+        (
+            "info_nce_loss",
+            (z1, z2, queue),
+            {"query_ids": ids, "negative_ids": torch.arange(83) % 13},
+        ),
         ("info_nce_loss", (z1, z2, paired), {"negative_mode": "paired"}),
-        ("info_nce_loss", (z1, z2, paired), {"negative_mode": "paired", "query_ids": ids,
-                                             "negative_ids": torch.arange(360).view(40, 9) % 11}),
+        (
+            "info_nce_loss",
+            (z1, z2, paired),
+            {
+                "negative_mode": "paired",
+                "query_ids": ids,
+                "negative_ids": torch.arange(360).view(40, 9) % 11,
+            },
+        ),
         ("clip_loss", (z1, z2, 5.0), {"normalize": True}),
     ]
     with ssl.backend(backend):
@@ -474,7 +586,9 @@ def test_metrics_agree_with_the_reference(backend: str | None) -> None:
             assert isinstance(got, ssl.ContrastiveMetrics)
             for field, a, b in zip(got._fields, got, expected, strict=True):
                 assert a.ndim == 0 and not a.requires_grad
-                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=f"{name} {field}: {a} {b}")
+                torch.testing.assert_close(
+                    a, b, atol=1e-5, rtol=1e-5, msg=f"{name} {field}: {a} {b}"
+                )
 
 
 def test_learnable_scalars_get_gradients_in_modules() -> None:
@@ -490,7 +604,11 @@ def test_modules_are_the_functions() -> None:
     z1, z2, z3, z4 = views(12, 6, 4)
     labels, same = torch.arange(12) % 4, torch.arange(12) % 2 == 0
     for module, function, arguments in (
-        (ssl.NTXentLoss(0.3, normalize=False), ssl.nt_xent_loss(z1, z2, 0.3, normalize=False), (z1, z2)),
+        (
+            ssl.NTXentLoss(0.3, normalize=False),
+            ssl.nt_xent_loss(z1, z2, 0.3, normalize=False),
+            (z1, z2),
+        ),
         (ssl.NTXentLoss(0.3), ssl.nt_xent_loss([z1, z2, z3], temperature=0.3), ([z1, z2, z3],)),
         (ssl.InfoNCELoss(0.3, "sum"), ssl.info_nce_loss(z1, z2, z3, 0.3, "sum"), (z1, z2, z3)),
         (ssl.CLIPLoss(normalize=True), ssl.clip_loss(z1, z2, 2.0, normalize=True), (z1, z2, 2.0)),
@@ -499,8 +617,11 @@ def test_modules_are_the_functions() -> None:
         (ssl.DCLLoss(0.3, sigma=0.4), ssl.dcl_loss(z1, z2, 0.3, sigma=0.4), (z1, z2)),
         (ssl.BYOLLoss(reduction="sum"), ssl.byol_loss(z1, z2, reduction="sum"), (z1, z2)),
         (ssl.SimSiamLoss(), ssl.simsiam_loss(z1, z2, z3, z4), (z1, z2, z3, z4)),
-        (ssl.TripletLoss(0.4, mining="all"), ssl.triplet_loss(z1, labels, 0.4, mining="all"),
-         (z1, labels)),
+        (
+            ssl.TripletLoss(0.4, mining="all"),
+            ssl.triplet_loss(z1, labels, 0.4, mining="all"),
+            (z1, labels),
+        ),
         (ssl.ContrastiveLoss(3.0), ssl.contrastive_loss(z1, z2, same, 3.0), (z1, z2, same)),
     ):
         assert torch.equal(module(*arguments), function), type(module).__name__
@@ -538,7 +659,7 @@ def test_moco_gradient_survives_the_enqueue() -> None:
 
 @pytest.mark.parametrize("form", ["relative", "floor"])
 def test_margin_loss_moves_the_pair_it_says(form: str) -> None:
-    """"relative" pulls (i, j) together and pushes (k, l) apart; "floor" lowers the larger term."""
+    """Form "relative" pulls (i, j) together, (k, l) apart; "floor" lowers the larger term."""
     z_i, z_j = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
     z_k, z_l = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     leaves = [x.requires_grad_() for x in (z_i, z_j, z_k, z_l)]
@@ -555,60 +676,146 @@ def test_margin_loss_moves_the_pair_it_says(form: str) -> None:
 GOOD = torch.ones(8, 4)
 LABELS = torch.zeros(8, dtype=torch.int64)
 ERRORS = [
-    (lambda: ssl.nt_xent_loss(torch.ones(8, 128), torch.ones(8, 64)), ValueError,
-     r"nt_xent_loss: z1 and z2 must have the same shape, got \[8, 128\] and \[8, 64\]"),
-    (lambda: ssl.nt_xent_loss(GOOD.long(), GOOD.long()), TypeError,
-     "nt_xent_loss: z1 must be float64, float32, bfloat16 or float16, got int64"),
-    (lambda: ssl.nt_xent_loss(GOOD, GOOD.half()), TypeError,
-     "nt_xent_loss: z1 and z2 must have the same dtype, got float32 and float16"),
-    (lambda: ssl.nt_xent_loss(GOOD, GOOD.to("meta")), ValueError,
-     "nt_xent_loss: z1 and z2 must be on the same device, got cpu and meta"),
+    (
+        lambda: ssl.nt_xent_loss(torch.ones(8, 128), torch.ones(8, 64)),
+        ValueError,
+        r"nt_xent_loss: z1 and z2 must have the same shape, got \[8, 128\] and \[8, 64\]",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD.long(), GOOD.long()),
+        TypeError,
+        "nt_xent_loss: z1 must be float64, float32, bfloat16 or float16, got int64",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD.half()),
+        TypeError,
+        "nt_xent_loss: z1 and z2 must have the same dtype, got float32 and float16",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD.to("meta")),
+        ValueError,
+        "nt_xent_loss: z1 and z2 must be on the same device, got cpu and meta",
+    ),
     (lambda: ssl.nt_xent_loss(GOOD, GOOD, 0.0), ValueError, "temperature must be > 0, got 0.0"),
-    (lambda: ssl.nt_xent_loss(GOOD, GOOD, float("nan")), ValueError, "temperature must be > 0, got nan"),
-    (lambda: ssl.nt_xent_loss(GOOD, GOOD, "0.1"), TypeError, "temperature must be a number, got str"),
-    (lambda: ssl.nt_xent_loss(GOOD, GOOD, torch.ones(2)), ValueError,
-     r"temperature must be a float or a 0-d tensor, got shape \[2\]"),
-    (lambda: ssl.nt_xent_loss(GOOD, GOOD, reduction="avg"), ValueError,
-     r"reduction must be one of \['mean', 'sum', 'none'\], got 'avg'"),
-    (lambda: ssl.nt_xent_loss(GOOD[None], GOOD[None]), ValueError,
-     r"z1 must have 2 dimensions, got shape \[1, 8, 4\]"),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, float("nan")),
+        ValueError,
+        "temperature must be > 0, got nan",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, "0.1"),
+        TypeError,
+        "temperature must be a number, got str",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, torch.ones(2)),
+        ValueError,
+        r"temperature must be a float or a 0-d tensor, got shape \[2\]",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, reduction="avg"),
+        ValueError,
+        r"reduction must be one of \['mean', 'sum', 'none'\], got 'avg'",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD[None], GOOD[None]),
+        ValueError,
+        r"z1 must have 2 dimensions, got shape \[1, 8, 4\]",
+    ),
     (lambda: ssl.nt_xent_loss(GOOD), TypeError, "z2 must be a tensor, got None"),
     (lambda: ssl.nt_xent_loss([GOOD]), ValueError, "at least two views are needed, got 1"),
     (lambda: ssl.nt_xent_loss([GOOD, GOOD], GOOD), TypeError, "z2 must be left out"),
-    (lambda: ssl.nt_xent_loss([GOOD, GOOD, GOOD[:3]]), ValueError,
-     r"views\[0\] and views\[2\] must have the same shape"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD[:, :3]), ValueError,
-     r"query and negative_keys must have the same last dimension, got \[8, 4\] and \[8, 3\]"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD, negative_mode="both"), ValueError,
-     "negative_mode must be 'unpaired' or 'paired', got 'both'"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD[:3, None], negative_mode="paired"), ValueError,
-     "paired negative_keys must have one block of rows for each query"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD, query_ids=LABELS), ValueError,
-     "query_ids with negative_keys needs negative_ids"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, negative_ids=LABELS), ValueError,
-     "negative_ids needs query_ids and negative_keys"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, query_ids=LABELS[:3]), ValueError,
-     r"query_ids must have shape \[8\], got \[3\]"),
-    (lambda: ssl.info_nce_loss(GOOD, GOOD, query_ids=GOOD[:, 0]), TypeError,
-     "query_ids must be integers, got float32"),
-    (lambda: ssl.clip_loss(GOOD, [1.0], 1.0), TypeError, "text_features must be a tensor, got list"),
-    (lambda: ssl.siglip_loss(GOOD, GOOD, 1.0, "b"), TypeError,
-     "logit_bias must be a float or a 0-d tensor, got str"),
-    (lambda: ssl.sup_con_loss(GOOD, LABELS[:5]), ValueError, r"labels must have shape \[8\], got \[5\]"),
-    (lambda: ssl.dcl_loss(GOOD, GOOD, sigma=-1.0), ValueError, "dcl_loss: sigma must be > 0, got -1.0"),
-    (lambda: ssl.triplet_loss(GOOD, LABELS, mining="easy"), ValueError,
-     r"mining must be one of \['hard', 'semihard', 'all'\], got 'easy'"),
+    (
+        lambda: ssl.nt_xent_loss([GOOD, GOOD, GOOD[:3]]),
+        ValueError,
+        r"views\[0\] and views\[2\] must have the same shape",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD[:, :3]),
+        ValueError,
+        r"query and negative_keys must have the same last dimension, got \[8, 4\] and \[8, 3\]",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD, negative_mode="both"),
+        ValueError,
+        "negative_mode must be 'unpaired' or 'paired', got 'both'",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD[:3, None], negative_mode="paired"),
+        ValueError,
+        "paired negative_keys must have one block of rows for each query",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD, query_ids=LABELS),
+        ValueError,
+        "query_ids with negative_keys needs negative_ids",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, negative_ids=LABELS),
+        ValueError,
+        "negative_ids needs query_ids and negative_keys",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, query_ids=LABELS[:3]),
+        ValueError,
+        r"query_ids must have shape \[8\], got \[3\]",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, query_ids=GOOD[:, 0]),
+        TypeError,
+        "query_ids must be integers, got float32",
+    ),
+    (
+        lambda: ssl.clip_loss(GOOD, [1.0], 1.0),
+        TypeError,
+        "text_features must be a tensor, got list",
+    ),
+    (
+        lambda: ssl.siglip_loss(GOOD, GOOD, 1.0, "b"),
+        TypeError,
+        "logit_bias must be a float or a 0-d tensor, got str",
+    ),
+    (
+        lambda: ssl.sup_con_loss(GOOD, LABELS[:5]),
+        ValueError,
+        r"labels must have shape \[8\], got \[5\]",
+    ),
+    (
+        lambda: ssl.dcl_loss(GOOD, GOOD, sigma=-1.0),
+        ValueError,
+        "dcl_loss: sigma must be > 0, got -1.0",
+    ),
+    (
+        lambda: ssl.triplet_loss(GOOD, LABELS, mining="easy"),
+        ValueError,
+        r"mining must be one of \['hard', 'semihard', 'all'\], got 'easy'",
+    ),
     (lambda: ssl.triplet_loss(GOOD, LABELS, distance="l1"), ValueError, "distance must be one of"),
-    (lambda: ssl.triplet_loss(GOOD, LABELS, reduction="none"), ValueError, "reduction must be one of"),
-    (lambda: ssl.contrastive_loss(GOOD, GOOD, LABELS[:2]), ValueError,
-     r"contrastive_loss: same must have shape \[8\], got \[2\]"),
-    (lambda: ssl.margin_loss(GOOD, GOOD, GOOD, GOOD, form="article"), ValueError, "form must be one of"),
+    (
+        lambda: ssl.triplet_loss(GOOD, LABELS, reduction="none"),
+        ValueError,
+        "reduction must be one of",
+    ),
+    (
+        lambda: ssl.contrastive_loss(GOOD, GOOD, LABELS[:2]),
+        ValueError,
+        r"contrastive_loss: same must have shape \[8\], got \[2\]",
+    ),
+    (
+        lambda: ssl.margin_loss(GOOD, GOOD, GOOD, GOOD, form="article"),
+        ValueError,
+        "form must be one of",
+    ),
     (lambda: ssl.uniformity_loss(GOOD, 0.0), ValueError, "t must be > 0, got 0.0"),
     (lambda: ssl.alignment_loss(GOOD, GOOD, alpha=0), ValueError, "alpha must be > 0, got 0"),
     (lambda: ssl.NTXentLoss(temperature=-1.0), ValueError, "NTXentLoss: temperature must be > 0"),
     (lambda: ssl.DCLLoss(reduction="x"), ValueError, "DCLLoss: reduction must be one of"),
     (lambda: ssl.TripletLoss(mining="x"), ValueError, "TripletLoss: mining must be one of"),
-    (lambda: ssl.MoCoLoss(8, 4)(GOOD, GOOD[:3]), ValueError, "MoCoLoss: query and key must have the same"),
+    (
+        lambda: ssl.MoCoLoss(8, 4)(GOOD, GOOD[:3]),
+        ValueError,
+        "MoCoLoss: query and key must have the same",
+    ),
 ]
 
 

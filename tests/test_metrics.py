@@ -29,7 +29,10 @@ def test_against_the_reference(on_engine: str, size, dtype: torch.dtype) -> None
     q = torch.randn(*size, generator=generator).to(dtype)
     k = (q.float() + torch.randn(*size, generator=generator) * 0.8).to(dtype)
     for name, arguments in (
-        ("alignment", (q, k)), ("uniformity", (q,)), ("feature_std", (q,)), ("effective_rank", (q,))
+        ("alignment", (q, k)),
+        ("uniformity", (q,)),
+        ("feature_std", (q,)),
+        ("effective_rank", (q,)),
     ):
         twin = {"alignment": "alignment_loss", "uniformity": "uniformity_loss"}.get(name, name)
         got = getattr(metrics, name)(*arguments)
@@ -81,12 +84,17 @@ def test_no_gradient_and_empty_inputs() -> None:
     z = torch.randn(6, 4, requires_grad=True)
     empty = torch.zeros(0, 4)
     for value in (
-        metrics.alignment(z, z), metrics.uniformity(z), metrics.feature_std(z),
-        metrics.effective_rank(z), *metrics.contrastive_accuracy(z, z),
+        metrics.alignment(z, z),
+        metrics.uniformity(z),
+        metrics.feature_std(z),
+        metrics.effective_rank(z),
+        *metrics.contrastive_accuracy(z, z),
     ):
         assert not value.requires_grad
     for value in (
-        metrics.alignment(empty, empty), metrics.uniformity(empty), metrics.feature_std(empty),
+        metrics.alignment(empty, empty),
+        metrics.uniformity(empty),
+        metrics.feature_std(empty),
         metrics.effective_rank(empty),
     ):
         assert value == 0
@@ -97,8 +105,12 @@ def test_same_bits_for_any_number_of_threads() -> None:
     q, k = torch.randn(2, 40000, 4, generator=torch.Generator().manual_seed(1))
 
     def run() -> list[torch.Tensor]:
-        return [metrics.alignment(q, k), metrics.feature_std(q),
-                metrics.uniformity(q[:3000]), *metrics.contrastive_accuracy(q[:3000], k[:3000])]
+        return [
+            metrics.alignment(q, k),
+            metrics.feature_std(q),
+            metrics.uniformity(q[:3000]),
+            *metrics.contrastive_accuracy(q[:3000], k[:3000]),
+        ]
 
     with threads(1):
         one = run()
@@ -118,5 +130,7 @@ def test_messages(name: str) -> None:
 
 def test_accuracy_messages() -> None:
     """Shapes must fit."""
-    with pytest.raises(ValueError, match="contrastive_accuracy: query and key must have the same shape"):
+    with pytest.raises(
+        ValueError, match="contrastive_accuracy: query and key must have the same shape"
+    ):
         metrics.contrastive_accuracy(torch.ones(3, 2), torch.ones(4, 2))

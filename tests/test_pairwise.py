@@ -15,8 +15,8 @@ from sslkernels.ops.pairwise import attend, extremes, pairwise
 
 NEG_INF = float("-inf")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# (N, M, D): one row, one column, lane and block sizes and their neighbours, a wide row, a tall matrix
-# that needs more than one block, and dimensions that are no power of two.
+# (N, M, D): one row, one column, lane and block sizes and their neighbours, a wide row, a tall
+# matrix that needs more than one block, and dimensions that are no power of two.
 SIZES = [
     (1, 1, 1),
     (2, 3, 8),
@@ -30,7 +30,17 @@ SIZES = [
     (300, 5, 8),
     (700, 411, 16),
 ]
-SELF_SIZES = [(1, 8), (2, 1), (3, 24), (63, 128), (64, 64), (65, 100), (127, 8), (130, 129), (700, 32)]
+SELF_SIZES = [
+    (1, 8),
+    (2, 1),
+    (3, 24),
+    (63, 128),
+    (64, 64),
+    (65, 100),
+    (127, 8),
+    (130, 129),
+    (700, 32),
+]
 
 
 @pytest.fixture(params=engines())
@@ -101,7 +111,7 @@ def weights(*sizes: int) -> list[Tensor]:
 
 
 def weighted(values: list[Tensor]) -> Tensor:
-    """A scalar that gives each output a different gradient; rows with nothing (-inf) take no part."""
+    """A scalar that gives each output another gradient; rows with nothing (-inf) take no part."""
     total = values[0].new_zeros(())
     for value, weight in zip(values, weights(*(len(v) for v in values)), strict=True):
         used = torch.where(value == NEG_INF, 0.0, value)
@@ -128,9 +138,7 @@ def test_rows_columns_and_gradients(on_engine: str, size, kind: str, ids: str) -
 
     check_loss(ours, reference, inputs, slack=5e-6, name=f"{on_engine} {kind} {size} {ids}")
     scale, bias = inputs[2], inputs[3] if kind == "softplus" else None
-    out = pairwise(
-        kind, q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True
-    )
+    out = pairwise(kind, q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True)
     wide = [None if x is None else x.double() for x in (q, k, scale, bias)]
     true = dense(kind, *wide, ids_q, ids_k)
     for name, value, truth in (("row", out.row, true[0]), ("col", out.col, true[1])):
@@ -231,13 +239,22 @@ def test_ranks(on_engine: str, size, ids: str) -> None:
     (scale,) = scalars(q.dtype, 3.0)
     row_at, col_at = torch.linspace(-0.5, 0.9, n), torch.linspace(0.9, -0.5, m)
     out = pairwise(
-        "lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_k, want_col=True,
-        threshold_row=row_at, threshold_col=col_at,
+        "lse",
+        q,
+        k,
+        scale=scale,
+        ids_q=ids_q,
+        ids_k=ids_k,
+        want_col=True,
+        threshold_row=row_at,
+        threshold_col=col_at,
     )
     rank = attend(q, k, scale=scale, ids_q=ids_q, ids_k=ids_k, threshold=row_at).rank
     s = dense("lse", q.double(), k.double(), scale.double(), None, ids_q, ids_k)[2]
     for got, at, matrix in (
-        (out.rank_row, row_at, s), (rank, row_at, s), (out.rank_col, col_at, s.T)
+        (out.rank_row, row_at, s),
+        (rank, row_at, s),
+        (out.rank_col, col_at, s.T),
     ):
         assert got.dtype == torch.int64
         low = (matrix > at.double()[:, None] + 2e-6).sum(1)
@@ -272,7 +289,8 @@ def test_extremes(on_engine: str, size, dtype: torch.dtype) -> None:
         if keys is None:
             same.fill_diagonal_(False)
         for got, mask, fill, best in (
-            (out.max_same, same, NEG_INF, "amax"), (out.min_other, other, -NEG_INF, "amin")
+            (out.max_same, same, NEG_INF, "amax"),
+            (out.min_other, other, -NEG_INF, "amin"),
         ):
             assert got.dtype == torch.int64
             assert torch.equal(got >= 0, mask.any(1)), f"{on_engine} {size}"
@@ -433,14 +451,20 @@ def test_empty(on_engine: str, size) -> None:
     soft = pairwise("softplus", q, k, scale=scale, want_col=True)
     assert not bool(soft.row.any()) and not bool(soft.col.any())
     grads = torch.autograd.grad(
-        [out.row, out.col, soft.row, soft.col], [q, k], [torch.zeros_like(x) for x in
-                                                          (out.row, out.col, soft.row, soft.col)]
+        [out.row, out.col, soft.row, soft.col],
+        [q, k],
+        [torch.zeros_like(x) for x in (out.row, out.col, soft.row, soft.col)],
     )
     assert all(g.shape == x.shape and not bool(g.any()) for g, x in zip(grads, (q, k), strict=True))
     near = attend(q.detach(), k.detach(), scale=scale)
     assert bool((near.lse == NEG_INF).all()) and not bool(near.mean_key.any())
-    hard = extremes(q.detach(), k.detach(), scale=scale,
-                    ids_q=torch.zeros(n, dtype=torch.int64), ids_k=torch.zeros(m, dtype=torch.int64))
+    hard = extremes(
+        q.detach(),
+        k.detach(),
+        scale=scale,
+        ids_q=torch.zeros(n, dtype=torch.int64),
+        ids_k=torch.zeros(m, dtype=torch.int64),
+    )
     assert bool((hard.max_same == -1).all()) and bool((hard.min_other == -1).all())
 
 
@@ -476,7 +500,9 @@ def test_inputs_are_not_written(on_engine: str) -> None:
     given = [q, k, scale, bias, ids_q, ids_k]
     before = [(x.clone(), x._version) for x in given]
     leaves = [x.requires_grad_() for x in (q, k, scale, bias)]
-    out = pairwise("softplus", q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True)
+    out = pairwise(
+        "softplus", q, k, scale=scale, bias=bias, ids_q=ids_q, ids_k=ids_k, want_col=True
+    )
     torch.autograd.grad([out.row, out.col], leaves, weights(40, 50))
     attend(q.detach(), k.detach(), scale=scale.detach(), ids_q=ids_q, ids_k=ids_k)
     extremes(q.detach(), k.detach(), scale=scale.detach(), ids_q=ids_q, ids_k=ids_k)
@@ -513,21 +539,48 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
     plain = [x.detach() for x in (q, k, scale, bias)]
     return {
         "pairwise lse": (
-            ops.pairwise, ("lse", q, k, scale, None, ids_q, ids_k, True, row_at, col_at)
+            ops.pairwise,
+            ("lse", q, k, scale, None, ids_q, ids_k, True, row_at, col_at),
         ),
-        "pairwise self": (ops.pairwise, ("lse", q, None, scale, None, ids_q, None, False, None, None)),
+        "pairwise self": (
+            ops.pairwise,
+            ("lse", q, None, scale, None, ids_q, None, False, None, None),
+        ),
         "pairwise softplus": (
-            ops.pairwise, ("softplus", q, k, scale, bias, None, None, False, None, None)
+            ops.pairwise,
+            ("softplus", q, k, scale, bias, None, None, False, None, None),
         ),
         "pairwise half": (
             ops.pairwise,
-            ("lse", q.detach().half().requires_grad_(), None, scale.detach().float(), None, ids_q,
-             None, False, None, None),
+            (
+                "lse",
+                q.detach().half().requires_grad_(),
+                None,
+                scale.detach().float(),
+                None,
+                ids_q,
+                None,
+                False,
+                None,
+                None,
+            ),
         ),
         "pairwise_backward": (
             ops.pairwise_backward,
-            ("lse", *plain[:3], None, ids_q, ids_k, row, None, torch.ones_like(row), None, True, True,
-             True),
+            (
+                "lse",
+                *plain[:3],
+                None,
+                ids_q,
+                ids_k,
+                row,
+                None,
+                torch.ones_like(row),
+                None,
+                True,
+                True,
+                True,
+            ),
         ),
         "attend": (ops.attend, (q, k.detach(), scale, ids_q, ids_k, row_at)),
         "extremes": (ops.extremes, (plain[0], None, plain[2], None, ids_q, None)),
@@ -535,7 +588,8 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
         "take_rows": (ops.take_rows, (q, ids_k)),
         "mined_triplets": (ops.mined_triplets, (q, ids_q % 2, 0.2, True, False)),
         "mined_triplets_backward": (
-            ops.mined_triplets_backward, (plain[0], ids_q % 2, 0.2, False, True, row_at + 1)
+            ops.mined_triplets_backward,
+            (plain[0], ids_q % 2, 0.2, False, True, row_at + 1),
         ),
     }
 
@@ -559,7 +613,13 @@ def test_gradcheck(on_engine: str, kind: str) -> None:
 
     def cross(q, k, scale, *bias):
         return pairwise(
-            kind, q, k, scale=scale, bias=bias[0] if bias else None, ids_q=ids_q, ids_k=ids_k,
+            kind,
+            q,
+            k,
+            scale=scale,
+            bias=bias[0] if bias else None,
+            ids_q=ids_q,
+            ids_k=ids_k,
             want_col=True,
         )[:2]
 
@@ -576,9 +636,7 @@ def test_second_derivative_raises() -> None:
     """Instead of being silently zero; the first with create_graph is fine."""
     q, k = (x.requires_grad_() for x in make(5, 6, 3))
     scale = torch.tensor(2.0)
-    for value in (
-        pairwise("lse", q, k, scale=scale).row, attend(q, k.detach(), scale=scale).lse
-    ):
+    for value in (pairwise("lse", q, k, scale=scale).row, attend(q, k.detach(), scale=scale).lse):
         (first,) = torch.autograd.grad(value.sum(), q, create_graph=True)
         assert first.requires_grad
         with pytest.raises(RuntimeError, match="second derivatives are not implemented"):

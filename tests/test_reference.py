@@ -35,8 +35,10 @@ def unit(x: Tensor) -> Tensor:
 
 def close(a: Tensor | float, b: Tensor | float) -> None:
     torch.testing.assert_close(
-        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64),
-        rtol=1e-10, atol=1e-12,
+        torch.as_tensor(a, dtype=torch.float64),
+        torch.as_tensor(b, dtype=torch.float64),
+        rtol=1e-10,
+        atol=1e-12,
     )
 
 
@@ -96,7 +98,8 @@ def test_distance_losses_by_hand() -> None:
     close(reference.triplet_loss(z, labels, 2.0, reduction="mean_nonzero"), 5 / 2)
     # all: (0,1): 0 and 1-7+2<0; (1,0): 1, 1-6+2<0; (2,3): 4-3+2=3 and 4-2+2=4; (3,2): 4-7+2<0, 0.
     close(reference.triplet_loss(z, labels, 2.0, mining="all"), 8 / 8)
-    # semihard: (0,1): 3 is next: 0; (1,0): 2: 1; (2,3): none beyond 4, farthest is 3: 3; (3,2): 6: 0.
+    # semihard: (0,1): 3 is next: 0; (1,0): 2: 1; (2,3): none beyond 4, farthest is 3: 3; (3,2): 6:
+    # 0.
     close(reference.triplet_loss(z, labels, 2.0, mining="semihard"), 4 / 4)
     a, b = torch.zeros(2, 1).double(), torch.tensor([[0.5], [0.25]]).double()
     close(reference.contrastive_loss(a, b, torch.tensor([True, False])), (0.125 + 0.75**2 / 2) / 2)
@@ -204,7 +207,7 @@ def test_simclr_official_is_twice_ours(z: list[Tensor]) -> None:
 
 
 def test_moco_v3_official_is_2t_times_both_directions(z: list[Tensor]) -> None:
-    """facebookresearch/moco-v3: contrastive_loss(q1, k2) + contrastive_loss(q2, k1), each times 2 T."""
+    """facebookresearch/moco-v3: contrastive_loss(q1, k2) + contrastive_loss(q2, k1), times 2 T."""
     q1, q2, k1, k2 = z
     total = torch.zeros((), dtype=torch.float64)
     for q, k in ((q1, k2), (q2, k1)):
@@ -215,7 +218,7 @@ def test_moco_v3_official_is_2t_times_both_directions(z: list[Tensor]) -> None:
 
 
 def test_moco_official_logits(z: list[Tensor]) -> None:
-    """facebookresearch/moco: the positive in column 0, the queue stored as [D, K]; its accuracy too."""
+    """facebookresearch/moco: the positive in column 0, the queue as [D, K]; its accuracy too."""
     q, k, queue = unit(z[0]), unit(z[1]), unit(torch.cat(z[2:])).T
     logits = torch.cat(((q * k).sum(1, keepdim=True), q @ queue), 1) / 0.07
     expected = F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
@@ -282,7 +285,8 @@ def test_wang_isola_code(z: list[Tensor]) -> None:
     x, y = unit(z[0]), unit(z[1])
     close(reference.alignment_loss(z[0], z[1]), (x - y).norm(dim=1).pow(2).mean())
     close(
-        reference.uniformity_loss(z[0], t=2.0), torch.pdist(x, p=2).pow(2).mul(-2.0).exp().mean().log()
+        reference.uniformity_loss(z[0], t=2.0),
+        torch.pdist(x, p=2).pow(2).mul(-2.0).exp().mean().log(),
     )
 
 
@@ -318,7 +322,7 @@ def test_false_negatives_in_batch(z: list[Tensor]) -> None:
 def test_halves_are_normalised_in_float32() -> None:
     """A zero row in float16 has norm 0, and 1e-12 is 0 in float16: not NaN.
 
-    Its gradient is that of torch's normalize, divided by 1e-12, which float16 can only call infinite.
+    Its gradient is that of torch's normalize, divided by 1e-12: infinite in float16.
     """
     zero = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
     loss = reference.nt_xent_loss(zero, torch.ones(3, 4, dtype=torch.float16))
@@ -380,7 +384,9 @@ def test_pytorch_metric_learning(z: list[Tensor]) -> None:
     from pytorch_metric_learning import distances, losses
 
     pairs = torch.arange(N).repeat(3)
-    close(losses.NTXentLoss(T)(torch.cat(z[:3]), pairs), reference.nt_xent_loss(z[:3], temperature=T))
+    close(
+        losses.NTXentLoss(T)(torch.cat(z[:3]), pairs), reference.nt_xent_loss(z[:3], temperature=T)
+    )
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 3])
     close(losses.SupConLoss(T)(z[0], labels), reference.sup_con_loss(z[0], labels, T))
     triplet = losses.TripletMarginLoss(

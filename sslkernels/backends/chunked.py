@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tile engine in plain torch, in blocks of rows: any device, any floating dtype.
 
-The readable example of ``interface.py`` and the backend of devices that have no kernels.  A block of
-rows of S is computed by one matrix product, reduced, and forgotten; the block height is chosen so that
-a block holds no more elements than the operands themselves (at least ``MIN_BLOCK``), which keeps the
-extra memory at O((N + M) * D).
+The readable example of ``interface.py`` and the backend of devices that have no kernels.  A block
+of rows of S is computed by one matrix product, reduced, and forgotten; the block height is chosen
+so that a block holds no more elements than the operands themselves (at least ``MIN_BLOCK``), which
+keeps the extra memory at O((N + M) * D).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sslkernels.backends.updates_torch import EmaPlan as EmaPlan
 from sslkernels.backends.updates_torch import enqueue_ as enqueue_
 
 NEG_INF = float("-inf")
-# Elements of a block of S.  The floor amortises Python's overhead for small operands (1 MB of float32),
-# the ceiling keeps a block in the outer cache (8 MB).
+# Elements of a block of S.  The floor amortises Python's overhead for small operands (1 MB of
+# float32), the ceiling keeps a block in the outer cache (8 MB).
 MIN_BLOCK = 1 << 18
 MAX_BLOCK = 1 << 21
 
@@ -74,7 +74,7 @@ def _softplus(s: Tensor) -> Tensor:
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """An lse to subtract: where nothing was allowed (-inf) any finite number gives exp(-inf) = 0."""
+    """An lse to subtract: where nothing was allowed (-inf), any number gives exp(-inf) = 0."""
     return lse.masked_fill(lse == NEG_INF, 0.0)
 
 

@@ -69,16 +69,16 @@ def check_positive(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be > 0, got {value}")
 
 
-def check_ids(op: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def check_ids(
+    op: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
     """Integer ids or labels of a given shape on a given device, returned as int64."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(ids).__name__}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {_dtype(ids)}")
     if ids.shape != shape:
-        raise ValueError(
-            f"{op}: {name} must have shape {list(shape)}, got {list(ids.shape)}"
-        )
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(ids.shape)}")
     if ids.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like the features, got {ids.device}")
     return ids.to(torch.int64)
@@ -101,9 +101,7 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
             )
         return value.to(acc)
     if not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}"
-        )
+        raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
     # full, not tensor: a fill kernel instead of a copy from the host.
     return torch.full((), value, dtype=acc, device=like.device)
 

@@ -31,7 +31,8 @@ def nt_xent_loss(
         loss_i = -log( exp(s_ii') / sum_{j != i} exp(s_ij) )
 
     With V > 2 views it is the mean over the ordered positive pairs (i, p) of
-    -log( e_ip / (e_ip + sum over the rows of other samples e_ij) ), which for V = 2 is the line above.
+    -log( e_ip / (e_ip + sum over the rows of other samples e_ij) ), which for V = 2 is the line
+    above.
 
     The result is float32 (float64 for float64 inputs).  Extra memory is O(N * D).  N = 1 has no
     negatives and gives 0; no rows at all give 0 too.  SimCLR's official code sums its two
@@ -66,7 +67,8 @@ def nt_xent_loss(
     if isinstance(z1, Tensor):
         if z2 is None:
             raise TypeError(f"{op}: z2 must be a tensor, got None (or pass a sequence of views)")
-        views, names = (z1, z2), ("z1", "z2")
+        views: tuple[Tensor, ...] = (z1, z2)
+        names: tuple[str, ...] = ("z1", "z2")
     else:
         if z2 is not None:
             raise TypeError(f"{op}: z2 must be left out when z1 is a sequence of views")
@@ -98,10 +100,10 @@ def info_nce_loss(
 
         loss_i = -log( exp(s_i+) / (exp(s_i+) + sum_{j in negatives of i} exp(s_ij)) )
 
-    with s = <q, k> / temperature.  The negatives of query i are: without ``negative_keys`` the positive
-    keys of the other queries; "unpaired" all of ``negative_keys`` (a queue); "paired" the rows
-    ``negative_keys[i]``.  Negative keys that need no gradient are read once, in the forward pass, and
-    not kept: a queue may be overwritten right after the call.
+    with s = <q, k> / temperature.  The negatives of query i are: without ``negative_keys`` the
+    positive keys of the other queries; "unpaired" all of ``negative_keys`` (a queue); "paired" the
+    rows ``negative_keys[i]``.  Negative keys that need no gradient are read once, in the forward
+    pass, and not kept: a queue may be overwritten right after the call.
 
     A query without any negative has loss 0.  MoCo v3's official code is
     (this(q1, k2) + this(q2, k1)) * 2 * temperature.
@@ -124,8 +126,8 @@ def info_nce_loss(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If shapes or devices differ, temperature <= 0, ids are incomplete, or reduction or
-            negative_mode is unknown.
+        ValueError: If shapes or devices differ, temperature <= 0, ids are incomplete, or reduction
+            or negative_mode is unknown.
 
     Reference:
         van den Oord et al., Representation Learning with Contrastive Predictive Coding,
@@ -253,15 +255,16 @@ def clip_loss(
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """CLIP's symmetric cross-entropy over image-text pairs.
 
-        loss_i = (CE over texts of image i + CE over images of text i) / 2,   logits = scale * <x, y>
+        loss_i = (CE over texts of image i + CE over images of text i) / 2
 
-    Rows and columns come from one pass over the tiles.  open_clip's ``ClipLoss`` is the mean of it.
+    with logits = logit_scale * <x, y>.  Rows and columns come from one pass over the tiles.
+    open_clip's ``ClipLoss`` is the mean of it.
 
     Args:
         image_features: [N, D], normalised by the caller (the CLIP convention) unless ``normalize``.
         text_features: [N, D], same dtype and device.
-        logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor, which
-            may require grad.
+        logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor,
+            which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
         return_metrics: Whether to return ContrastiveMetrics of both directions together as well.
@@ -287,12 +290,17 @@ def clip_loss(
     threshold = positive if return_metrics else None
     ids = torch.arange(len(x), device=x.device)
     row, col, rank_row, rank_col = pairwise(
-        "lse", x, y, scale=scale, ids_q=ids, ids_k=ids, want_col=True,
-        threshold_row=threshold, threshold_col=threshold,
+        "lse",
+        x,
+        y,
+        scale=scale,
+        ids_q=ids,
+        ids_k=ids,
+        want_col=True,
+        threshold_row=threshold,
+        threshold_col=threshold,
     )
-    loss = common.reduce(
-        (common.nll(row, positive) + common.nll(col, positive)) / 2, reduction
-    )
+    loss = common.reduce((common.nll(row, positive) + common.nll(col, positive)) / 2, reduction)
     if not return_metrics:
         return loss
     rank = torch.cat((rank_row, rank_col))
@@ -332,7 +340,8 @@ def dcl_loss(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If shapes or devices differ, temperature or sigma <= 0, or the reduction is unknown.
+        ValueError: If shapes or devices differ, temperature or sigma <= 0, or the reduction is
+            unknown.
 
     Reference:
         Yeh et al., Decoupled Contrastive Learning, arXiv:2110.06848.

@@ -32,7 +32,8 @@ def triplet_loss(
 
         max( d(a, p) - d(a, n) + margin, 0 )
 
-    over the triplets that ``mining`` chooses, p another row with the label of a, n one with another:
+    over the triplets that ``mining`` chooses, p another row with the label of a, n one with
+    another:
 
     * "hard": for each anchor its farthest positive and nearest negative ("batch hard");
     * "semihard": for each pair (a, p) the nearest negative that is farther than p, or the farthest
@@ -80,15 +81,13 @@ def triplet_loss(
     else:
         mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
         total = common.reduce(mined.loss, "sum")
-        count = (mined.active if reduction == "mean_nonzero" else mined.count).sum()
+        count = (mined.active if reduction == "mean_nonzero" else mined.terms).sum()
     # A NaN distance is neither the largest nor the smallest: mining alone would pass over it.
     total = total * (1 + (z.detach() * 0).sum())
     return total if reduction == "sum" else total / count.clamp(min=1)
 
 
-def _hard_terms(
-    z: Tensor, labels: Tensor, margin: float, cosine: bool
-) -> tuple[Tensor, Tensor]:
+def _hard_terms(z: Tensor, labels: Tensor, margin: float, cosine: bool) -> tuple[Tensor, Tensor]:
     """Terms [N], 0 for anchors without a triplet, and which anchors have one."""
     if len(z) == 0:
         return common.dots(z, z), labels > 0
@@ -97,8 +96,8 @@ def _hard_terms(
             scale = checks.scalar("triplet_loss", "scale", -1.0, z)
             positive, negative = extremes(z, scale=scale, ids_q=labels)
         else:
-            # d^2 - |x|^2 = |y|^2 - 2 <x, y>.  Distances do not change with the origin, and around the
-            # mean less cancels.
+            # d^2 - |x|^2 = |y|^2 - 2 <x, y>.  Distances do not change with the origin, and around
+            # the mean less cancels.
             wide = z.to(accumulation_dtype(z.dtype))
             centred = wide - wide.mean(0)
             scale = checks.scalar("triplet_loss", "scale", -2.0, z)
@@ -117,7 +116,8 @@ def _hard_terms(
 def _euclidean(a: Tensor, b: Tensor) -> Tensor:
     """[N]: ||a_i - b_i|| in the accumulation dtype; gradient 0 where they are equal."""
     acc = accumulation_dtype(a.dtype)
-    return torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
+    distance: Tensor = torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
+    return distance
 
 
 def margin_loss(
@@ -133,12 +133,12 @@ def margin_loss(
 ) -> Tensor:
     """Margin loss over given pairs: (i, j) of the same class, (k, l) of different ones.
 
-    * "relative": max( d(z_i, z_j) - d(z_k, z_l) + margin, 0 ), the published form.  With k = i it is
-      the triplet loss, with four different rows a term of the quadruplet loss.
+    * "relative": max( d(z_i, z_j) - d(z_k, z_l) + margin, 0 ), the published form.  With k = i it
+      is the triplet loss, with four different rows a term of the quadruplet loss.
     * "floor": max( max(d(z_i, z_j), margin + d(z_k, z_l)) - |margin| + eps, 0 ), a form found in
       articles.  Mind what it does: the gradient goes to the larger of the two inner terms, and
-      lowers that distance, also when it is the one of the negative pair.  With margin = -m < 0 it acts
-      on positive pairs farther apart than d(z_k, z_l) - m, and stops below m - eps.
+      lowers that distance, also when it is the one of the negative pair.  With margin = -m < 0 it
+      acts on positive pairs farther apart than d(z_k, z_l) - m, and stops below m - eps.
 
     d is the Euclidean distance; equal rows have gradient 0.
 
@@ -195,7 +195,8 @@ def contrastive_loss(
         ValueError: If shapes or devices differ or the reduction is unknown.
 
     Reference:
-        Hadsell, Chopra, LeCun, Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006.
+        Hadsell, Chopra, LeCun, Dimensionality Reduction by Learning an Invariant Mapping, CVPR
+        2006.
     """
     op = "contrastive_loss"
     checks.check_pair(op, "a", a, "b", b)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses with many positives or all pairs: multi-view NT-Xent, SigLIP, SupCon, uniformity, alignment."""
+"""Many positives, or all pairs: multi-view NT-Xent, SigLIP, SupCon, alignment, uniformity."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def nt_xent_multiview(
     v, n = len(views), len(views[0])
     z = common.unit(torch.cat(views), normalize)  # [V * N, D]
     ids = torch.arange(n, device=z.device).repeat(v)
-    z_views = z.split(n) if n else (z,) * v
+    z_views = torch.split(z, n) if n else (z,) * v
     # Each unordered pair of views once; similarity[a][b] is the column of positives of view a.
     similarity: list[list[Tensor]] = [[] for _ in range(v)]
     for a in range(v):
@@ -57,9 +57,7 @@ def nt_xent_multiview(
         ranks = [rank]
         for column in columns[1:]:
             ranks.append(
-                pairwise(
-                    "lse", z, scale=scale, ids_q=ids, threshold_row=column * scale
-                ).rank_row
+                pairwise("lse", z, scale=scale, ids_q=ids, threshold_row=column * scale).rank_row
             )
         negative = common.mean_negative(z, z, ids, ids)
         return loss, common.metrics(torch.cat(ranks), torch.cat(columns), negative)
@@ -226,7 +224,8 @@ def uniformity_loss(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Ten
     Args:
         z: [N, D].
         t: Width of the Gaussian, > 0.
-        normalize: Whether to divide rows by max(norm, 1e-12) first; without it rows may have any norm.
+        normalize: Whether to divide rows by max(norm, 1e-12) first.  Rows may have
+            any norm without it.
 
     Returns:
         A 0-d tensor, at most 0.

@@ -44,7 +44,7 @@ def byol_loss_symmetric(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """BYOL's loss of both views: byol_loss(p1, t2) + byol_loss(p2, t1), a sum as in DeepMind's code.
+    """BYOL's loss of both views, summed (DeepMind's code): byol_loss(p1, t2) + byol_loss(p2, t1).
 
     Args:
         prediction_1: [N, D], prediction from view 1.

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tile engine as torch ops: ``pairwise``, ``attend`` and ``extremes``.
 
-The ops add to the primitives of ``backends/interface.py`` what torch asks for: schemas, fakes, autograd
-and the gradient of ``scale``.  They take inputs as they are; the checks that users see are in
-``sslkernels.functional``.
+The ops add to the primitives of ``backends/interface.py`` what torch asks for: schemas, fakes,
+autograd and the gradient of ``scale``.  They take inputs as they are; the checks that users see are
+in ``sslkernels.functional``.
 
 The gradient of the scale comes from that of q: with S_ij = scale * <q_i, k_j> + bias,
 
-    dq_i = scale * sum_j G_ij k_j     so     dscale = sum_ij G_ij <q_i, k_j> = sum_i <q_i, dq_i> / scale
+    dq_i = scale * sum_j G_ij k_j     so     dscale = sum_ij G_ij <q_i, k_j> = sum_i <q_i, dq_i> /
+    scale
 
 (half of it in self mode, where dq collects both sides).  A scale of 0 would divide 0 by 0, so the
 backend is then given ``TINY`` in its place, with which S is the same to the last bit.
@@ -32,8 +33,8 @@ from sslkernels.ops._library import (
     once_differentiable,
 )
 
-# exp(TINY * <q, k>) is 1 for any representable dot product that is not itself near 1e13; TINY * TINY
-# and the products with gradients stay far from float32's smallest normal number, 1e-38.
+# exp(TINY * <q, k>) is 1 for any representable dot product that is not itself near 1e13; TINY *
+# TINY and the products with gradients stay far from float32's smallest normal number, 1e-38.
 TINY = 1e-20
 
 define(
@@ -43,8 +44,8 @@ define(
 )
 define(
     "pairwise_backward(str kind, Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? ids_q, "
-    "Tensor? ids_k, Tensor row, Tensor? col, Tensor drow, Tensor? dcol, bool want_dq, bool want_dk, "
-    "bool want_dscale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? ids_k, Tensor row, Tensor? col, Tensor drow, Tensor? dcol, bool want_dq, "
+    "bool want_dk, bool want_dscale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 define(
     "attend(Tensor q, Tensor k, Tensor scale, Tensor? ids_q, Tensor? ids_k, Tensor? threshold) "
@@ -99,12 +100,23 @@ def _pairwise_backward(
         scale = torch.where(scale == 0, torch.full_like(scale, TINY), scale)
     with no_autocast(q.device):
         dq, dk, dbias = registry.resolve(q.device).pairwise_backward(
-            kind, q, k, scale, bias, ids_q, ids_k, row, col, drow, dcol,
-            want_dq or (want_dscale and not want_dk), want_dk,
+            kind,
+            q,
+            k,
+            scale,
+            bias,
+            ids_q,
+            ids_k,
+            row,
+            col,
+            drow,
+            dcol,
+            want_dq or (want_dscale and not want_dk),
+            want_dk,
         )
     dscale = torch.zeros_like(scale)
     if want_dscale:
-        operand, gradient = (q, dq) if len(dq) or not want_dk else (k, dk)
+        operand, gradient = (q, dq) if k is None or want_dq or not want_dk else (k, dk)
         dscale = fixed_sum((operand.to(gradient.dtype) * gradient).sum(1)) / scale
         if k is None:
             dscale = dscale / 2
@@ -121,9 +133,7 @@ def _attend(
     threshold: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(q.device):
-        return tuple(
-            registry.resolve(q.device).attend(q, k, scale, ids_q, ids_k, threshold)
-        )
+        return tuple(registry.resolve(q.device).attend(q, k, scale, ids_q, ids_k, threshold))
 
 
 def _extremes(
@@ -146,8 +156,17 @@ def _ints(like: Tensor, n: Any) -> Tensor:
 
 
 def _pairwise_fake(
-    kind, q, k, scale, bias, ids_q, ids_k, want_col, threshold_row, threshold_col
-):  # type: ignore[no-untyped-def]
+    kind: str,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    want_col: bool,
+    threshold_row: Tensor | None,
+    threshold_col: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(q.dtype)
     m = q.shape[0] if k is None else k.shape[0]
     return (
@@ -159,15 +178,35 @@ def _pairwise_fake(
 
 
 def _pairwise_backward_fake(
-    kind, q, k, scale, bias, ids_q, ids_k, row, col, drow, dcol, want_dq, want_dk, want_dscale
-):  # type: ignore[no-untyped-def]
+    kind: str,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    row: Tensor,
+    col: Tensor | None,
+    drow: Tensor,
+    dcol: Tensor | None,
+    want_dq: bool,
+    want_dk: bool,
+    want_dscale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq = q.new_empty(q.shape if want_dq else (0,))
     dk = q.new_empty(k.shape if want_dk and k is not None else (0,))
     zero = q.new_empty((), dtype=accumulation_dtype(q.dtype))
     return dq, dk, zero, torch.empty_like(zero)
 
 
-def _attend_fake(q, k, scale, ids_q, ids_k, threshold):  # type: ignore[no-untyped-def]
+def _attend_fake(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(q.dtype)
     n = q.shape[0]
     return (
@@ -177,7 +216,14 @@ def _attend_fake(q, k, scale, ids_q, ids_k, threshold):  # type: ignore[no-untyp
     )
 
 
-def _extremes_fake(q, k, scale, bias_k, ids_q, ids_k):  # type: ignore[no-untyped-def]
+def _extremes_fake(
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    bias_k: Tensor | None,
+    ids_q: Tensor,
+    ids_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return _ints(q, q.shape[0]), _ints(q, q.shape[0])
 
 
@@ -187,8 +233,18 @@ def _extremes_fake(q, k, scale, bias_k, ids_q, ids_k):  # type: ignore[no-untype
 class _Pairwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind, q, k, scale, bias, ids_q, ids_k, want_col, threshold_row, threshold_col
-    ):  # type: ignore[no-untyped-def]
+        ctx: Any,
+        kind: str,
+        q: Tensor,
+        k: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        ids_q: Tensor | None,
+        ids_k: Tensor | None,
+        want_col: bool,
+        threshold_row: Tensor | None,
+        threshold_col: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with below_autograd():
             row, col, rank_row, rank_col = torch.ops.sslkernels.pairwise.default(
                 kind, q, k, scale, bias, ids_q, ids_k, want_col, threshold_row, threshold_col
@@ -201,7 +257,7 @@ class _Pairwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("sslkernels::pairwise")
-    def backward(ctx: Any, drow, dcol, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, drow: Tensor | None, dcol: Tensor | None, *_: Any) -> Any:
         q, k, scale, bias, ids_q, ids_k, row, col = ctx.saved_tensors
         _, need_q, need_k, need_scale, need_bias, *_ = ctx.needs_input_grad
         if drow is None and dcol is None:
@@ -210,8 +266,20 @@ class _Pairwise(torch.autograd.Function):
             drow = torch.zeros_like(row)
         with below_autograd(), registry.backend(ctx.backend):
             dq, dk, dscale, dbias = torch.ops.sslkernels.pairwise_backward.default(
-                ctx.kind, q, k, scale, bias, ids_q, ids_k, row, None if dcol is None else col,
-                drow, dcol, need_q, need_k, need_scale,
+                ctx.kind,
+                q,
+                k,
+                scale,
+                bias,
+                ids_q,
+                ids_k,
+                row,
+                None if dcol is None else col,
+                drow,
+                dcol,
+                need_q,
+                need_k,
+                need_scale,
             )
         return (
             None,
@@ -225,7 +293,15 @@ class _Pairwise(torch.autograd.Function):
 
 class _AttendFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, scale, ids_q, ids_k, threshold):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        scale: Tensor,
+        ids_q: Tensor | None,
+        ids_k: Tensor | None,
+        threshold: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with below_autograd():
             lse, mean_key, rank = torch.ops.sslkernels.attend.default(
                 q, k, scale, ids_q, ids_k, threshold
@@ -238,7 +314,7 @@ class _AttendFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("sslkernels::attend")
-    def backward(ctx: Any, dlse, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dlse: Tensor | None, *_: Any) -> Any:
         if dlse is None:
             return (None,) * 6
         q, scale, mean_key = ctx.saved_tensors
@@ -254,14 +330,16 @@ class _AttendFunction(torch.autograd.Function):
         return dq, None, dscale, None, None, None
 
 
-def _pairwise_autograd(kind, q, k, scale, bias, *rest):  # type: ignore[no-untyped-def]
+def _pairwise_autograd(
+    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, *rest: Any
+) -> Any:
     if needs_grad(q, k, scale, bias):
         return _Pairwise.apply(kind, q, k, scale, bias, *rest)
     with below_autograd():
         return torch.ops.sslkernels.pairwise.default(kind, q, k, scale, bias, *rest)
 
 
-def _attend_autograd(q, k, scale, *rest):  # type: ignore[no-untyped-def]
+def _attend_autograd(q: Tensor, k: Tensor, scale: Tensor, *rest: Any) -> Any:
     if needs_grad(q, k, scale):
         return _AttendFunction.apply(q, k, scale, *rest)
     with below_autograd():

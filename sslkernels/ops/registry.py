@@ -17,14 +17,15 @@ others        chunked               chunked
 ============  ====================  =====================
 
 When the module in the table can't be loaded, ``chunked`` (plain torch in blocks) takes over and one
-line says so through ``logging.getLogger("sslkernels")``.  A choice made by the user (``set_backend``,
-``backend(...)``, the environment variable ``SSLKERNELS_BACKEND``) never falls back: it raises with
-the reason when the backend is missing or can't serve the device.  It decides the families that the
-backend has; the other family stays automatic (``"triton"`` has no updates, ``"cuda"`` no tiles).
+line says so through ``logging.getLogger("sslkernels")``.  A choice made by the user
+(``set_backend``, ``backend(...)``, the environment variable ``SSLKERNELS_BACKEND``) never falls
+back: it raises with the reason when the backend is missing or can't serve the device.  It decides
+the families that the backend has; the other family stays automatic (``"triton"`` has no updates,
+``"cuda"`` no tiles).
 
-``set_backend`` and the environment variable are process-wide.  ``backend(...)`` is a context variable:
-it counts in the current thread (and asyncio task) only.  Ops remember the context's choice for their
-backward pass, which autograd may run in another thread.
+``set_backend`` and the environment variable are process-wide.  ``backend(...)`` is a context
+variable: it counts in the current thread (and asyncio task) only.  Ops remember the context's
+choice for their backward pass, which autograd may run in another thread.
 """
 
 from __future__ import annotations
@@ -231,10 +232,11 @@ class Info:
 
     def __str__(self) -> str:
         """One fact a line."""
+        available = ", ".join(self.available_isas)
         lines = [
             f"sslkernels {self.version} (python {self.python}, torch {self.torch})",
             f"  CPU extension   {'built' if self.cpu_extension else 'not built'}",
-            f"  ISA             {self.isa or '-'} (available: {', '.join(self.available_isas) or '-'})",
+            f"  ISA             {self.isa or '-'} (available: {available or '-'})",
             f"  threads         {self.threads}",
             f"  triton          {self.triton or 'not installed'}",
             f"  CUDA extension  {'built' if self.cuda_extension else 'not built'}",

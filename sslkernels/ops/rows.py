@@ -24,7 +24,7 @@ def _accumulate(src: Tensor, index: Tensor, n: int) -> Tensor:
     return out.index_add_(0, index, src)  # on CPUs: one thread a row, in the order of src
 
 
-def _accumulate_fake(src, index, n):  # type: ignore[no-untyped-def]
+def _accumulate_fake(src: Tensor, index: Tensor, n: Any) -> Tensor:
     return src.new_empty((n, src.shape[1]))
 
 
@@ -32,43 +32,43 @@ def _take(src: Tensor, index: Tensor) -> Tensor:
     return src.index_select(0, index)
 
 
-def _take_fake(src, index):  # type: ignore[no-untyped-def]
+def _take_fake(src: Tensor, index: Tensor) -> Tensor:
     return src.new_empty((index.shape[0], src.shape[1]))
 
 
 class _Accumulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, src, index, n):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, src: Tensor, index: Tensor, n: Any) -> Any:
         ctx.save_for_backward(index)
         with below_autograd():
             return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
 
     @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dout: Tensor) -> Any:
         return torch.ops.sslkernels.take_rows.default(dout, *ctx.saved_tensors), None, None
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, src, index):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, src: Tensor, index: Tensor) -> Any:
         ctx.n = src.shape[0]
         ctx.save_for_backward(index)
         with below_autograd():
             return torch.ops.sslkernels.take_rows.default(src, index)
 
     @staticmethod
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dout: Tensor) -> Any:
         return torch.ops.sslkernels.accumulate_rows.default(dout, *ctx.saved_tensors, ctx.n), None
 
 
-def _accumulate_autograd(src, index, n):  # type: ignore[no-untyped-def]
+def _accumulate_autograd(src: Tensor, index: Tensor, n: Any) -> Any:
     if needs_grad(src):
         return _Accumulate.apply(src, index, n)
     with below_autograd():
         return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
 
 
-def _take_autograd(src, index):  # type: ignore[no-untyped-def]
+def _take_autograd(src: Tensor, index: Tensor) -> Any:
     if needs_grad(src):
         return _Take.apply(src, index)
     with below_autograd():
@@ -92,7 +92,8 @@ def accumulate_rows(src: Tensor, index: Tensor, n: int) -> Tensor:
         index: [N] int64 in [0, n).
         n: Rows of the result.
     """
-    return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
+    out: Tensor = torch.ops.sslkernels.accumulate_rows.default(src, index, n)
+    return out
 
 
 def take_rows(src: Tensor, index: Tensor) -> Tensor:
@@ -102,11 +103,12 @@ def take_rows(src: Tensor, index: Tensor) -> Tensor:
         src: [N, D].
         index: [M] int64 in [0, N).
     """
-    return torch.ops.sslkernels.take_rows.default(src, index)
+    out: Tensor = torch.ops.sslkernels.take_rows.default(src, index)
+    return out
 
 
 def segments(ids: Tensor) -> Tensor:
-    """[N] int64 in [0, N): equal ids get equal numbers; unlike ``torch.unique`` without a host sync.
+    """[N] int64 in [0, N): equal ids get equal numbers, without the host sync of ``torch.unique``.
 
     Args:
         ids: [N], any integer dtype.

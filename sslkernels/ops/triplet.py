@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Semi-hard and all triplets in blocks of rows: O(N^2 log N) time, O(N * D) memory, never N^3.
 
-For a block of anchors the distances to all rows are computed, the negatives of each anchor sorted, and
-each positive looked up in them by binary search.  Prefix sums then give the sum over all the negatives
-that a positive violates.  The backward pass does the same again and turns counts into weights of
-distances.
+For a block of anchors the distances to all rows are computed, the negatives of each anchor sorted,
+and each positive looked up in them by binary search.  Prefix sums then give the sum over all the
+negatives that a positive violates.  The backward pass does the same again and turns counts into
+weights of distances.
 
 Distances are computed in float64 (float32 where a device has no float64): |x|^2 + |y|^2 - 2 <x, y>
-cancels, and in float32 would leave an error of 3e-4 in the distance of two nearly equal unit vectors.
+cancels, and in float32 would leave an error of 3e-4 in the distance of two nearly equal unit
+vectors.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _blocks(z: Tensor, ids: Tensor, cosine: bool) -> Iterator[_Block]:
 
 
 def _semihard(block: _Block, margin: float) -> tuple[Tensor, Tensor]:
-    """Terms [B, N] of the pairs (anchor, positive), and the place of their negative in the order."""
+    """Terms [B, N] of the pairs (anchor, positive), and where their negative is in the order."""
     place = torch.searchsorted(block.negatives, block.d, right=True)
     # None farther than the positive: the farthest negative.
     place = torch.minimum(place, block.n_negatives - 1).clamp_(min=0)
@@ -146,19 +147,23 @@ def _mined_triplets_backward(
     return dz.to(z.dtype)
 
 
-def _fake(z, ids, margin, semihard, cosine):  # type: ignore[no-untyped-def]
+def _fake(
+    z: Tensor, ids: Tensor, margin: float, semihard: bool, cosine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     n = z.shape[0]
     ints = z.new_empty((n,), dtype=torch.int64)
     return z.new_empty((n,), dtype=accumulation_dtype(z.dtype)), ints, torch.empty_like(ints)
 
 
-def _backward_fake(z, ids, margin, semihard, cosine, dloss):  # type: ignore[no-untyped-def]
+def _backward_fake(
+    z: Tensor, ids: Tensor, margin: float, semihard: bool, cosine: bool, dloss: Tensor
+) -> Tensor:
     return z.new_empty(z.shape)
 
 
 class _Mined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z, ids, *options):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, z: Tensor, ids: Tensor, *options: Any) -> Any:
         with below_autograd():
             loss, active, count = torch.ops.sslkernels.mined_triplets.default(z, ids, *options)
         ctx.options = options
@@ -168,7 +173,7 @@ class _Mined(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("sslkernels::mined_triplets")
-    def backward(ctx: Any, dloss, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
         with below_autograd():
             dz = torch.ops.sslkernels.mined_triplets_backward.default(
                 *ctx.saved_tensors, *ctx.options, dloss
@@ -176,7 +181,7 @@ class _Mined(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-def _autograd(z, ids, *options):  # type: ignore[no-untyped-def]
+def _autograd(z: Tensor, ids: Tensor, *options: Any) -> Any:
     if needs_grad(z):
         return _Mined.apply(z, ids, *options)
     with below_autograd():
@@ -195,7 +200,7 @@ class MinedTriplets(NamedTuple):
 
     loss: Tensor  # [N] accumulation dtype: sum of max(d(a, p) - d(a, n) + margin, 0)
     active: Tensor  # [N] int64: how many of those terms are positive
-    count: Tensor  # [N] int64: how many terms there are
+    terms: Tensor  # [N] int64: how many there are
 
 
 def mined_triplets(
