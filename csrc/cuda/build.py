@@ -19,10 +19,6 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 KERNELS = ("ema.cu", "queue.cu")
@@ -178,39 +174,6 @@ def build_cuda_extension(
     _run([*link, str(partial), *(str(objects / name) for name in inputs)], verbose)
     os.replace(partial, output)
     return output
-
-
-def with_cuda(base: type[build_ext]) -> type[build_ext]:
-    """``base``, a ``build_ext`` command, extended so that it also builds ``sslkernels._cuda``.
-
-    What is up to date is not built again.  A failure stops the installation where the extension was
-    required; under ``auto`` it is reported and the installation goes on without.
-    """
-
-    class BuildWithCuda(base):  # type: ignore[misc, valid-type]
-        """Builds the extension modules of the base command, then the CUDA module."""
-
-        def run(self) -> None:
-            """Build everything."""
-            super().run()
-            if not cuda_extension_requested():
-                return
-            try:
-                target = Path(self.get_ext_fullpath("sslkernels._cuda"))
-                if self.force or not is_up_to_date(target):
-                    build_cuda_extension(target, Path(self.build_temp, "cuda"))
-            except CudaBuildError as error:
-                if cuda_extension_required():
-                    raise
-                print(f"sslkernels: going on without sslkernels._cuda: {error}", file=sys.stderr)
-
-        def get_outputs(self) -> list[str]:
-            """What was built, the CUDA module included, for the record of an installation."""
-            outputs = list(super().get_outputs())
-            target = self.get_ext_fullpath("sslkernels._cuda")
-            return [*outputs, target] if os.path.exists(target) else outputs
-
-    return BuildWithCuda
 
 
 def main() -> int:
