@@ -39,8 +39,9 @@ ROOT = PYTHON_FOLDER.parent
 SMALL = [
     "--batch-size", "64", "--width", "8", "--stages", "2", "--blocks", "1", "--queue-size", "128",
     "--projector-hidden", "32", "--projector-dim", "16", "--optimizer", "adamw", "--log-every", "2",
-    "--base-lr", "0.02", "--rotate", "10", "--translate", "0.1", "--noise", "0.05",
-    "--temperature", "0.1", "--ema-decay", "0.9", "--flip", "0", "--crop-min", "1", "--jitter", "0.5", "--progress", "false", "--device", "cpu",
+    "--base-lr", "0.02", "--temperature", "0.1", "--ema-decay", "0.9", "--rotate", "10",
+    "--translate", "0.1", "--noise", "0.05", "--flip", "0", "--crop-min", "1", "--jitter", "0.5",
+    "--progress", "false", "--device", "cpu",
 ]  # fmt: skip
 TIMES = ("images_per_s", "seconds")
 
@@ -194,7 +195,9 @@ def test_autocast_trains(digits_file: str, tmp_path: Path) -> None:
     written = rows(tmp_path / "run")
     assert written[-1]["loss"] < written[0]["loss"]
     weights = checkpoint(tmp_path / "run")["method"]
-    assert all(value.dtype != torch.bfloat16 for value in weights.values() if torch.is_tensor(value))
+    assert all(
+        value.dtype != torch.bfloat16 for value in weights.values() if torch.is_tensor(value)
+    )
 
 
 def flat_backbone(in_channels: int) -> nn.Module:
@@ -423,7 +426,10 @@ def test_two_processes_share_a_run(digits_file: str, tmp_path: Path) -> None:
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "ssltrain", "moco", *words, "--evaluate", "false"],
-                cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=tmp_path,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
             )  # fmt: skip
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from ssltrain.errors import UserError
 from ssltrain.presets import preset
@@ -174,7 +174,7 @@ def config_parser(defaults: TrainConfig, prog: str) -> OneLineParser:
     """A parser with one flag a field of ``TrainConfig`` and ``--config FILE``."""
     parser = OneLineParser(prog=prog, allow_abbrev=False, default_env=False)
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file of settings; flags after it win"
+        "--config", action="config", help="YAML file of settings; flags after it win"
     )
     types = typing.get_type_hints(TrainConfig)
     groups: dict[str, Any] = {}

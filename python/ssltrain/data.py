@@ -51,6 +51,7 @@ class ArrayImages:
         return len(self.array)
 
     def read(self, indices: Tensor) -> Tensor:
+        """The images at ``indices``."""
         return self.array[indices]
 
 
@@ -66,6 +67,11 @@ class FileImages:
         return len(self.paths)
 
     def read(self, indices: Tensor) -> Tensor:
+        """The images at ``indices``, decoded now.
+
+        Raises:
+            UserError: a file that is not an image.
+        """
         arrays = list(self._pool.map(self._decode, [self.paths[i] for i in indices.tolist()]))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
@@ -75,7 +81,9 @@ class FileImages:
         try:
             with Image.open(path) as image:
                 square = (self.size, self.size)
-                return np.asarray(ImageOps.fit(image.convert("RGB"), square, Image.Resampling.BICUBIC))
+                return np.asarray(
+                    ImageOps.fit(image.convert("RGB"), square, Image.Resampling.BICUBIC)
+                )
         except (OSError, UnidentifiedImageError) as error:
             raise UserError(f"cannot read the image {path}; remove or replace it") from error
 
@@ -201,34 +209,27 @@ def _assemble(
     """An ``ImageData`` of arrays uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], and labels."""
     images, labels = _channels_first(train[0], name), _labels(train[1], len(train[0]), name)
     if test is None:
-        train_rows, test_rows = _split(len(images), labels)
-        parts = [
-            Part(ArrayImages(images[rows]), None if labels is None else labels[rows])
-            for rows in (train_rows, test_rows)
-        ]
+        rows = _split(len(images), labels)
+        parts = [(images[r], None if labels is None else labels[r]) for r in rows]
     else:
-        parts = [
-            Part(ArrayImages(images), labels),
-            Part(
-                ArrayImages(_channels_first(test[0], name)),
-                _labels(test[1], len(test[0]), name),
-            ),
-        ]
-    shape = tuple(parts[0].images.array.shape[1:])
-    if tuple(parts[1].images.array.shape[1:]) != shape:
+        test_images = _channels_first(test[0], name)
+        parts = [(images, labels), (test_images, _labels(test[1], len(test_images), name))]
+    channels, height, width = images.shape[1:]
+    if parts[1][0].shape[1:] != images.shape[1:]:
         raise UserError(f"{name}: the test images have another size than the training images")
     if class_names is None:
         classes = 0 if labels is None or not len(labels) else int(labels.max()) + 1
         class_names = [str(label) for label in range(classes)]
-    return ImageData(name, kind, parts[0], parts[1], shape[0], shape[1:], class_names)
+    train_part, test_part = (Part(ArrayImages(pixels), labels) for pixels, labels in parts)
+    size = (height, width)
+    return ImageData(name, kind, train_part, test_part, channels, size, class_names)
 
 
 def _channels_first(images: np.ndarray, name: str) -> Tensor:
     if images.dtype != np.uint8:
         if images.dtype.kind != "f" or images.size and not 0 <= images.min() <= images.max() <= 1:
             raise UserError(
-                f"{name}: images must be uint8 (0 to 255) or floats from 0 to 1, "
-                f"got {images.dtype}"
+                f"{name}: images must be uint8 (0 to 255) or floats from 0 to 1, got {images.dtype}"
             )
         images = np.rint(images * 255).astype(np.uint8)
     if images.ndim == 3:
@@ -240,7 +241,8 @@ def _channels_first(images: np.ndarray, name: str) -> Tensor:
             f"{name}: images must have the shape [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or "
             f"3 channels, got {list(images.shape)}"
         )
-    return torch.from_numpy(np.require(images, requirements=["C", "W"]))  # files are read-only
+    # np.frombuffer gives read-only arrays, which torch does not take.
+    return torch.from_numpy(np.require(images, requirements=["C", "W"]))
 
 
 def _labels(labels: np.ndarray | None, count: int, name: str) -> np.ndarray | None:
@@ -321,7 +323,9 @@ def _load_cifar10(folder: Path) -> ImageData:
         if binary.is_file():
             rows = np.frombuffer(_open(binary), np.uint8)
             if rows.size == 0 or rows.size % 3073:
-                raise UserError(f"{binary} is not a CIFAR-10 batch: its size is no multiple of 3073")
+                raise UserError(
+                    f"{binary} is not a CIFAR-10 batch: its size is no multiple of 3073"
+                )
             rows = rows.reshape(-1, 3073)
             return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
         if not (folder / name).is_file():
@@ -400,7 +404,10 @@ def _load_folder(folder: Path, size: int) -> ImageData:
         if unknown := set(test_classes) - set(class_names):
             raise UserError(f"{test_folder} has classes that train lacks: {sorted(unknown)[0]}")
         test_labels = np.array([class_names.index(name) for name in test_classes])
-        parts = [Part(FileImages(paths, size), labels), Part(FileImages(test_paths, size), test_labels)]
+        parts = [
+            Part(FileImages(paths, size), labels),
+            Part(FileImages(test_paths, size), test_labels),
+        ]
     return ImageData(folder.name, "folder", parts[0], parts[1], 3, (size, size), class_names)
 
 

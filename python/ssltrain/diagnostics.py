@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sslkernels import metrics
 from torch import Tensor
+
+from sslkernels import metrics
 
 
 class Collapse(NamedTuple):

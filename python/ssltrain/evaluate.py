@@ -48,7 +48,7 @@ def embed(encoder: Encoder, images: Images, device: torch.device) -> np.ndarray:
     encoder = encoder.to(device).eval()
     blocks = [
         encoder(images.read(rows).to(device).float() / 255).float().cpu()
-        for rows in torch.arange(len(images)).split(EMBED_BATCH)
+        for rows in torch.split(torch.arange(len(images)), EMBED_BATCH)
     ]
     return torch.cat(blocks).numpy()
 
@@ -57,7 +57,7 @@ def raw_pixels(images: Images) -> np.ndarray:
     """Pixels as features, float32 [N, C * H * W], from 0 to 1."""
     blocks = [
         images.read(rows).flatten(1).float() / 255
-        for rows in torch.arange(len(images)).split(EMBED_BATCH)
+        for rows in torch.split(torch.arange(len(images)), EMBED_BATCH)
     ]
     return torch.cat(blocks).numpy()
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
 from typing import Any, NamedTuple
 
-import sslkernels
 import torch
 from torch import Tensor, nn
 
+import sslkernels
 from ssltrain.config import TrainConfig
 from ssltrain.errors import UserError
 from ssltrain.models import Encoder, Network, mlp_head
@@ -77,7 +77,7 @@ class Method(nn.Module):
     def micro_batches(self, *views: Tensor) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
         """The share of the batch in each micro-batch, and the views of it."""
         size = len(views[0])
-        chunks = [view.split(self.config.micro_batch or size) for view in views]
+        chunks = [torch.split(view, self.config.micro_batch or size) for view in views]
         for parts in zip(*chunks, strict=True):
             yield len(parts[0]) / size, parts
 
@@ -101,9 +101,12 @@ class SimCLR(Method):
 
     @property
     def network(self) -> Network:
-        return unwrap(self.online)
+        """Encoder and projector."""
+        network: Network = unwrap(self.online)
+        return network
 
     def train_step(self, view_1: Tensor, view_2: Tensor) -> StepMetrics:
+        """Every view must find its partner among all views of the batch."""
         with self.autocast():
             z1, z2 = self.online(torch.cat([view_1, view_2])).chunk(2)
         loss, metrics = sslkernels.nt_xent_loss(
@@ -122,7 +125,9 @@ class Predicting(nn.Module):
         self.predictor = predictor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.predictor(self.network(x))
+        """Predictions of a batch."""
+        p: Tensor = self.predictor(self.network(x))
+        return p
 
 
 class BYOL(Method):
@@ -140,9 +145,12 @@ class BYOL(Method):
 
     @property
     def network(self) -> Network:
-        return unwrap(self.online).network
+        """Encoder and projector, without the predictor."""
+        network: Network = unwrap(self.online).network
+        return network
 
     def train_step(self, view_1: Tensor, view_2: Tensor) -> StepMetrics:
+        """Each view predicts what the target network makes of the other."""
         reports = []
         for share, (part_1, part_2) in self.micro_batches(view_1, view_2):
             views = torch.cat([part_1, part_2])
@@ -158,6 +166,7 @@ class BYOL(Method):
         return StepMetrics(*torch.stack(reports).sum(dim=0).unbind())
 
     def after_step(self) -> None:
+        """Move the target towards the online network."""
         self.target.update(self.network, self.step)
         super().after_step()
 
@@ -178,7 +187,9 @@ class MoCo(Method):
 
     @property
     def network(self) -> Network:
-        return unwrap(self.online)
+        """Encoder and projector."""
+        network: Network = unwrap(self.online)
+        return network
 
     @torch.no_grad()
     def prime(self, views: Iterable[Tensor]) -> None:
@@ -191,6 +202,7 @@ class MoCo(Method):
                 return
 
     def train_step(self, view_1: Tensor, view_2: Tensor) -> StepMetrics:
+        """Queries of view 1 must find keys of view 2 among the keys of the queue."""
         self.target.update(self.network)
         if self.config.symmetric:
             view_1, view_2 = torch.cat([view_1, view_2]), torch.cat([view_2, view_1])

@@ -29,6 +29,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
@@ -58,7 +59,9 @@ class SmallResNet(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.stem(x)).mean(dim=(2, 3))
+        """Features of a batch."""
+        features: Tensor = self.layers(self.stem(x)).mean(dim=(2, 3))
+        return features
 
 
 class Encoder(nn.Module):
@@ -76,17 +79,17 @@ class Encoder(nn.Module):
         self.register_buffer("std", std.view(1, -1, 1, 1))
         # Channels last: the 3x3 convolutions of a small ResNet take two thirds of the time on a
         # CPU (512 x 8 x 8 images, width 32), and tensor cores want it too.
-        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dim = _feature_dim(backbone, mean.numel(), size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features of a batch."""
         x = (x - self.mean) / self.std
-        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+        features: Tensor = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return features
 
 
-def build_encoder(
-    config: TrainConfig, mean: Tensor, std: Tensor, size: tuple[int, int]
-) -> Encoder:
+def build_encoder(config: TrainConfig, mean: Tensor, std: Tensor, size: tuple[int, int]) -> Encoder:
     """The encoder that ``--backbone`` names, with fresh weights.
 
     Args:
@@ -116,9 +119,10 @@ def _backbone(config: TrainConfig, channels: int) -> nn.Module:
                 f"--backbone {name} needs timm, which is not installed; install timm or use resnet"
             ) from error
         try:
-            return timm.create_model(attribute, in_chans=channels, num_classes=0)
+            model: nn.Module = timm.create_model(attribute, in_chans=channels, num_classes=0)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"--backbone {name}: {' '.join(str(error).split())}") from error
+        return model
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
@@ -167,4 +171,6 @@ class Network(nn.Module):
         self.projector = projector
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projector(self.encoder(x))
+        """Projections of a batch."""
+        z: Tensor = self.projector(self.encoder(x))
+        return z

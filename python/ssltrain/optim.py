@@ -20,7 +20,8 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     Raises:
         UserError: ``--optimizer lars`` without the package that holds it.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [
@@ -39,7 +40,8 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
             "--optimizer lars needs the package pytorch_optimizer; install it, or use sgd or adamw"
         ) from error
     # It leaves vectors unscaled, as the papers do (You et al. 2017, arXiv:1708.03888).
-    return LARS(groups, lr=lr, momentum=config.momentum)
+    lars: Optimizer = LARS(groups, lr=lr, momentum=config.momentum)
+    return lars
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -52,7 +52,7 @@ class World:
         if self.size == 1:
             return module
         if self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
             return nn.parallel.DistributedDataParallel(module, device_ids=[self.device.index])
         return nn.parallel.DistributedDataParallel(module)
 
@@ -87,7 +87,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
+        if device.type == "cuda" and ":" not in name:
             device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -96,6 +96,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> Any:
     """The module below DDP."""
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module

@@ -66,9 +66,10 @@ def flat_map(features: np.ndarray) -> np.ndarray:
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, max(1.0, (len(features) - 1) / 3))
-    return TSNE(
+    places: np.ndarray = TSNE(
         perplexity=perplexity, metric="cosine", init="random", random_state=MAP_SEED
     ).fit_transform(features)
+    return places
 
 
 def draw_map(

@@ -85,11 +85,14 @@ class RunFolder:
         if not self.checkpoint.is_file():
             raise UserError(f"{self.path} has no checkpoint.pt yet; start the run again")
         try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(
+                self.checkpoint, map_location="cpu", weights_only=True
+            )
         except Exception as error:  # torch raises whatever zip and pickle raise
             raise UserError(
                 f"cannot read {self.checkpoint}: {type(error).__name__}; the file is damaged"
             ) from error
+        return state
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint in one move, so that a kill leaves the old or the new one."""

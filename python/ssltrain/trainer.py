@@ -184,9 +184,7 @@ class Trainer:
         images = (self.method.step - first) * self.config.batch_size
         return Outcome(self.method.step == self.total_steps, seconds, images / max(seconds, 1e-9))
 
-    def _epoch(
-        self, epoch: int, last: int, bar: tqdm[Any], events: SummaryWriter | None
-    ) -> None:
+    def _epoch(self, epoch: int, last: int, bar: tqdm[Any], events: SummaryWriter | None) -> None:
         """The steps of ``epoch`` that are still to do, at most to step ``last``."""
         done = self.method.step - epoch * self.steps_per_epoch
         order = epoch_order(len(self.data.train), self.config.seed, epoch)
@@ -263,8 +261,8 @@ class Trainer:
         if self.folder is None:
             return
         row: dict[str, float] = {"epoch": epoch, "step": self.method.step}
-        row["lr"] = self.schedule.get_last_lr()[0]
-        row.update(zip(StepMetrics._fields, means, strict=True))
+        row["lr"] = float(self.schedule.get_last_lr()[0])
+        row.update(dict(zip(StepMetrics._fields, means, strict=True)))
         row.update(self._diagnose())
         row["images_per_s"] = steps * self.config.batch_size / max(seconds, 1e-9)
         row["seconds"] = seconds
