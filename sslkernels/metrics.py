@@ -58,7 +58,7 @@ def alignment(z1: Tensor, z2: Tensor, alpha: float = 2.0, *, normalize: bool = T
 
 @torch.no_grad()
 def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
-    """log mean exp(-t ||z_i - z_j||^2): 0 when all rows are equal; see ``uniformity_loss``."""
+    """Log mean exp(-t ||z_i - z_j||^2): 0 when all rows are equal; see ``uniformity_loss``."""
     return functional.uniformity_loss(z, t, normalize=normalize)
 
 
@@ -85,7 +85,7 @@ def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(z: Tensor, *, center: bool = True) -> Tensor:
-    """exp of the entropy of the normalised singular values: how many dimensions are in use.
+    """The exponential of the entropy of the normalised singular values: dimensions in use.
 
     Between 1 (a line) and min(N, D); 0 when z (centred) is zero.  The singular values are the
     square roots of the eigenvalues of the D x D matrix of second moments: O(N D^2 + D^3) time.

@@ -337,7 +337,7 @@ def alignment_loss(
 
 
 def uniformity_loss(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
-    """log of the mean of exp(-t ||z_i - z_j||^2) over pairs i < j (arXiv:2005.10242)."""
+    """Log of the mean of exp(-t ||z_i - z_j||^2) over pairs i < j (arXiv:2005.10242)."""
     z = _unit(z, normalize)
     if len(z) < 2:
         return z.sum() * 0
@@ -364,7 +364,7 @@ def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
 
 
 def effective_rank(z: Tensor, *, center: bool = True) -> Tensor:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
     z = _acc(z)
     if not z.numel():
         return z.new_zeros(())
@@ -392,7 +392,7 @@ def enqueue(
 
 @torch.no_grad()
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], decay: float) -> None:
-    """target = decay * target + (1 - decay) * source, in place, in float32 (float64 if any is)."""
+    """Set target = decay * target + (1 - decay) * source in float32 (float64 if any is)."""
     for target, source in zip(targets, sources, strict=True):
         wide = torch.promote_types(torch.promote_types(target.dtype, source.dtype), torch.float32)
         target.copy_(decay * target.to(wide) + (1 - decay) * source.to(wide))

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import check_budget, check_loss, engine, engines, poisoned, threads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as ssl
-from helpers import check_budget, check_loss, engine, engines, poisoned, threads
 from sslkernels import reference
 
 # (N, D): one and two samples, neighbours of lane and block sizes, D that is no power of two.

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-
 from helpers import check_budget, engine, engines, threads
+
 from sslkernels import metrics, reference
 
 SIZES = [(1, 8), (2, 1), (3, 24), (65, 129), (130, 8), (700, 32)]

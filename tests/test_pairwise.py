@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import SLACK, check_budget, check_loss, engine, engines, poisoned, threads
 from torch import Tensor
 
 import sslkernels
-from helpers import SLACK, check_budget, check_loss, engine, engines, poisoned, threads
 from sslkernels.ops.pairwise import attend, extremes, pairwise
 
 NEG_INF = float("-inf")

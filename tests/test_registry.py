@@ -156,7 +156,7 @@ def test_the_backward_pass_uses_the_backend_of_the_forward_pass(
 
 
 def test_resolve_is_cheap() -> None:
-    """The cached path: 0.3 to 0.8 µs when measured; an import or a lookup of a spec would be 100."""
+    """The cached path: 0.3 to 0.8 µs when measured; an import or a spec look-up would be 100."""
     registry.resolve(CPU)
     best = min(timeit.repeat(lambda: registry.resolve(CPU), number=2000, repeat=5)) / 2000
     assert best < 20e-6

@@ -15,7 +15,7 @@ EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional
 
 
 def unit(x: Tensor, normalize: bool) -> Tensor:
-    """x / max(||x||, 1e-12) by rows in the accumulation dtype, or x as it is.
+    """Rows x / max(||x||, 1e-12) in the accumulation dtype, or x as it is.
 
     Halves are normalised in float32: in float16 the 1e-12 would be 0 and a zero row NaN.
     """
