@@ -270,11 +270,12 @@ def test_ranks(on_engine: str, size, ids: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_extremes(on_engine: str, size, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sign", [-2.0, 2.0])  # 2: a row would be its own best positive
+def test_extremes(on_engine: str, size, dtype: torch.dtype, sign: float) -> None:
     """Hard positives and negatives, with and without a bias, in both modes."""
     n, m, d = size
     q, k = make(n, m, d, dtype)
-    (scale,) = scalars(dtype, -2.0)
+    (scale,) = scalars(dtype, sign)
     bias = torch.linspace(0.0, 0.5, m, dtype=scale.dtype)
     ids_q, ids_k = torch.arange(n) % 4, torch.arange(m) % 3
     cases = [(k, None, ids_k), (k, bias, ids_k), (None, None, None), (None, bias, None)]
@@ -419,6 +420,19 @@ def test_huge_logits(on_engine: str, kind: str, scale: float) -> None:
     lse = attend(q, k, scale=torch.tensor(scale)).lse
     true = dense("lse", q.double(), k.double(), torch.tensor(scale).double())[0]
     check_budget(lse, true, true, 1e-6, f"{on_engine} attend scale {scale}")
+
+
+def test_column_maxima_that_move(on_engine: str) -> None:
+    """Each of 700 rows has its own magnitude, up or down by 1e4: online maxima follow."""
+    q, k = make(700, 411, 16)
+    rising = torch.linspace(0.0, 1.0, 700).square()
+    for size in (rising, rising.flip(0)):
+        rows = q * size[:, None]
+        scale = torch.tensor(5e3)
+        out = pairwise("lse", rows, k, scale=scale, want_col=True)
+        true = dense("lse", rows.double(), k.double(), scale.double())
+        check_budget(out.col, true[1], true[1], 1e-6, f"{on_engine} col")
+        check_budget(out.row, true[0], true[0], 1e-6, f"{on_engine} row")
 
 
 def test_nan_reaches_what_depends_on_it(on_engine: str) -> None:

@@ -164,6 +164,7 @@ def test_resolve_is_cheap() -> None:
 
 def test_info_says_what_is_active_and_why() -> None:
     """Every device and family, and what was asked for."""
+    ssl.set_backend(None)
     with ssl.backend("chunked"):
         asked = ssl.info()
     assert asked.asked_for == "chunked" and asked.backends["cpu/tiles"] == "chunked (asked for)"
