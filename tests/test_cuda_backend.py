@@ -2,8 +2,8 @@
 """The CUDA backend from the public API down to the kernels, which run emulated on CPU tensors.
 
 ``backends/cuda.py`` is loaded on top of an extension module made of the real bindings and kernels,
-compiled against the emulation, and told to take CPU tensors for those of a device.  What it computes is
-compared with the CPU backend: the same bits for EMA, the error budget for the queue.
+compiled against the emulation, and told to take CPU tensors for those of a device.  What it
+computes is compared with the CPU backend: the same bits for EMA, the error budget for the queue.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import sslkernels
 import torch
 from cuda_emulation import toolchain
+from torch import Tensor
+
+import sslkernels
 from sslkernels.ops import ema as ema_ops
 from sslkernels.ops import registry
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason="no C++ compiler")
 
@@ -94,7 +95,7 @@ def pairs(seed: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def update(targets: list[Tensor], sources: list[Tensor], **options: object) -> None:
-    """The public op twice: the first call makes a plan, the second finds it where it may be kept."""
+    """The public op twice: the first call makes a plan, the second finds it if it was kept."""
     for step in (4, 5):
         sslkernels.ema_update_(targets, sources, 0.9, seed=2**40 + 3, step=step, **options)
 
@@ -276,9 +277,7 @@ def test_plan_refuses(
          ValueError, r"rng_state must be contiguous \[2\] on cpu, got \[3\]"),
     ],
 )  # fmt: skip
-def test_run_refuses(
-    cuda: ModuleType, options: dict, error: type[Exception], message: str
-) -> None:
+def test_run_refuses(cuda: ModuleType, options: dict, error: type[Exception], message: str) -> None:
     target, source = torch.zeros(4), torch.ones(4)
     plan = cuda.EmaPlan([target], [source])
     with pytest.raises(error, match=f"ema_update_: .*{message}"):

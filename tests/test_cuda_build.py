@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sslkernels._cuda: when it is built, that it builds and imports, and budgets of the machine code."""
+"""sslkernels._cuda: when it is built, that it builds and imports, budgets of the machine code."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ build = _load_build()
 NVCC = build.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 
-# Registers a thread may use.  EMA: 4 blocks of 256 threads fill 65,536 registers at 64, and the grid
-# is 4 blocks a multiprocessor.  Queue: at 64 still 8 blocks of 128 threads.
+# Registers a thread may use.  EMA: 4 blocks of 256 threads fill 65,536 registers at 64, and the
+# grid is 4 blocks a multiprocessor.  Queue: at 64 still 8 blocks of 128 threads.
 MAX_REGISTERS = {"ema": 64, "queue": 64}
 KERNELS = {"ema": 2, "queue": 16}  # EMA without and with stochastic rounding; pairs of dtypes
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""csrc/cuda/*.cu run on the CPU: every kernel, every dtype pair, edges, schedules, sanitizers on."""
+"""csrc/cuda/*.cu run on the CPU: every kernel and dtype pair, edges, schedules, sanitizers on."""
 
 from __future__ import annotations
 
@@ -117,15 +117,17 @@ def test_ema_misaligned(emulator: Emulator, pair: tuple[int, int]) -> None:
     widths = [8 if d == twin.FLOAT64 else 4 if d == twin.FLOAT32 else 2 for d in pair]
     starts = [range(0, 16, w) for w in widths]
     shifts = [(t, s) for t in starts[0] for s in starts[1]]
-    chosen = shifts if len(shifts) <= 16 else shifts[:: len(shifts) // 16 + 1] + [(max(widths), max(widths))]
+    chosen = (
+        shifts
+        if len(shifts) <= 16
+        else shifts[:: len(shifts) // 16 + 1] + [(max(widths), max(widths))]
+    )
     checks.check_ema(emulator, [300 + i for i in range(len(chosen))], [pair], shifts=chosen)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("schedule", [0, 1, 2, 5])
-def test_ema_mixed_list_in_one_launch(
-    emulator: Emulator, stochastic: bool, schedule: int
-) -> None:
+def test_ema_mixed_list_in_one_launch(emulator: Emulator, stochastic: bool, schedule: int) -> None:
     """All pairs of dtypes at once, with several chunks a block; one launch is asserted inside."""
     sizes = [1 + (i * 577) % 3000 for i in range(30)] + [5 * CHUNK + 1]
     checks.check_ema(
@@ -232,7 +234,7 @@ def test_ema_stochastic_moves_as_float32_does(fast: Emulator, dtype: int) -> Non
 
 
 def test_ema_stochastic_halfway(fast: Emulator) -> None:
-    """The same after 500 steps, where the answer is not yet the source: the drift itself is right."""
+    """The same after 500 steps, where the answer is not yet the source: the drift is right."""
     n, steps, decay = 4096, 500, 0.999
     start = twin.narrow(np.ones(n), twin.BFLOAT16)
     pairs = [(start, 2, 0, np.full(n, 1.5, np.float32), 0, 0)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leave a barrier, a tail or a mask out of a CUDA kernel, and the emulated checks must fail.
 
-A mutant is one replacement in the text of a kernel.  It is compiled as the kernels are and put through
-the short checks that the unchanged kernels pass.  A pattern that no longer occurs exactly once fails
-too, so that the list follows the sources.
+A mutant is one replacement in the text of a kernel.  It is compiled as the kernels are and put
+through the short checks that the unchanged kernels pass.  A pattern that no longer occurs exactly
+once fails too, so that the list follows the sources.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class Mutant:
     def text(self) -> str:
         """The changed source."""
         changed, n = re.subn(
-            self.pattern, self.replacement, (toolchain.CUDA / self.file).read_text(), flags=re.DOTALL
+            self.pattern,
+            self.replacement,
+            (toolchain.CUDA / self.file).read_text(),
+            flags=re.DOTALL,
         )
         assert n == 1, f"{self.name}: the pattern occurs {n} times in {self.file}, must be once"
         return changed
@@ -53,10 +56,12 @@ class Mutant:
 MUTANTS = [
     Mutant("ema barrier", "ema.cu", r"__syncthreads\(\);", ""),
     Mutant("ema last block", "ema.cu", r"&& is_last_block\(step\)", ""),
-    Mutant("ema step", "ema.cu", r"\*step = \(random\.step \+ 1ull\)", "*step = (random.step + 0ull)"),
+    Mutant("ema step", "ema.cu", r"\*step = \(random\.step \+ 1ull\)",
+           "*step = (random.step + 0ull)"),
     Mutant("ema head", "ema.cu", r"int head = min\(to_boundary, count\);", "int head = 0;"),
     Mutant("ema head mask", "ema.cu", r"min\(to_boundary, count\)", "to_boundary"),
-    Mutant("ema head loop", "ema.cu", r"int i = threadIdx\.x; i < head;", "int i = head; i < head;"),
+    Mutant("ema head loop", "ema.cu", r"int i = threadIdx\.x; i < head;",
+           "int i = head; i < head;"),
     Mutant("ema source alignment", "ema.cu", r"if \(!is_vector_aligned\(src \+ head\)\)",
            "if (false)"),
     Mutant("ema tail loop", "ema.cu", r"(threadIdx\.x); i < count;", r"\1; i < head;"),
@@ -95,9 +100,7 @@ def built() -> dict[str, Path]:
     """All mutants, compiled side by side."""
     toolchain.build_module("sanitized")  # the parts that all share
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        paths = pool.map(
-            lambda m: toolchain.build_module("sanitized", {m.file: m.text()}), MUTANTS
-        )
+        paths = pool.map(lambda m: toolchain.build_module("sanitized", {m.file: m.text()}), MUTANTS)
         return {m.name: path for m, path in zip(MUTANTS, paths, strict=True)}
 
 

@@ -4,8 +4,8 @@
 No torch is needed, only nvcc, a C++17 compiler and pybind11's headers; no driver and no GPU either.
 ``setup.py`` loads this file by path (pip's isolated build has nothing else on its import path).
 
-``SSLKERNELS_CUDA``: ``auto`` (the default) builds when nvcc is found, ``0`` never, ``1`` always, and
-then a missing nvcc or a failed compilation is an error.  ``SSLKERNELS_CUDA_ARCHS`` names the
+``SSLKERNELS_CUDA``: ``auto`` (the default) builds when nvcc is found, ``0`` never, ``1`` always,
+and then a missing nvcc or a failed compilation is an error.  ``SSLKERNELS_CUDA_ARCHS`` names the
 architectures, for instance ``80;90``; the last one is also kept as PTX for newer devices.
 ``NVCC`` or ``CUDA_HOME`` say where nvcc is when it is not on ``PATH``.
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,8 @@ HEADERS = ("common.cuh", "launchers.h")
 BINDINGS = "bindings_cuda.cpp"
 ARCHS = ("80", "90", "100")  # A100, H100/H200, B100/B200; sm_86, 87 and 89 run the code of sm_80
 # --resource-usage: registers and spills of every kernel, kept in a log beside the objects.
-NVCC_FLAGS = ("-O3", "-std=c++17", "--resource-usage", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
+HOST_FLAGS = "-fPIC,-fvisibility=hidden,-Wall"
+NVCC_FLAGS = ("-O3", "-std=c++17", "--resource-usage", "-Xcompiler", HOST_FLAGS)
 
 
 class CudaBuildError(RuntimeError):
@@ -127,7 +129,8 @@ def build_cuda_extension(
 
     Args:
         output: the shared object to write, normally ``sslkernels/_cuda.<suffix>.so``.
-        build_dir: where the object files go, and ``ema.log`` and ``queue.log`` with registers and spills.
+        build_dir: where the object files go, and ``ema.log`` and ``queue.log`` with registers and
+            spills.
         env: the environment to read the choices from.
         verbose: print the commands.
 
@@ -162,11 +165,14 @@ def build_cuda_extension(
         str(objects / "bindings_cuda.o"),
     ]
     kernels = [nvcc, *NVCC_FLAGS, "--threads", "0", *arch_flags(choose_archs(nvcc, env)), "-c"]
-    _run(bindings, verbose)
+    commands = {BINDINGS: bindings}
     for name in KERNELS:
         compiled = objects / f"{Path(name).stem}.o"
-        log = _run([*kernels, str(HERE / name), "-o", str(compiled)], verbose)
-        compiled.with_suffix(".log").write_text(log)
+        commands[name] = [*kernels, str(HERE / name), "-o", str(compiled)]
+    with ThreadPoolExecutor(max(os.cpu_count() or 1, 1)) as pool:
+        outputs = pool.map(lambda command: _run(command, verbose), commands.values())
+        for name, output_text in zip(commands, outputs, strict=True):
+            (objects / f"{Path(name).stem}.log").write_text(output_text)
     link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-o"]
     inputs = ["bindings_cuda.o", *(f"{Path(name).stem}.o" for name in KERNELS)]
     # Written beside the target and moved, so that an interrupted link leaves no half extension.

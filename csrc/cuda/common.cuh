@@ -89,21 +89,17 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
-__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-__device__ __forceinline__ double fused_multiply_add(double a, double b, double c) {
-  return fma(a, b, c);
-}
+__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
 // ---- 16-byte accesses --------------------------------------------------------------------------
 
 // Elements a thread handles at a time: the narrower of the two types fills one 16-byte access; 4 where
 // float64 meets 16 bits, which would otherwise need more registers than there are.
 template <typename A, typename B>
-constexpr int kVectorWidth = sizeof(A) + sizeof(B) == 10       ? 4
-                             : sizeof(A) < sizeof(B)           ? kVectorBytes / sizeof(A)
-                                                               : kVectorBytes / sizeof(B);
+constexpr int kVectorWidth = sizeof(A) + sizeof(B) == 10 ? 4
+                             : sizeof(A) < sizeof(B)     ? kVectorBytes / sizeof(A)
+                                                         : kVectorBytes / sizeof(B);
 
 template <int kBytes>
 struct AccessWord {  // what one access moves

@@ -86,8 +86,7 @@ __device__ __forceinline__ __half round_stochastic(float x, uint32_t word, __hal
   const uint32_t dropped = 126u - (exponent != 0 ? exponent : 1u);
   uint32_t units;
   if (dropped <= 32) {
-    units = static_cast<uint32_t>((static_cast<uint64_t>(mantissa) + (word >> (32 - dropped))) >>
-                                  dropped);
+    units = static_cast<uint32_t>((static_cast<uint64_t>(mantissa) + (word >> (32 - dropped))) >> dropped);
   } else {  // a 24-bit mantissa is gone after 24 more
     const uint32_t part = dropped - 32 < 24 ? mantissa >> (dropped - 32) : 0u;
     units = static_cast<uint32_t>((static_cast<uint64_t>(part) + word) >> 32);
@@ -96,8 +95,7 @@ __device__ __forceinline__ __half round_stochastic(float x, uint32_t word, __hal
 }
 
 template <typename Dst, typename Src, bool kStochastic>
-__device__ __forceinline__ Dst update(Dst target, Src source, Decay decay, const Random& random,
-                                      int64_t element) {
+__device__ __forceinline__ Dst update(Dst target, Src source, Decay decay, const Random& random, int64_t element) {
   using Acc = typename Accumulator<Dst, Src>::type;
   const Acc mean = fused_multiply_add(static_cast<Acc>(decay.keep), widen<Acc>(target),
                                       static_cast<Acc>(decay.take) * widen<Acc>(source));
@@ -110,14 +108,12 @@ __device__ __forceinline__ Dst update(Dst target, Src source, Decay decay, const
 
 template <bool kStochastic, typename Dst, typename Src, int kWidth>
 __device__ __forceinline__ Vector<Dst, kWidth> update_vector(const Vector<Dst, kWidth>& target,
-                                                             const Vector<Src, kWidth>& source,
-                                                             Decay decay, const Random& random,
-                                                             int64_t element) {
+                                                             const Vector<Src, kWidth>& source, Decay decay,
+                                                             const Random& random, int64_t element) {
   Vector<Dst, kWidth> mean;
 #pragma unroll
   for (int e = 0; e < kWidth; ++e)
-    mean.element[e] = update<Dst, Src, kStochastic>(target.element[e], source.element[e], decay,
-                                                    random, element + e);
+    mean.element[e] = update<Dst, Src, kStochastic>(target.element[e], source.element[e], decay, random, element + e);
   return mean;
 }
 
@@ -125,15 +121,13 @@ __device__ __forceinline__ Vector<Dst, kWidth> update_vector(const Vector<Dst, k
 template <typename Dst, typename Src, bool kStochastic>
 __device__ __forceinline__ void update_chunk(Dst* dst,        // [count]
                                              const Src* src,  // [count]
-                                             int count, int64_t first, Decay decay,
-                                             const Random& random) {
+                                             int count, int64_t first, Decay decay, const Random& random) {
   SSLK_ASSUME_GLOBAL(dst);
   SSLK_ASSUME_GLOBAL(src);
   constexpr int kWidth = kVectorWidth<Dst, Src>;
   // `head` elements up to the first aligned target; no vectors if the source is not aligned there.
   const int to_boundary =
-      static_cast<int>((kVectorBytes - reinterpret_cast<uintptr_t>(dst) % kVectorBytes) %
-                       kVectorBytes / sizeof(Dst));
+      static_cast<int>((kVectorBytes - reinterpret_cast<uintptr_t>(dst) % kVectorBytes) % kVectorBytes / sizeof(Dst));
   int head = min(to_boundary, count);
   if (!is_vector_aligned(src + head)) head = count;
   const int n_vectors = (count - head) / kWidth;
@@ -151,10 +145,8 @@ __device__ __forceinline__ void update_chunk(Dst* dst,        // [count]
       const auto target_b = load_vector<Dst, kWidth>(dst + b);
       const auto source_a = load_vector<Src, kWidth>(src + a);
       const auto source_b = load_vector<Src, kWidth>(src + b);
-      store_vector<Dst, kWidth>(
-          dst + a, update_vector<kStochastic>(target_a, source_a, decay, random, first + a));
-      store_vector<Dst, kWidth>(
-          dst + b, update_vector<kStochastic>(target_b, source_b, decay, random, first + b));
+      store_vector<Dst, kWidth>(dst + a, update_vector<kStochastic>(target_a, source_a, decay, random, first + a));
+      store_vector<Dst, kWidth>(dst + b, update_vector<kStochastic>(target_b, source_b, decay, random, first + b));
     }
   }
 #pragma unroll 1
@@ -162,8 +154,7 @@ __device__ __forceinline__ void update_chunk(Dst* dst,        // [count]
     const int a = head + v * kWidth;
     const auto target = load_vector<Dst, kWidth>(dst + a);
     const auto source = load_vector<Src, kWidth>(src + a);
-    store_vector<Dst, kWidth>(
-        dst + a, update_vector<kStochastic>(target, source, decay, random, first + a));
+    store_vector<Dst, kWidth>(dst + a, update_vector<kStochastic>(target, source, decay, random, first + a));
   }
 #pragma unroll 1
   for (int i = head + n_vectors * kWidth + threadIdx.x; i < count; i += kEmaThreads) {
@@ -172,15 +163,14 @@ __device__ __forceinline__ void update_chunk(Dst* dst,        // [count]
 }
 
 template <typename Dst, bool kStochastic>
-__device__ __forceinline__ void dispatch_source(const EmaTensor& tensor, const EmaChunk& chunk,
-                                                Decay decay, const Random& random) {
+__device__ __forceinline__ void dispatch_source(const EmaTensor& tensor, const EmaChunk& chunk, Decay decay,
+                                                const Random& random) {
   Dst* dst = reinterpret_cast<Dst*>(tensor.dst) + chunk.begin;
   switch (tensor.src_dtype) {
-#define SSLK_SOURCE(dtype, Src)                                                                 \
-  case dtype:                                                                                   \
-    update_chunk<Dst, Src, kStochastic>(dst, reinterpret_cast<const Src*>(tensor.src) +         \
-                                                 chunk.begin,                                   \
-                                        chunk.count, chunk.begin, decay, random);               \
+#define SSLK_SOURCE(dtype, Src)                                                                                   \
+  case dtype:                                                                                                     \
+    update_chunk<Dst, Src, kStochastic>(dst, reinterpret_cast<const Src*>(tensor.src) + chunk.begin, chunk.count, \
+                                        chunk.begin, decay, random);                                              \
     break;
     SSLK_SOURCE(kFloat32, float)
     SSLK_SOURCE(kFloat64, double)
@@ -201,8 +191,7 @@ __global__ void __launch_bounds__(kEmaThreads, kEmaBlocksPerMultiprocessor) ema_
     random.step = args.step;
     if (args.rng_state != nullptr) {
       seed = args.rng_state[0];
-      random.step = static_cast<uint32_t>(
-          read_counter(reinterpret_cast<unsigned long long*>(args.rng_state + 1)));
+      random.step = static_cast<uint32_t>(read_counter(reinterpret_cast<unsigned long long*>(args.rng_state + 1)));
     }
     random.key0 = static_cast<uint32_t>(seed);
     random.key1 = static_cast<uint32_t>(seed >> 32);
@@ -214,12 +203,18 @@ __global__ void __launch_bounds__(kEmaThreads, kEmaBlocksPerMultiprocessor) ema_
     const EmaTensor tensor = args.tensors[chunk.tensor];
     random.tensor = tensor.index;
     switch (tensor.dst_dtype) {
-      case kFloat32: dispatch_source<float, kStochastic>(tensor, chunk, decay, random); break;
-      case kFloat64: dispatch_source<double, kStochastic>(tensor, chunk, decay, random); break;
+      case kFloat32:
+        dispatch_source<float, kStochastic>(tensor, chunk, decay, random);
+        break;
+      case kFloat64:
+        dispatch_source<double, kStochastic>(tensor, chunk, decay, random);
+        break;
       case kBFloat16:
         dispatch_source<__nv_bfloat16, kStochastic>(tensor, chunk, decay, random);
         break;
-      case kFloat16: dispatch_source<__half, kStochastic>(tensor, chunk, decay, random); break;
+      case kFloat16:
+        dispatch_source<__half, kStochastic>(tensor, chunk, decay, random);
+        break;
     }
   }
 
@@ -239,8 +234,7 @@ __global__ void __launch_bounds__(kEmaThreads, kEmaBlocksPerMultiprocessor) ema_
 EmaTable build_ema_table(const std::vector<EmaTensor>& tensors) {
   EmaTable table;
   table.n_tensors = static_cast<int64_t>(tensors.size());
-  for (const EmaTensor& tensor : tensors)
-    table.n_chunks += (tensor.n + kEmaChunk - 1) / kEmaChunk;
+  for (const EmaTensor& tensor : tensors) table.n_chunks += (tensor.n + kEmaChunk - 1) / kEmaChunk;
   table.chunks_offset = (tensors.size() * sizeof(EmaTensor) + 15) / 16 * 16;
   table.bytes.resize(table.chunks_offset + static_cast<size_t>(table.n_chunks) * sizeof(EmaChunk));
   unsigned char* out = table.bytes.data();
@@ -249,8 +243,8 @@ EmaTable build_ema_table(const std::vector<EmaTensor>& tensors) {
     std::memcpy(out + t * sizeof(EmaTensor), &tensors[t], sizeof(EmaTensor));
     for (int64_t begin = 0; begin < tensors[t].n; begin += kEmaChunk) {
       const int64_t left = tensors[t].n - begin;
-      const EmaChunk chunk = {static_cast<int32_t>(t),
-                              static_cast<int32_t>(left < kEmaChunk ? left : kEmaChunk), begin};
+      const EmaChunk chunk = {static_cast<int32_t>(t), static_cast<int32_t>(left < kEmaChunk ? left : kEmaChunk),
+                              begin};
       std::memcpy(out + chunk_at, &chunk, sizeof(EmaChunk));
       chunk_at += sizeof(EmaChunk);
     }
@@ -263,12 +257,10 @@ int ema_update(const EmaArgs& args, bool stochastic, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   int multiprocessors = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const int64_t resident = kEmaBlocksPerMultiprocessor * static_cast<int64_t>(multiprocessors);
-  const unsigned blocks =
-      static_cast<unsigned>(args.n_chunks < resident ? args.n_chunks : resident);
+  const unsigned blocks = static_cast<unsigned>(args.n_chunks < resident ? args.n_chunks : resident);
   if (stochastic) {
     SSLK_LAUNCH(ema_kernel<true>, blocks, kEmaThreads, stream, args);
   } else {

@@ -14,9 +14,7 @@ namespace sslkernels::cuda {
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 constexpr int kDtypes = 4;
 
-constexpr int64_t dtype_bytes(int32_t dtype) {
-  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
-}
+constexpr int64_t dtype_bytes(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 // ---- EMA ---------------------------------------------------------------------------------------
 
@@ -50,15 +48,15 @@ constexpr int kEmaThreads = 256;
 constexpr int kEmaBlocksPerMultiprocessor = 4;
 
 struct EmaArgs {
-  const EmaTensor* tensors;   // device
-  const EmaChunk* chunks;     // device, [n_chunks]
+  const EmaTensor* tensors;  // device
+  const EmaChunk* chunks;    // device, [n_chunks]
   int64_t n_chunks;
-  double decay;               // used when decay_ptr is null
-  const void* decay_ptr;      // device, one float32 or float64, or null
-  int32_t decay_dtype;        // kFloat32 or kFloat64
-  uint32_t step;              // used when rng_state is null
-  uint64_t seed;              // used when rng_state is null
-  uint64_t* rng_state;        // device, [2]: seed and step; the launch adds 1 to the step. Or null
+  double decay;           // used when decay_ptr is null
+  const void* decay_ptr;  // device, one float32 or float64, or null
+  int32_t decay_dtype;    // kFloat32 or kFloat64
+  uint32_t step;          // used when rng_state is null
+  uint64_t seed;          // used when rng_state is null
+  uint64_t* rng_state;    // device, [2]: seed and step; the launch adds 1 to the step. Or null
 };
 
 // The table of a plan as one block of bytes: n_tensors EmaTensor, then the chunks, both ready to be
@@ -82,23 +80,22 @@ int ema_update(const EmaArgs& args, bool stochastic, int device, void* stream);
 constexpr int kEnqueueThreads = 128;  // four warps, a row of keys each
 
 struct EnqueueArgs {
-  void* queue;                 // device, [K, D] contiguous, queue_dtype
-  const void* keys;            // device, [N, D], unit stride in D, key_dtype
-  int64_t* queue_labels;       // device, [K], or null
-  const int64_t* labels;       // device, [N], or null (both or neither)
+  void* queue;                    // device, [K, D] contiguous, queue_dtype
+  const void* keys;               // device, [N, D], unit stride in D, key_dtype
+  int64_t* queue_labels;          // device, [K], or null
+  const int64_t* labels;          // device, [N], or null (both or neither)
   unsigned long long* queue_ptr;  // device, one int64 in [0, K): the next row to write
-  int64_t* fill;               // device, one int64 in [0, K]: the valid rows
+  int64_t* fill;                  // device, one int64 in [0, K]: the valid rows
   int64_t N, D, K;
-  int64_t key_stride;          // elements between rows of keys; 0 for an expanded row
+  int64_t key_stride;  // elements between rows of keys; 0 for an expanded row
   double eps;
-  int32_t normalize;           // 0 or 1
+  int32_t normalize;  // 0 or 1
 };
 
 // Row i of the keys goes to row (queue_ptr + i) mod K, the newest K of them if N > K; then
 // queue_ptr = (queue_ptr + N) mod K and fill = min(fill + N, K), on the device, in one launch.
 // Nothing is launched for N = 0.
-int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int device,
-            void* stream);
+int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int device, void* stream);
 
 const char* error_text(int error);
 

@@ -81,20 +81,18 @@ __global__ void __launch_bounds__(kEnqueueThreads) enqueue_kernel(EnqueueArgs ar
     const bool vectors = is_vector_aligned(key) && is_vector_aligned(slot);
     const int64_t n_vectors = vectors ? args.D / kWidth : 0;
     Acc norm = 1;
-    if (args.normalize != 0)
-      norm = row_norm<Key, Acc, kWidth>(key, args.D, n_vectors, lane, args.eps);
+    if (args.normalize != 0) norm = row_norm<Key, Acc, kWidth>(key, args.D, n_vectors, lane, args.eps);
 
 #pragma unroll 1
-  for (int64_t v = lane; v < n_vectors; v += kWarp) {
+    for (int64_t v = lane; v < n_vectors; v += kWarp) {
       const Vector<Key, kWidth> x = load_vector<Key, kWidth>(key + v * kWidth);
       Vector<Slot, kWidth> y;
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e)
-        y.element[e] = narrow<Slot>(widen<Acc>(x.element[e]) / norm);
+      for (int e = 0; e < kWidth; ++e) y.element[e] = narrow<Slot>(widen<Acc>(x.element[e]) / norm);
       store_vector<Slot, kWidth>(slot + v * kWidth, y);
     }
 #pragma unroll 1
-  for (int64_t d = n_vectors * kWidth + lane; d < args.D; d += kWarp)
+    for (int64_t d = n_vectors * kWidth + lane; d < args.D; d += kWarp)
       slot[d] = narrow<Slot>(widen<Acc>(key[d]) / norm);
     if (lane == 0 && args.labels != nullptr) args.queue_labels[place] = args.labels[row];
   }
@@ -132,8 +130,7 @@ int launch(const EnqueueArgs& args, int32_t queue_dtype, unsigned blocks, void* 
 
 // ---- Launcher ----------------------------------------------------------------------------------
 
-int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int device,
-            void* stream) {
+int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int device, void* stream) {
   if (args.N == 0) return cudaSuccess;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
@@ -141,11 +138,16 @@ int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int
   const int64_t wanted = (rows + kWarps - 1) / kWarps;
   const unsigned blocks = static_cast<unsigned>(wanted < kMaxTickets ? wanted : kMaxTickets);
   switch (key_dtype) {
-    case kFloat32: return launch<float>(args, queue_dtype, blocks, stream);
-    case kFloat64: return launch<double>(args, queue_dtype, blocks, stream);
-    case kBFloat16: return launch<__nv_bfloat16>(args, queue_dtype, blocks, stream);
-    case kFloat16: return launch<__half>(args, queue_dtype, blocks, stream);
-    default: return cudaErrorInvalidValue;
+    case kFloat32:
+      return launch<float>(args, queue_dtype, blocks, stream);
+    case kFloat64:
+      return launch<double>(args, queue_dtype, blocks, stream);
+    case kBFloat16:
+      return launch<__nv_bfloat16>(args, queue_dtype, blocks, stream);
+    case kFloat16:
+      return launch<__half>(args, queue_dtype, blocks, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

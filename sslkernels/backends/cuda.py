@@ -2,12 +2,12 @@
 """EMA and queue updates on NVIDIA GPUs: addresses and sizes handed to ``sslkernels._cuda``.
 
 Importing this module raises ImportError when the extension was not built (``SSLKERNELS_CUDA``, see
-csrc/cuda/build.py) or when torch is a ROCm build, whose "cuda" tensors the extension can't serve.  It
-does not need a driver or a GPU; ``available()`` says whether there is one.
+csrc/cuda/build.py) or when torch is a ROCm build, whose "cuda" tensors the extension can't serve.
+It does not need a driver or a GPU; ``available()`` says whether there is one.
 
 Every function launches one kernel on the current stream of the device of its tensors, whatever the
-current device is, and waits for nothing.  Version counters are the caller's business.  What has been
-verified and how is in docs/cuda.md.
+current device is, and waits for nothing.  Version counters are the caller's business.  What has
+been verified and how is in docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -69,16 +69,17 @@ def _dtype(op: str, name: str, x: Tensor) -> int:
 class EmaPlan:
     """target = decay * target + (1 - decay) * source over pairs of tensors, one launch a run.
 
-    The table of addresses is built here and copied to the device once, so make the plan outside of a
-    CUDA graph's capture; ``run`` may be captured.  The plan holds addresses, not tensors: the caller
-    keeps the tensors alive and makes a new plan when one of them moves.
+    The table of addresses is built here and copied to the device once, so make the plan outside of
+    a CUDA graph's capture; ``run`` may be captured.  The plan holds addresses, not tensors: the
+    caller keeps the tensors alive and makes a new plan when one of them moves.
 
-    Computed as ``fma(decay, target, (1 - decay) * source)`` in float32, or float64 if either side is
-    float64; 1 - decay is formed in float64.  No element is touched twice: same inputs, same bits.
+    Computed as ``fma(decay, target, (1 - decay) * source)`` in float32, or float64 if either side
+    is float64; 1 - decay is formed in float64.  No element is touched twice: same inputs, same
+    bits.
 
     Args:
-        targets: Contiguous CUDA tensors of one device, float32, float64, bfloat16 or float16.  Their
-            memory must not overlap; a source may be its own target.
+        targets: Contiguous CUDA tensors of one device, float32, float64, bfloat16 or float16.
+            Their memory must not overlap; a source may be its own target.
         sources: As many, of the same sizes and on the same device; dtypes may differ.
 
     Raises:
@@ -139,9 +140,9 @@ class EmaPlan:
         """Update every target in place.
 
         Args:
-            decay: In [0, 1]: a number, or one float32 or float64 on the device.  A tensor is read by
-                the kernel, so a CUDA graph that is replayed follows a schedule written to it.  Its
-                value can't be checked without a synchronisation and isn't.
+            decay: In [0, 1]: a number, or one float32 or float64 on the device.  A tensor is read
+                by the kernel, so a CUDA graph that is replayed follows a schedule written to it.
+                Its value can't be checked without a synchronisation and isn't.
             stochastic_rounding: Of bfloat16 and float16 targets; others ignore it.  The random bits
                 depend on seed, step, position of the pair in the list and of the element in it.
             seed: Key of the random bits, 64 bits are used.
@@ -257,11 +258,13 @@ def enqueue_(
     """Normalise, cast, write behind the pointer with wrap-around, and advance: one launch.
 
     Key i goes to row (queue_ptr + i) mod K; of more than K keys the newest K are written.  Then
-    queue_ptr = (queue_ptr + N) mod K and fill = min(fill + N, K), on the device.  A key is stored as
-    ``x / max(||x||_2, eps)``, computed in float32 (float64 if keys or queue are float64), or as it is.
+    queue_ptr = (queue_ptr + N) mod K and fill = min(fill + N, K), on the device.  A key is stored
+    as ``x / max(||x||_2, eps)``, computed in float32 (float64 if keys or queue are float64), or as
+    it is.
 
-    The contract of the arguments is that of ``sslkernels.ops.queue``, which has checked them: devices,
-    shapes and dtypes fit, queue and queue_labels are contiguous, keys do not overlap with the queue.
+    The contract of the arguments is that of ``sslkernels.ops.queue``, which has checked them:
+    devices, shapes and dtypes fit, queue and queue_labels are contiguous, keys do not overlap with
+    the queue.
 
     Raises:
         TypeError: keys or queue are not float32, float64, bfloat16 or float16.

@@ -8,6 +8,7 @@ misaligned array is watched; the result is compared with float64 truth within th
 from __future__ import annotations
 
 import numpy as np
+
 from cuda_emulation import twin
 from cuda_emulation.client import Emulator
 
@@ -62,7 +63,8 @@ def check_ema(
 ) -> None:
     """One update of a list of tensors against the twin (bits) and float64 truth (budget).
 
-    ``sizes``, ``dtypes`` (target, source) and ``shifts`` (bytes off 16, target and source) go round.
+    ``sizes``, ``dtypes`` (target, source) and ``shifts`` (bytes off 16, target and source) go
+    round.
     """
     generator = np.random.default_rng(len(sizes) + 7 * schedule)
     pairs = []
@@ -156,9 +158,7 @@ def check_enqueue(
     for keys, new in steps:
         values = twin.widen(keys, key_dtype)
         twin.enqueue(eager, truth_labels, at, valid, values.astype(acc), new, normalize, 1e-12)
-        at, valid = twin.enqueue(
-            truth, truth_labels, at, valid, values, new, normalize, 1e-12
-        )
+        at, valid = twin.enqueue(truth, truth_labels, at, valid, values, new, normalize, 1e-12)
     eager = twin.widen(twin.narrow(eager, queue_dtype), queue_dtype)
     assert got["launches"] == sum(n > 0 for n in batches), f"{what}: {got['launches']} launches"
     assert got["queue_ptr"] == at, f"{what}: queue_ptr is {got['queue_ptr']}, must be {at}"

@@ -102,9 +102,7 @@ T atomicAdd(T* address, T value) {
 
 // ---- Arithmetic --------------------------------------------------------------------------------
 
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, 4);
@@ -131,9 +129,7 @@ struct __half {
 };
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
-inline float __bfloat162float(__nv_bfloat16 x) {
-  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
-}
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const unsigned bits = __float_as_uint(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // the NaN of cvt.rn.bf16.f32
@@ -150,7 +146,7 @@ inline float __half2float(__half x) {
 inline __half __float2half_rn(float x) {
   const unsigned bits = __float_as_uint(x), sign = (bits >> 16) & 0x8000u;
   const unsigned magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {0x7fff};  // the NaN of cvt.rn.f16.f32
+  if (magnitude > 0x7f800000u) return {0x7fff};                                  // the NaN of cvt.rn.f16.f32
   if (magnitude >= 0x47800000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65536 and above
   if (magnitude < 0x38800000u) {  // below 2^-14: multiples of 2^-24, rounded by the host's nearbyint
     const float units = std::nearbyint(std::ldexp(__uint_as_float(magnitude), 24));

@@ -169,8 +169,7 @@ void finish(Fiber* fiber) {
   fiber->worker = nullptr;
   Block* block = fiber->block;
   if (!block->at_barrier.empty())
-    fail("a thread returned while others of its block wait at a barrier", fiber,
-         block->barrier_line);
+    fail("a thread returned while others of its block wait at a barrier", fiber, block->barrier_line);
   if (--block->alive > 0) return;
   for (auto& owned : s.blocks) {
     if (owned.get() == block) {
@@ -286,8 +285,7 @@ void barrier(int line) {
   Fiber* fiber = s.current;
   Block* block = fiber->block;
   if (block->at_barrier.empty()) block->barrier_line = line;
-  if (block->barrier_line != line)
-    fail("threads of one block wait at different barriers", fiber, line);
+  if (block->barrier_line != line) fail("threads of one block wait at different barriers", fiber, line);
   if (block->alive != static_cast<int>(block->threads.size()))
     fail("a barrier after a thread of the block has returned", fiber, line);
   block->at_barrier.push_back(fiber);
@@ -372,8 +370,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidDevice ? "invalid device ordinal"
-                                                                              : "invalid argument";
+  return error == cudaSuccess              ? "no error"
+         : error == cudaErrorInvalidDevice ? "invalid device ordinal"
+                                           : "invalid argument";
 }
 
 // ---- What the tests call through ctypes ----------------------------------------------------------
@@ -394,9 +393,7 @@ void* emulation_launch_stream() { return scheduler().launch_stream; }
 int emulation_device() { return scheduler().device; }
 void emulation_set_device(int device) { scheduler().device = device; }
 // Memory whose end lies against a red zone of the address sanitizer, `shift` bytes off 16.
-void* emulation_allocate(size_t bytes, size_t shift) {
-  return static_cast<char*>(std::malloc(bytes + shift)) + shift;
-}
+void* emulation_allocate(size_t bytes, size_t shift) { return static_cast<char*>(std::malloc(bytes + shift)) + shift; }
 void emulation_free(void* address, size_t shift) { std::free(static_cast<char*>(address) - shift); }
 
 }  // extern "C"

@@ -69,8 +69,7 @@ int main() {
     for (int row = 0; row < kBlocks * kRounds; ++row) {
       float total = 0;  // whole numbers: exact in any order
       for (int i = 0; i < kThreads; ++i) total += in[static_cast<size_t>(row * kThreads + i)];
-      for (int i = 0; i < kThreads; ++i)
-        wrong += out[static_cast<size_t>(row * kThreads + i)] != total;
+      for (int i = 0; i < kThreads; ++i) wrong += out[static_cast<size_t>(row * kThreads + i)] != total;
     }
     wrong += done != kBlocks * kThreads;
   }

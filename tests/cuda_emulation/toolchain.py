@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the CUDA sources and their bindings with the host compiler, against cuda_emulation.h.
 
-Two flavours: ``sanitized`` (address and undefined behaviour, unoptimised: it compiles in two seconds)
-and ``fast``.  Objects are kept under build/cuda_emulation by a hash of all that goes into them, so that
-a second test run compiles nothing.
+Two flavours: ``sanitized`` (address and undefined behaviour, unoptimised: it compiles in two
+seconds) and ``fast``.  Objects are kept under build/cuda_emulation by a hash of all that goes into
+them, so that a second test run compiles nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def compiler() -> str | None:
 def run(command: Sequence[str | Path]) -> None:
     """Run a command; its output is in the error when it fails."""
     done = subprocess.run(
-        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [str(c) for c in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         check=False,
     )
     if done.returncode != 0:

@@ -30,7 +30,9 @@ def narrow(x: np.ndarray, dtype: int) -> np.ndarray:
     if dtype == BFLOAT16:
         single = x.astype(np.float32)
         bits = single.view(np.uint32).astype(np.uint64)
-        rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+        rounded = (
+            bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))
+        ) >> np.uint64(16)
         return np.where(np.isnan(single), 0x7FFF, rounded).astype(np.uint16)
     if dtype == FLOAT16:
         with np.errstate(over="ignore"):

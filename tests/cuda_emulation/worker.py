@@ -19,7 +19,7 @@ _CANARY = 0xA5
 
 
 class Memory:
-    """An array copied into memory of its own, ``shift`` bytes off 16, its end against a red zone."""
+    """An array copied into memory of its own, ``shift`` bytes off 16, its end at a red zone."""
 
     def __init__(self, library: ctypes.CDLL, array: np.ndarray, shift: int = 0) -> None:
         """See the class."""
