@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 	--prefer-binary --retries 5 --timeout 60 -c constraints.txt $(PIP_FLAGS)
 # The CUDA module takes minutes to compile: by default only where there is a GPU to run it.
 export SSLKERNELS_CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,0)

@@ -59,7 +59,7 @@ def ema_update_(
         >>> target
         tensor([0.5000, 0.5000, 0.5000])
     """
-    _ops.update(targets, sources, decay, stochastic_rounding, seed, step)
+    _ops.update(list(targets), list(sources), decay, stochastic_rounding, seed, step)
 
 
 def cosine_decay(base: float, total_steps: int, final: float = 1.0) -> Callable[[int], float]:

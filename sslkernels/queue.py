@@ -143,6 +143,8 @@ class KeyQueue(nn.Module):
         if not torch.compiler.is_compiling():
             fill = self._buffers["fill"]
             seen, version = self._fill_seen
+            if fill is None:
+                raise RuntimeError("KeyQueue: the buffer 'fill' was removed")
             if seen is not fill or version != fill._version:  # moved, loaded or written by others
                 self._remember(min(max(int(fill), 0), self.size))
         return self._n_valid
@@ -156,7 +158,7 @@ class KeyQueue(nn.Module):
             self._n_valid = n_valid
             return
         # Around nn.Module.__setattr__, whose checks take longer than the enqueue.
-        fill = self._buffers["fill"]
+        fill = self.fill
         self.__dict__["_n_valid"] = n_valid
         self.__dict__["_fill_seen"] = (fill, fill._version)
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends: modules with the primitives of ``interface.py``, chosen by ``ops/registry.py``."""

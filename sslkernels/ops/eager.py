@@ -12,16 +12,22 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_C: ModuleType | None = None
 try:
-    from sslkernels.backends.cpu import _C
-except ImportError:  # the registry reports the missing extension; plans are then not cached
-    _C = None
+    import sslkernels.backends.cpu  # noqa: F401  loads the extension next to torch's OpenMP
+
+    from sslkernels import _C as _extension
+
+    _C = _extension
+except ImportError:  # the registry reports the missing extension; plans are then not kept
+    pass
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

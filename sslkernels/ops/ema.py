@@ -266,18 +266,14 @@ _MAX_PLANS = 16
 
 
 def update(
-    targets: Sequence[Tensor],
-    sources: Sequence[Tensor],
+    targets: list[Tensor],
+    sources: list[Tensor],
     decay: float,
     stochastic_rounding: bool = False,
     seed: int = 0,
     step: int = 0,
 ) -> None:
     """Run the update the cheapest way that is right for these tensors."""
-    if not isinstance(targets, list):
-        targets = list(targets)
-    if not isinstance(sources, list):
-        sources = list(sources)
     decay = check_decay("ema_update_", decay)
     if is_plain_eager() and targets and sources:
         key = (id(targets[0]), id(sources[0]), len(targets))
@@ -297,5 +293,6 @@ def update(
                 plan.run(decay, stochastic_rounding, seed, step)
             bump_versions(targets)
             return
+    check_pairs("ema_update_", targets, sources)  # the dispatcher's own messages name no argument
     with torch.no_grad():
         torch.ops.sslkernels.ema_update_(targets, sources, decay, stochastic_rounding, seed, step)

@@ -155,6 +155,8 @@ def enqueue_(
     if is_plain_eager() and are_plain(queue, keys):
         _impl(*arguments)
     else:
+        if not isinstance(keys, Tensor):  # the dispatcher's own message lists all arguments
+            raise TypeError(f"enqueue: keys must be a tensor, got {type(keys).__name__}")
         torch.ops.sslkernels.queue_enqueue_(*arguments)
 
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One seed for the whole run, printed; every test starts from it and its own name."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import sslkernels
+from sslkernels.ops import registry
+
+SEED = int(os.environ.get("SSLKERNELS_TEST_SEED", "20240601"))
+
+
+def pytest_report_header() -> list[str]:
+    facts = sslkernels.info()
+    return [
+        f"seed: {SEED} (SSLKERNELS_TEST_SEED)",
+        f"sslkernels {facts.version}, torch {facts.torch}, isa {facts.isa} of "
+        f"{', '.join(facts.available_isas)}, {facts.threads} threads, "
+        f"triton {facts.triton or 'not installed'}, CUDA device {facts.cuda_device or 'none'}",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds all generators from the run's seed and the test's name, so that order changes nothing."""
+    own = (SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)
+    return own
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """Fails a test that leaves another number of threads or another backend behind."""
+    threads, asked_for = torch.get_num_threads(), registry.requested()
+    yield
+    left = torch.get_num_threads(), registry.requested()
+    if left != (threads, asked_for):
+        torch.set_num_threads(threads)
+        sslkernels.set_backend(asked_for)
+        pytest.fail(f"threads and backend were {(threads, asked_for)}, the test left {left}")

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension in the process and in a wheel: one OpenMP runtime, chosen ISA, isolated build."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import available_isas
+
+import sslkernels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_extension_is_built() -> None:
+    """Everything falls back to plain torch without it, so its absence must not go unnoticed."""
+    facts = sslkernels.info()
+    assert facts.cpu_extension and facts.isa in facts.available_isas
+    assert facts.available_isas[-1] == "baseline"
+    assert "cpu" in str(facts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime() -> None:
+    """A second runtime beside torch's would start a second pool of threads."""
+    code = """
+import re, torch, sslkernels
+sslkernels.nt_xent_loss(torch.randn(512, 64), torch.randn(512, 64))
+maps = open("/proc/self/maps").read()
+print("\\n".join(sorted(set(re.findall(r"\\S*lib(?:gomp|omp|iomp5)[^\\s/]*\\.so\\S*", maps)))))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 1, done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/task")
+def test_threads_follow_torch() -> None:
+    code = """
+import os, torch
+torch.set_num_threads(1)
+import sslkernels
+z = torch.randn(512, 64)
+def tasks(): return len(os.listdir("/proc/self/task"))
+before = tasks()
+sslkernels.nt_xent_loss(z, z + 1)
+sslkernels.ema_update_([torch.zeros(300_000)], [torch.ones(300_000)], 0.5)
+print(tasks() - before)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_an_instruction_set_can_be_forced(isa: str) -> None:
+    done = run("import sslkernels; print(sslkernels.info().isa)", SSLKERNELS_ISA=isa)
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    done = run("import torch, sslkernels; sslkernels.info()", SSLKERNELS_ISA="sse9")
+    assert done.returncode != 0
+    assert "sse9" in done.stderr and "baseline" in done.stderr, done.stderr
+
+
+def test_import_needs_no_cuda() -> None:
+    code = """
+import sys, sslkernels
+print("sslkernels._cuda" in sys.modules, "triton" in sys.modules)
+"""
+    done = run(code, CUDA_VISIBLE_DEVICES="")
+    assert done.stdout.split() == ["False", "False"], done.stderr + done.stdout
+
+
+def test_the_extension_links_neither_torch_nor_openmp() -> None:
+    extension = Path(sys.modules["sslkernels._C"].__file__ or "")
+    needed = subprocess.run(["ldd", extension], capture_output=True, text=True, check=False)
+    if needed.returncode:
+        pytest.skip("no ldd")
+    assert not re.findall(r"lib(?:torch|c10|gomp|omp|iomp)\S*", needed.stdout)
+
+
+@pytest.mark.slow
+def test_wheel_builds_in_isolation(tmp_path: Path) -> None:
+    """As ``pip install .`` does: an empty environment with setuptools and pybind11, without torch."""
+    tree = tmp_path / "tree"
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in names:
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--prefer-binary", "--retries", "5",
+         "-w", str(tmp_path / "wheels"), "."],
+        cwd=tree, capture_output=True, text=True, check=False, timeout=900,
+        env={**os.environ, "SSLKERNELS_CUDA": "0"},
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(f"the wheel took {seconds:.0f} s")
+    (wheel,) = (tmp_path / "wheels").glob("sslkernels-*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    assert any(re.fullmatch(r"sslkernels/_C\..*\.so", name) for name in held)
+    for wanted in ("sslkernels/py.typed", "sslkernels/ops/ema.py", "ssltrain/cli.py"):
+        assert wanted in held
+    assert any(name.endswith("entry_points.txt") for name in held)
+    assert not [name for name in held if name.startswith(("tests", "benchmarks", "csrc"))]
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    used = subprocess.run(
+        [sys.executable, "-c",
+         "import sslkernels, torch; print(sslkernels.__file__, sslkernels.info().cpu_extension)"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert used.stdout.split() == [str(site / "sslkernels/__init__.py"), "True"], used.stderr
+    assert torch.__version__ and seconds < 600

@@ -1,0 +1,677 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EMA: arithmetic to the bit, every dtype, stochastic rounding, the module, and stale addresses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import available_isas, engine, engines, threads
+from torch import Tensor, nn
+
+import sslkernels
+from sslkernels import EMA, cosine_decay, ema_update_
+from sslkernels.ops.rounding import philox_words, round_stochastic
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+HALVES = [torch.bfloat16, torch.float16]
+# 0 and 1; around a vector, a conversion block (512) and a thread's share (32768, 65536); odd.
+SIZES = [0, 1, 7, 15, 16, 17, 511, 512, 513, 1025, 32769, 70001]
+
+
+def exact(target: Tensor, source: Tensor, decay: float) -> np.ndarray:
+    """fma(decay, t, (1 - decay) * s) rounded as promised, by arithmetic that is exact in between."""
+    wide = torch.float64 in (target.dtype, source.dtype)
+    acc = np.float64 if wide else np.float32
+    t = target.double().numpy().astype(acc)
+    s = source.double().numpy().astype(acc)
+    product = acc(1.0 - decay) * s
+    if wide:  # long double holds 64 bits of significand: not always exact, so callers allow one ulp
+        return (np.longdouble(decay) * t + product).astype(np.float64)
+    # 24 x 24 bits are exact in float64; the sum is rounded twice, which long double makes harmless
+    # except on one input in 2^40.
+    return (np.longdouble(acc(decay)) * t + product).astype(np.float32)
+
+
+def pairs(target: torch.dtype, source: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    targets = [torch.randn(n).to(target) for n in SIZES]
+    sources = [torch.randn(n).to(source) for n in SIZES]
+    return targets, sources
+
+
+@pytest.mark.parametrize("name", engines())
+@pytest.mark.parametrize(
+    ("target", "source"), list(itertools.product(DTYPES, DTYPES)), ids=lambda d: str(d)[6:]
+)
+def test_every_pair_of_dtypes(target: torch.dtype, source: torch.dtype, name: str) -> None:
+    targets, sources = pairs(target, source)
+    want = [exact(t, s, 0.9) for t, s in zip(targets, sources, strict=True)]
+    before = [s.clone() for s in sources]
+    with engine(name):
+        ema_update_(targets, sources, 0.9)
+    for got, expected, s, old in zip(targets, want, sources, before, strict=True):
+        assert got.dtype == target
+        assert torch.equal(s, old), "the source was written"
+        rounded = torch.from_numpy(expected)
+        if target in HALVES and rounded.dtype == torch.float64:
+            rounded = rounded.float()
+        rounded = rounded.to(target)
+        fused = "chunked" not in name and torch.float64 not in (target, source)
+        if fused:
+            assert torch.equal(got, rounded), f"{(got != rounded).sum()} of {got.numel()} differ"
+        else:  # plain torch may round the product and the sum: one unit in the last place each
+            torch.testing.assert_close(
+                got, rounded, rtol=2 * torch.finfo(target).eps, atol=2 * torch.finfo(target).eps
+            )
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    results = []
+    for isa in available_isas():
+        torch.manual_seed(0)
+        targets = [torch.randn(5001), torch.randn(777).bfloat16(), torch.randn(99).half()]
+        # A hard case for an emulated FMA: the product's low bits decide a tie.
+        targets[0][:4] = torch.tensor([1.0 + 2**-23, 1.0 - 2**-24, 3e38, 1e-42])
+        sources = [torch.randn(5001), torch.randn(777).half(), torch.randn(99)]
+        sources[0][:4] = torch.tensor([2**-24, -(2**-25), 3e38, 1e-41])
+        with engine(f"cpu:{isa}"):
+            for step in range(3):
+                ema_update_(targets, sources, 0.996)
+                ema_update_(targets, sources, 0.996, stochastic_rounding=True, seed=5, step=step)
+        results.append(targets)
+    assert len(results) == len(available_isas()) >= 1
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_same_bits_for_any_number_of_threads(stochastic: bool) -> None:
+    sizes = [1, 100_003, 3, 70_000, 0, 65_536]
+    start = [torch.randn(n).to(d) for n, d in zip(sizes, itertools.cycle(DTYPES))]
+    sources = [torch.randn(n) for n in sizes]
+    results = []
+    for n in (1, 2, 3, 7):
+        targets = [t.clone() for t in start]
+        with threads(n):
+            ema_update_(targets, sources, 0.99, stochastic_rounding=stochastic, seed=1, step=2)
+        results.append(targets)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(results[0], start, strict=True) if a.numel())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", engines())
+def test_ends_of_the_range(decay: float, name: str) -> None:
+    t, s = torch.randn(100), torch.randn(100)
+    old = t.clone()
+    with engine(name):
+        ema_update_([t], [s], decay)
+    assert torch.equal(t, {0.0: s, 0.5: 0.5 * old + 0.5 * s, 1.0: old}[decay])
+
+
+@pytest.mark.parametrize("name", engines())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nan(dtype: torch.dtype, name: str) -> None:
+    inf = float("inf")
+    t = torch.tensor([inf, 1.0, float("nan"), 1.0, -inf, inf]).to(dtype)
+    s = torch.tensor([1.0, inf, 1.0, float("nan"), 1.0, -inf]).to(dtype)
+    for stochastic in (False, True):
+        got = t.clone()
+        with engine(name):
+            ema_update_([got], [s], 0.9, stochastic_rounding=stochastic, seed=3)
+        assert torch.equal(got[[0, 1, 4]].float(), torch.tensor([inf, inf, -inf]))
+        assert got[[2, 3, 5]].isnan().all()
+
+
+@pytest.mark.parametrize("name", engines())
+def test_layouts(name: str) -> None:
+    def layouts() -> dict[str, tuple[Tensor, Tensor]]:
+        image = torch.randn(2, 3, 4, 5)
+        return {
+            "transposed": (torch.randn(5, 7).t(), torch.randn(5, 7).t()),
+            "channels_last": (
+                image.to(memory_format=torch.channels_last),
+                torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            ),
+            "target strided": (torch.randn(9, 8)[:, ::2], torch.randn(9, 4)),
+            "source strided": (torch.randn(9, 4), torch.randn(9, 8)[:, ::2]),
+            "source expanded": (torch.randn(9, 4), torch.randn(4).expand(9, 4)),
+            "different": (torch.randn(6, 6).t(), torch.randn(6, 6)),
+            "sliced": (torch.randn(10, 3)[1:], torch.randn(10, 3)[:-1]),
+            "scalar": (torch.randn(()), torch.randn(())),
+        }
+
+    cases = layouts()
+    want = {k: torch.lerp(t.double(), s.double(), 0.25) for k, (t, s) in cases.items()}
+    for _ in range(2):  # the second time a cached plan could be stale
+        old = {k: t.clone() for k, (t, _) in cases.items()}
+        with engine(name):
+            ema_update_([t for t, _ in cases.values()], [s for _, s in cases.values()], 0.75)
+        for k, (t, _) in cases.items():
+            torch.testing.assert_close(t.double(), want[k], rtol=0, atol=1e-6, msg=k)
+            t.copy_(old[k])
+
+
+def test_neighbours_in_memory_are_not_written() -> None:
+    base = torch.full((1000,), 7.0)
+    target = base[100:777]
+    ema_update_([target], [torch.zeros(677)], 0.5)
+    assert (base[:100] == 7).all() and (base[777:] == 7).all() and (target == 3.5).all()
+
+
+def test_its_own_source() -> None:
+    t = torch.randn(1000)
+    old = t.clone()
+    ema_update_([t], [t], 0.9)
+    torch.testing.assert_close(t, old)
+
+
+def test_sources_may_share_memory() -> None:
+    s = torch.randn(50)
+    a, b = torch.zeros(50), torch.zeros(30)
+    ema_update_([a, b], [s, s[:30]], 0.5)
+    assert torch.equal(a, s / 2) and torch.equal(b, s[:30] / 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "message"),
+    [
+        (lambda x: ([x], []), ValueError, r"same length, got 1 and 0"),
+        (lambda x: ([x, x], [x.clone(), x.clone()]), ValueError, r"overlap.*tied"),
+        (lambda x: ([x[:5], x[4:]], [torch.ones(5), torch.ones(6)]), ValueError, r"overlap"),
+        (lambda x: ([x[:5]], [x[1:6]]), ValueError, r"overlap"),
+        (lambda x: ([x[:5], x[5:]], [x[5:], x[:5]]), ValueError, r"overlap"),
+        (lambda x: ([x[:1].expand(4)], [torch.ones(4)]), ValueError, r"share memory"),
+        (lambda x: ([x], [torch.ones(9)]), ValueError, r"targets\[0\].*\[10\] and \[9\]"),
+        (lambda x: ([x.int()], [x]), TypeError, r"targets\[0\].*int32"),
+        (lambda x: ([x], [x.to(torch.complex64)]), TypeError, r"complex64"),
+        (lambda x: ([x], ["x"]), TypeError, r"sources\[0\] must be tensors.*str"),
+        (lambda x: ([x], [x.to("meta")]), ValueError, r"same device.*cpu and meta"),
+    ],
+)
+def test_refusals(build, kind, message) -> None:  # type: ignore[no-untyped-def]
+    x = torch.randn(10)
+    old = x.clone()
+    with pytest.raises(kind, match="ema_update_: .*" + message):
+        ema_update_(*build(x), 0.9)
+    assert torch.equal(x, old)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_decay_out_of_range(decay: float) -> None:
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
+        ema_update_([torch.zeros(1)], [torch.ones(1)], decay)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
+        EMA(nn.Linear(1, 1), decay)
+    with pytest.raises(TypeError, match="decay must be a number"):
+        ema_update_([torch.zeros(1)], [torch.ones(1)], "much")  # type: ignore[arg-type]
+
+
+def test_empty_lists_and_generators() -> None:
+    ema_update_([], [], 0.5)
+    t = torch.zeros(2)
+    ema_update_((x for x in [t]), (torch.ones(2) for _ in range(1)), 0.5)
+    assert (t == 0.5).all()
+
+
+# ---- Torch ---------------------------------------------------------------------------------------
+
+
+def test_opcheck() -> None:
+    op = torch.ops.sslkernels.ema_update_.default
+    targets = [torch.randn(5), torch.randn(2, 3).bfloat16(), torch.randn(4, 4).t()]
+    sources = [torch.randn(5, requires_grad=True), torch.randn(2, 3), torch.randn(4, 4)]
+    torch.library.opcheck(op, (targets, sources, 0.9))
+    torch.library.opcheck(op, (targets, sources, 0.9, True, 3, 4))
+    torch.library.opcheck(op, ([], [], 0.9))
+
+
+def test_version_counters_move() -> None:
+    w = torch.randn(3, requires_grad=True)
+    for _ in range(3):  # op, new plan, kept plan
+        t = torch.randn(3)
+        product = (w * t).sum()
+        ema_update_([t], [torch.ones(3)], 0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    online = nn.Linear(2, 2)
+    ema = EMA(online)
+    for _ in range(3):
+        before = [p._version for p in ema.module.parameters()]
+        ema.update(online)
+        assert all(p._version > v for p, v in zip(ema.module.parameters(), before, strict=True))
+
+
+def test_no_gradient_is_recorded() -> None:
+    target, source = torch.zeros(3), torch.ones(3, requires_grad=True)
+    ema_update_([target], [source * 2], 0.5)
+    assert not target.requires_grad and (target == 1).all()
+
+
+def test_compiles_in_one_graph() -> None:
+    def step(t: Tensor, s: Tensor) -> Tensor:
+        ema_update_([t], [s * 2], 0.5)
+        return t + 1
+
+    t = torch.zeros(4)
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(t, torch.ones(4))
+    assert (t == 1).all() and (out == 2).all()
+
+
+# ---- Stochastic rounding -------------------------------------------------------------------------
+
+
+def philox_numpy(n: int, seed: int, step: int, tensor: int) -> np.ndarray:
+    """Philox4x32-10 as published, in unsigned arithmetic."""
+    mask = np.uint64(0xFFFFFFFF)
+    i = np.arange(n, dtype=np.uint64)
+    c = [i & mask, i >> np.uint64(32), np.full(n, step, np.uint64), np.full(n, tensor, np.uint64)]
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(k1),
+            p0 & mask,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c[0].astype(np.uint32)
+
+
+def test_philox_known_answer() -> None:
+    # Random123's known answers for philox4x32 with 10 rounds, first words.
+    assert int(philox_numpy(1, 0, 0, 0)[0]) == 0x6627E8D5
+    assert int(philox_words(1, 0, 0, 0)[0]) == 0x6627E8D5
+    for seed, step, tensor in [(0, 0, 0), (2**63 + 12345, 7, 3), (2**32 - 1, 2**32 - 1, 2**32 - 1)]:
+        want = philox_numpy(1000, seed, step, tensor).astype(np.int64)
+        assert np.array_equal(philox_words(1000, seed, step, tensor).numpy(), want)
+
+
+def neighbours(x: np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The two representable numbers around each x, towards zero and away from it, as float64."""
+    nearest = torch.from_numpy(x).to(dtype)
+    bits = nearest.view(torch.int16)
+    beyond = nearest.double().abs() > torch.from_numpy(np.abs(x.astype(np.float64)))
+    low = (bits - beyond.to(torch.int16)).view(dtype)
+    return low, (low.view(torch.int16) + 1).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", engines())
+def test_rounding_to_the_bit(dtype: torch.dtype, name: str) -> None:
+    # All magnitudes: float16's normal and denormal range, below it, and above.
+    x = (torch.randn(4096) * torch.exp2(torch.randint(-45, 18, (4096,)).float())).numpy()
+    words = philox_numpy(4096, 99, 4, 1).astype(np.float64)
+    low, high = neighbours(x, dtype)
+    # float16 ends at 65504: beyond, the neighbour away from zero is 65536, which is stored as inf.
+    low64 = low.double().abs().clamp(max=torch.finfo(dtype).max).numpy()
+    gap = np.where(np.isinf(high.double().numpy()), 65536.0, high.double().abs().numpy()) - low64
+    chance = (np.abs(x.astype(np.float64)) - low64) / gap
+    # Up if the fraction plus random bits of the same width carries.  Only 16 (13) bits of the word
+    # are looked at where no more bits than that are dropped.
+    exponent = np.floor(np.log2(np.abs(x)))
+    dropped = np.full(4096, 16.0) if dtype == torch.bfloat16 else 13 + np.maximum(-14 - exponent, 0)
+    width = np.exp2(np.minimum(dropped, 32))
+    random = np.floor(words / 2.0**32 * width) / width
+    up = np.floor(chance * width) / width + random >= 1.0
+    beyond_all = np.abs(x) >= 65536.0 if dtype == torch.float16 else np.zeros(4096, bool)
+    want = torch.where(torch.from_numpy(up | beyond_all), high, low)
+    want = torch.where(torch.from_numpy(beyond_all), torch.copysign(torch.tensor(torch.inf), torch.from_numpy(x)).to(dtype), want)
+
+    target = torch.zeros(4096, dtype=dtype)
+    with engine(name):  # decay 0: the mean is the source itself; the first tensor only shifts indices
+        ema_update_(
+            [torch.zeros(1), target], [torch.zeros(1), torch.from_numpy(x)], 0.0,
+            stochastic_rounding=True, seed=99, step=4,
+        )  # fmt: skip
+    assert torch.equal(target.view(torch.int16) & 0x7FFF, want.view(torch.int16) & 0x7FFF)
+    twin = round_stochastic(torch.from_numpy(x), philox_words(4096, 99, 4, 1), dtype)
+    assert torch.equal(twin.view(torch.int16), target.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounding_is_right_on_average(dtype: torch.dtype) -> None:
+    for value in (1.0 + 1 / 3 * torch.finfo(dtype).eps, 0.1, 3e-6, -2.7):
+        source = torch.full((200_000,), value)
+        target = torch.zeros(200_000, dtype=dtype)
+        ema_update_([target], [source], 0.0, stochastic_rounding=True, seed=11)
+        seen = target.double().unique()
+        assert len(seen) == 2
+        gap = float(seen[1] - seen[0])
+        error = abs(float(target.double().mean()) - float(source[0]))
+        assert error < 5 * gap / 2 / math.sqrt(200_000)  # five standard deviations at the worst
+
+
+@pytest.mark.slow
+def test_bfloat16_average_moves() -> None:
+    """The average that stands still when rounded to nearest follows float64 within 1 %."""
+    steps, decay = 10_000, 0.999
+    online = torch.full((4096,), 1.5)
+    rounded, plain = torch.ones(4096).bfloat16(), torch.ones(4096).bfloat16()
+    for step in range(steps):
+        ema_update_([rounded], [online], decay, stochastic_rounding=True, seed=1, step=step)
+        plain.lerp_(online.bfloat16(), 1 - decay)
+    truth = 1.5 - 0.5 * decay**steps
+    assert (plain == 1.0).all()
+    assert abs(float(rounded.double().mean()) - truth) < 0.01 * truth
+    assert abs(float(rounded.double().mean()) - truth) < 0.002  # what it really is
+
+
+# ---- EMA -----------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Parameters of several shapes, tied weights, BatchNorm, an integer and an empty buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.second = nn.Linear(8, 8)
+        self.tied = self.second
+        self.register_buffer("table", torch.arange(6).view(2, 3))
+        self.register_buffer("empty", torch.empty(0))
+        self.register_buffer("mask", torch.tensor([True, False]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.second(self.norm(self.first(x))))
+
+
+def train_step(net: nn.Module) -> None:
+    with torch.no_grad():
+        net(torch.randn(16, 4))
+        for p in net.parameters():
+            p.add_(torch.randn_like(p))
+        for b in net.buffers():
+            if b.dtype == torch.int64 and b.dim():
+                b.add_(1)
+
+
+@pytest.mark.parametrize("name", engines())
+@pytest.mark.parametrize("buffers", ["copy", "average", "ignore"])
+def test_module(buffers: str, name: str) -> None:
+    online = Net()
+    with engine(name):
+        ema = EMA(online, 0.9, buffers=buffers)  # type: ignore[arg-type]
+        truth = {k: v.double() for k, v in ema.module.state_dict().items()}
+        start = copy.deepcopy(ema.module.state_dict())
+        for _ in range(4):
+            train_step(online)
+            ema.update(online)
+            for k, v in online.state_dict().items():
+                if k in dict(online.named_parameters(remove_duplicate=False)):
+                    truth[k] = 0.9 * truth[k] + 0.1 * v.double()
+                elif buffers == "average" and v.is_floating_point():
+                    truth[k] = 0.9 * truth[k] + 0.1 * v.double()
+                elif buffers != "ignore":
+                    truth[k] = v.double()
+    for k, v in ema.module.state_dict().items():
+        torch.testing.assert_close(v.double(), truth[k], rtol=1e-5, atol=1e-6, msg=k)
+    assert ema.module.tied is ema.module.second
+    assert ema.step == 4
+    batches = int(ema.module.norm.num_batches_tracked)
+    assert batches == (int(start["norm.num_batches_tracked"]) if buffers == "ignore" else 4)
+    assert not any(p.requires_grad for p in ema.parameters())
+    ema.eval()
+    x = torch.randn(3, 4)
+    assert torch.equal(ema(x), ema.module(x))
+
+
+def test_parameters_are_written_in_place() -> None:
+    online = Net()
+    ema = EMA(online, 0.5)
+    ids = [(id(p), p.data_ptr()) for p in ema.module.parameters()]
+    for _ in range(3):
+        ema.update(online)
+    assert ids == [(id(p), p.data_ptr()) for p in ema.module.parameters()]
+
+
+def test_schedule_and_step() -> None:
+    online = nn.Linear(2, 2)
+    seen: list[int] = []
+
+    def decay(step: int) -> float:
+        seen.append(step)
+        return 1.0
+
+    ema = EMA(online, decay)
+    ema.update(online)
+    ema.update(online)
+    ema.update(online, step=10)
+    ema.update(online)
+    assert seen == [0, 1, 10, 11]
+    ema.decay = lambda step: 2.0
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2.0"):
+        ema.update(online)
+
+
+def test_cosine_decay() -> None:
+    schedule = cosine_decay(0.996, 1000)
+    for k in (0, 1, 250, 999, 1000):
+        want = 1 - (1 - 0.996) * (math.cos(math.pi * k / 1000) + 1) / 2
+        assert schedule(k) == pytest.approx(want, rel=0, abs=1e-15)
+    assert schedule(0) == 0.996 and schedule(1000) == 1.0 and schedule(5000) == 1.0
+    assert cosine_decay(0.9, 10, final=0.8)(10) == pytest.approx(0.8)
+    for arguments, message in [
+        ((1.5, 10), "base must be in"),
+        ((0.9, 0), "total_steps must be at least 1"),
+        ((0.9, 10, -1.0), "final must be in"),
+    ]:
+        with pytest.raises(ValueError, match=f"cosine_decay: {message}"):
+            cosine_decay(*arguments)
+
+
+def test_state_dict_round_trip() -> None:
+    online = Net()
+    ema = EMA(online, 0.9, stochastic_rounding=True)
+    for _ in range(3):
+        train_step(online)
+        ema.update(online)
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    other = EMA(Net(), 0.9, stochastic_rounding=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.step == 3 and other.seed == ema.seed
+    for net in (ema, other):
+        net.update(online)
+    for a, b in zip(ema.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_deepcopy_and_pickle_leave_the_plan_behind() -> None:
+    online = Net()
+    ema = EMA(online, cosine_decay(0.9, 10))
+    ema.update(online)
+    twin = copy.deepcopy(ema)
+    file = io.BytesIO()
+    torch.save(ema, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    train_step(online)
+    before = copy.deepcopy(ema.module.state_dict())
+    for other in (twin, loaded):
+        other.update(online)
+    for k, v in ema.module.state_dict().items():
+        assert torch.equal(v, before[k]), f"{k} of the original was written"
+    ema.update(online)
+    for other in (twin, loaded):
+        for k, v in ema.module.state_dict().items():
+            assert torch.equal(v, other.module.state_dict()[k])
+
+
+@pytest.mark.parametrize("move", ["online", "average", "both"])
+@pytest.mark.parametrize(
+    "how",
+    ["to", "data", "one", "shape", "assign", "parameter", "submodule", "buffer", "resize", "in place"],
+)
+def test_moved_tensors_are_noticed(how: str, move: str) -> None:
+    """Whatever happens between two updates, the result is that of plain arithmetic on what is there."""
+
+    def disturb(net: nn.Module) -> None:
+        linear = net[0]
+        if how == "to":
+            net.to(torch.float64)
+        elif how == "data":
+            for p in net.parameters():
+                p.data = torch.randn_like(p)
+        elif how == "one":
+            linear.bias.data = torch.randn(6)
+        elif how == "shape":  # the same address, fewer elements
+            linear.bias.data = linear.bias.data[:3]
+        elif how == "assign":
+            net.load_state_dict({k: torch.randn_like(v) if v.dtype.is_floating_point else v.clone() for k, v in net.state_dict().items()}, assign=True)
+        elif how == "parameter":
+            linear.weight = nn.Parameter(torch.randn(6, 6), requires_grad=linear.weight.requires_grad)
+        elif how == "submodule":
+            net[0] = nn.Linear(6, 6)
+        elif how == "buffer":
+            net[1].running_mean = torch.randn(6)
+        elif how == "resize":
+            with torch.no_grad():
+                linear.bias.data.resize_(0)
+                linear.bias.data = torch.randn(6)
+        elif how == "in place":  # the same address, other strides
+            linear.weight.data.t_()
+
+    online = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    ema = EMA(online, 0.5)
+    ema.update(online)
+    ema.update(online)
+    nets = {"online": [online], "average": [ema.module], "both": [online, ema.module]}[move]
+    for net in nets:
+        disturb(net)
+    want = {
+        k: 0.5 * p.detach().double() + 0.5 * o.detach().double()
+        for (k, p), o in zip(ema.module.named_parameters(), online.parameters(), strict=True)
+        if p.shape == o.shape
+    }
+    if how == "shape" and move != "both":
+        with pytest.raises(ValueError, match=r"0.bias.*shape"):
+            ema.update(online)
+        return
+    for _ in range(2):
+        ema.update(online)
+        for k, p in ema.module.named_parameters():
+            torch.testing.assert_close(p.detach().double(), want[k], rtol=1e-5, atol=1e-6, msg=k)
+            o = dict(online.named_parameters())[k].detach().double()
+            want[k] = 0.5 * p.detach().double() + 0.5 * o
+        assert torch.equal(ema.module[1].running_mean.double(), online[1].running_mean.double())
+
+
+def test_lists_are_checked_again_when_they_change() -> None:
+    t, s = [torch.zeros(4), torch.zeros(3)], [torch.ones(4), torch.ones(3)]
+    ema_update_(t, s, 0.5)
+    ema_update_(t, s, 0.5)
+    s[1] = torch.full((3,), 5.0)
+    t[0].data = torch.zeros(4)
+    ema_update_(t, s, 0.5)
+    assert (t[0] == 0.5).all() and (t[1] == 0.375 + 2.5).all()
+    s[1] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"targets\[1\]"):
+        ema_update_(t, s, 0.5)
+
+
+def test_plans_keep_nothing_alive() -> None:
+    online = nn.Linear(3, 3)
+    ema = EMA(online)
+    ema.update(online)
+    ema.update(online)
+    t, s = torch.zeros(3), torch.ones(3)
+    ema_update_([t], [s], 0.5)
+    references = [weakref.ref(x) for x in (online, online.weight, t, s)]
+    del online, t, s
+    gc.collect()
+    assert [r() for r in references] == [None] * 4
+    assert ema._plan is None
+
+
+def test_wrapped_online_networks() -> None:
+    online = Net()
+    ema = EMA(torch.compile(online, backend="eager"), 0.5)
+    assert type(ema.module) is Net
+    for wrapper in (torch.compile(online, backend="eager"), nn.DataParallel(online), online):
+        old = ema.module.first.weight.clone()
+        for _ in range(2):
+            ema.update(wrapper)
+        want = 0.25 * old + 0.75 * online.first.weight
+        torch.testing.assert_close(ema.module.first.weight, want)
+        train_step(online)
+    compiled = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+    EMA(compiled).update(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_dtype_of_the_average() -> None:
+    online = Net().bfloat16()
+    ema = EMA(online, 0.5, dtype=torch.float32)
+    assert ema.module.first.weight.dtype == ema.module.norm.running_mean.dtype == torch.float32
+    assert ema.module.table.dtype == torch.int64
+    for _ in range(2):
+        with torch.no_grad():
+            online.norm.running_mean.add_(1.0)
+        ema.update(online)
+    assert torch.equal(ema.module.norm.running_mean, online.norm.running_mean.float())
+    with pytest.raises(TypeError, match="EMA: dtype must be"):
+        EMA(online, dtype=torch.int32)
+
+
+def test_complex_parameters() -> None:
+    online = nn.Module()
+    online.weight = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+    ema = EMA(online, 0.5)
+    for _ in range(2):
+        old = ema.module.weight.clone()
+        with torch.no_grad():
+            online.weight.add_(1j)
+        ema.update(online)
+        torch.testing.assert_close(ema.module.weight, 0.5 * old + 0.5 * online.weight)
+
+
+def test_other_networks_are_refused() -> None:
+    ema = EMA(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="none named.*weight.*unexpected"):
+        ema.update(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"'weight'.*\[3, 2\].*\[2, 2\]"):
+        ema.update(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="buffers must be"):
+        EMA(nn.Linear(2, 2), buffers="drop")  # type: ignore[arg-type]
+
+
+def test_stochastic_module_is_reproducible() -> None:
+    def run() -> Tensor:
+        torch.manual_seed(7)
+        online = nn.Linear(40, 40).bfloat16()
+        ema = EMA(online, 0.999, stochastic_rounding=True)
+        with torch.no_grad():
+            online.weight.add_(0.1)
+        for _ in range(50):
+            ema.update(online)
+        return ema.module.weight.clone()
+
+    torch.manual_seed(7)
+    start = nn.Linear(40, 40).bfloat16().weight
+    first = run()
+    assert torch.equal(first, run())
+    assert not torch.equal(first, start)
+
+
+def test_update_inside_compile() -> None:
+    online = nn.Linear(3, 3)
+    ema = EMA(online, 0.5)
+    ema.update(online)
+    with torch.no_grad():
+        online.weight.add_(1.0)
+    want = 0.5 * ema.module.weight + 0.5 * online.weight
+    torch.compile(lambda: ema.update(online), backend="aot_eager")()
+    torch.testing.assert_close(ema.module.weight, want)
+    assert sslkernels.EMA is EMA
