@@ -211,6 +211,7 @@ def test_ema_step_counter_wraps(emulator: Emulator) -> None:
     assert state.tolist() == [2**64 - 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [twin.BFLOAT16, twin.FLOAT16], ids=["bfloat16", "float16"])
 def test_ema_stochastic_moves_as_float32_does(fast: Emulator, dtype: int) -> None:
     """10,000 steps at decay .999 from 1 towards 1.5: the mean within 1 % of the float64 answer."""

@@ -117,6 +117,7 @@ def test_every_barrier_is_among_the_mutants() -> None:
         assert barriers == len(mutants), f"{file}: {barriers} barriers, {len(mutants)} mutants"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_fails(mutant: Mutant, built: dict[str, Path]) -> None:
     # The checks raise AssertionError: a wrong result, or a worker that a sanitizer stopped.

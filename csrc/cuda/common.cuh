@@ -147,7 +147,7 @@ __device__ __forceinline__ bool is_vector_aligned(const void* p) {
 // A counter that every block reads and the launch must advance once. The number of finished blocks
 // is kept in the high bits of the very word, so that no workspace is needed: nothing to allocate, to
 // clear or to share between streams, and the word is clean again when the launch is over.
-// 44 bits leave room for 16 Ti rows and 2^20 - 1 blocks.
+// 44 bits leave room for 16 Ti rows; the other 20 count the blocks, of which there are at most 2^19.
 constexpr int kTicketShift = 44;
 constexpr unsigned long long kCounterMask = (1ull << kTicketShift) - 1;
 constexpr int kMaxTickets = (1 << 19);
