@@ -29,6 +29,8 @@ try:
 except ImportError:  # the registry reports the missing extension; plans are then not kept
     pass
 
+# Until torch 2.4 it takes one tensor only.
+_BUMPS_LISTS = not torch.__version__.startswith("2.4.")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -44,7 +46,11 @@ def are_plain(*tensors: Any) -> bool:
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that tensors were written through their addresses."""
-    torch.autograd.graph.increment_version(tensors)
+    if _BUMPS_LISTS:
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 @functools.cache
