@@ -27,8 +27,7 @@ using Table = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 void require_columns(const Table& table, int columns, const char* what) {
   if (table.ndim() != 2 || table.shape(1) != columns) {
-    throw std::invalid_argument(std::string(what) + ": the table must have shape [n, " +
-                                std::to_string(columns) + "]");
+    throw std::invalid_argument(std::string(what) + ": the table must have shape [n, " + std::to_string(columns) + "]");
   }
 }
 
@@ -86,8 +85,7 @@ void copy_all(const Table& table) {
   for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
     if (rows(i, 2) > 0) {
       // memmove: a buffer may be its own source.
-      std::memmove(reinterpret_cast<void*>(rows(i, 0)), reinterpret_cast<const void*>(rows(i, 1)),
-                   size_t(rows(i, 2)));
+      std::memmove(reinterpret_cast<void*>(rows(i, 0)), reinterpret_cast<const void*>(rows(i, 1)), size_t(rows(i, 2)));
     }
   }
 }
@@ -151,10 +149,9 @@ class TensorWatch {
     if (n_a + n_b != seen_.size()) return false;
     Layout now;
     for (size_t i = 0; i < seen_.size(); ++i) {
-      PyObject* tensor = i < n_a ? PyList_GET_ITEM(a.ptr(), py::ssize_t(i))
-                                 : PyList_GET_ITEM(b.ptr(), py::ssize_t(i - n_a));
-      if (!refers_to(seen_[i].reference.ptr(), tensor) || !ask(seen_[i].impl, now) ||
-          !(now == seen_[i].layout)) {
+      PyObject* tensor =
+          i < n_a ? PyList_GET_ITEM(a.ptr(), py::ssize_t(i)) : PyList_GET_ITEM(b.ptr(), py::ssize_t(i - n_a));
+      if (!refers_to(seen_[i].reference.ptr(), tensor) || !ask(seen_[i].impl, now) || !(now == seen_[i].layout)) {
         return false;
       }
     }
@@ -230,9 +227,9 @@ class SlotWatch {
   std::vector<Seen> seen_;
 };
 
-void enqueue(uintptr_t queue, int queue_dtype, int64_t size, int64_t dim, uintptr_t ptr, uintptr_t fill,
-             uintptr_t keys, int keys_dtype, int64_t n, int64_t stride, bool normalize, uintptr_t queue_labels,
-             uintptr_t labels, int n_threads) {
+void enqueue(uintptr_t queue, int queue_dtype, int64_t size, int64_t dim, uintptr_t ptr, uintptr_t fill, uintptr_t keys,
+             int keys_dtype, int64_t n, int64_t stride, bool normalize, uintptr_t queue_labels, uintptr_t labels,
+             int n_threads) {
   py::gil_scoped_release release;
   EnqueueArgs args;
   args.queue = reinterpret_cast<void*>(queue);
@@ -258,9 +255,7 @@ void bind_updates(py::module_& m) {
   py::class_<TensorWatch>(m, "TensorWatch")
       .def(py::init<const py::list&, const std::vector<uintptr_t>&>())
       .def("unchanged", &TensorWatch::unchanged);
-  py::class_<SlotWatch>(m, "SlotWatch")
-      .def(py::init<const py::list&>())
-      .def("unchanged", &SlotWatch::unchanged);
+  py::class_<SlotWatch>(m, "SlotWatch").def(py::init<const py::list&>()).def("unchanged", &SlotWatch::unchanged);
   m.def("enqueue", &enqueue);
 }
 

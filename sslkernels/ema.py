@@ -31,16 +31,17 @@ def ema_update_(
 
     For each pair ``target = decay * target + (1 - decay) * source``, evaluated as
     ``fma(decay, target, (1 - decay) * source)`` in float32 (float64 if either side is float64) and
-    rounded once to the target's dtype; 1 - decay is computed in double precision.  The result has the
-    same bits for any number of threads.  Autograd does not record it; version counters move.
+    rounded once to the target's dtype; 1 - decay is computed in double precision.  The result has
+    the same bits for any number of threads.  Autograd does not record it; version counters move.
 
-    Rounded to nearest, a 16-bit target stands still as soon as the change is below half the spacing of
-    its numbers: bfloat16 at decay 0.999 never moves from 1.0 towards 1.5.  With ``stochastic_rounding``
-    it is rounded up or down with the probability that makes it right on average.
+    Rounded to nearest, a 16-bit target stands still as soon as the change is below half the spacing
+    of its numbers: bfloat16 at decay 0.999 never moves from 1.0 towards 1.5.  With
+    ``stochastic_rounding`` it is rounded up or down with the probability that makes it right on
+    average.
 
     Args:
-        targets: Tensors of dtype float32, float64, bfloat16 or float16, any shape, strides and device.
-            Their memory must not overlap (pass tied tensors once).
+        targets: Tensors of dtype float32, float64, bfloat16 or float16, any shape, strides and
+            device. Their memory must not overlap (pass tied tensors once).
         sources: As many, with the shapes and devices of the targets; dtypes may differ.
         decay: In [0, 1].
         stochastic_rounding: For bfloat16 and float16 targets; others ignore it.
@@ -49,7 +50,8 @@ def ema_update_(
 
     Raises:
         TypeError: If an entry is no tensor of these dtypes.
-        ValueError: If lengths, shapes or devices differ, memory overlaps, or decay is outside [0, 1].
+        ValueError: If lengths, shapes or devices differ, memory overlaps, or decay is outside
+            [0, 1].
 
     Example:
         >>> import torch
@@ -65,8 +67,9 @@ def ema_update_(
 def cosine_decay(base: float, total_steps: int, final: float = 1.0) -> Callable[[int], float]:
     """BYOL's schedule of the decay: from base to final along half a cosine.
 
-    ``decay(k) = final - (final - base) * (cos(pi * k / total_steps) + 1) / 2``, which for final = 1 is
-    equation 4 of Grill et al. 2020 (arXiv:2006.07733): ``1 - (1 - base) * (cos(pi k / K) + 1) / 2``.
+    ``decay(k) = final - (final - base) * (cos(pi * k / total_steps) + 1) / 2``, which for final = 1
+    is equation 4 of Grill et al. 2020 (arXiv:2006.07733):
+    ``1 - (1 - base) * (cos(pi k / K) + 1) / 2``.
 
     Args:
         base: Decay at step 0, in [0, 1]; the paper uses 0.996 for 1000 epochs, 0.99 for 300.
@@ -94,7 +97,7 @@ def cosine_decay(base: float, total_steps: int, final: float = 1.0) -> Callable[
 
 
 class _CosineDecay:
-    """See ``cosine_decay``; a class, so that an EMA that holds one can be pickled and deep-copied."""
+    """See ``cosine_decay``; a class, so that an EMA that holds one can be pickled and copied."""
 
     def __init__(self, base: float, total_steps: int, final: float) -> None:
         self.base, self.total_steps, self.final = base, total_steps, final
@@ -108,7 +111,7 @@ class _CosineDecay:
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    """The network inside torch.compile (``_orig_mod``) and (Distributed)DataParallel (``module``)."""
+    """The network inside torch.compile (``_orig_mod``) and DataParallel (``module``)."""
     inside = _inside(module)
     return module if inside is None else _unwrap(inside)
 
@@ -127,26 +130,26 @@ def _names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 class EMA(nn.Module):
     """A copy of a network whose weights are the moving average of the network's.
 
-    ``update`` sets ``target = decay * target + (1 - decay) * online`` for every parameter in one call of
-    a fused kernel (see ``ema_update_`` for arithmetic and rounding).  Parameters are written in place
-    and never rebound, so optimisers, flat buffers and CUDA graphs that hold them stay right.
+    ``update`` sets ``target = decay * target + (1 - decay) * online`` for every parameter in one
+    call of a fused kernel (see ``ema_update_`` for arithmetic and rounding).  Parameters are written
+    in place and never rebound, so optimisers, flat buffers and CUDA graphs that hold them stay right.
 
-    Calling the EMA calls the averaged network.  It stays in the mode (train or eval) that the online
-    network had; call ``.eval()`` if the target should use running statistics.
+    Calling the EMA calls the averaged network.  It stays in the mode (train or eval) that the
+    online network had; call ``.eval()`` if the target should use running statistics.
 
     ``state_dict`` holds the averaged network under ``module.``, the step and the seed.
 
     Args:
-        online: The network to follow; it may be wrapped in DistributedDataParallel or torch.compile.
-            It is deep-copied; the copy requires no gradient.
+        online: The network to follow; it may be wrapped in DistributedDataParallel or
+            torch.compile. It is deep-copied; the copy requires no gradient.
         decay: A float in [0, 1], or a callable step → float such as ``cosine_decay(...)``.
         buffers: "copy" copies buffers of the online network, as BatchNorm statistics usually are;
             "average" averages floating buffers and copies the others (an average of the integer
             ``num_batches_tracked`` is meaningless); "ignore" leaves all buffers alone.
         dtype: dtype of the averaged network's floating parameters and buffers, for example
             torch.float32 for a bfloat16 online network.  None keeps those of the online network.
-        stochastic_rounding: Round bfloat16 and float16 averages stochastically; without it they stand
-            still at usual decays.  Bits depend on the seed and the step only.
+        stochastic_rounding: Round bfloat16 and float16 averages stochastically; without it they
+            stand still at usual decays.  Bits depend on the seed and the step only.
 
     Raises:
         ValueError: If decay or buffers is out of range.
@@ -208,7 +211,9 @@ class EMA(nn.Module):
                 outside [0, 1].
         """
         step = self.step if step is None else int(step)
-        decay = _ops.check_decay("EMA.update", self.decay(step) if callable(self.decay) else self.decay)
+        decay = _ops.check_decay(
+            "EMA.update", self.decay(step) if callable(self.decay) else self.decay
+        )
         plan = self._plan
         if plan is None or not plan.run(online, decay, self.stochastic_rounding, self.seed, step):
             self._plan = None
@@ -303,7 +308,8 @@ class _Pairs:
             return None
         seen = watch(tensors)
         update = _ops.Update(self.targets, self.sources, self.copy_targets, self.copy_sources)
-        # Replacing a parameter, a buffer, a submodule or what is wrapped changes one of these dicts.
+        # Replacing a parameter, a buffer, a submodule or what is wrapped changes one of these
+        # dicts.
         dicts = [
             slot
             for root in self.modules

@@ -16,13 +16,13 @@ from sslkernels.ops import queue as _ops
 class KeyQueue(nn.Module):
     """A first-in first-out queue of the newest ``size`` keys, as in MoCo (arXiv:1911.05722).
 
-    All state is in buffers and so in the state dict: ``queue`` [size, dim], ``queue_ptr`` (the row that
-    is written next) and ``fill`` (how many rows are valid), both int64, and ``labels`` [size] int64 if
-    asked for (-1 where empty).  Key i of a batch goes to row (queue_ptr + i) mod size; sizes need not
-    divide, and of a batch larger than the queue the newest ``size`` keys stay.
+    All state is in buffers and so in the state dict: ``queue`` [size, dim], ``queue_ptr`` (the row
+    that is written next) and ``fill`` (how many rows are valid), both int64, and ``labels`` [size]
+    int64 if asked for (-1 where empty).  Key i of a batch goes to row (queue_ptr + i) mod size;
+    sizes need not divide, and of a batch larger than the queue the newest ``size`` keys stay.
 
-    The loss for a batch must be computed before the batch is enqueued, or each positive is one of its
-    own negatives; ``MoCoLoss`` does both in that order.
+    The loss for a batch must be computed before the batch is enqueued, or each positive is one of
+    its own negatives; ``MoCoLoss`` does both in that order.
 
     Args:
         size: K, how many keys are held.
@@ -30,8 +30,8 @@ class KeyQueue(nn.Module):
         dtype: dtype of the stored keys: float32, float64, bfloat16 or float16.
         normalize: Store x / max(||x||, 1e-12), accumulated in float32 (float64 for float64 keys or
             queue) and cast afterwards.  With False keys are stored as they are given.
-        gather: Under torch.distributed, enqueue the keys of every rank in the order of ranks, so that
-            all ranks hold the same queue.  Every rank must pass the same number of keys.
+        gather: Under torch.distributed, enqueue the keys of every rank in the order of ranks, so
+            that all ranks hold the same queue.  Every rank must pass the same number of keys.
         labels: Keep an integer label (class or sample id) with each key.
 
     Raises:
@@ -69,7 +69,9 @@ class KeyQueue(nn.Module):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"KeyQueue: {name} must be an integer of at least 1, got {value!r}")
+                raise ValueError(
+                    f"KeyQueue: {name} must be an integer of at least 1, got {value!r}"
+                )
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"KeyQueue: dtype must be float32, float64, bfloat16 or float16, got {dtype}"
@@ -82,8 +84,8 @@ class KeyQueue(nn.Module):
         self.register_buffer(
             "labels", torch.full((size,), -1, dtype=torch.int64) if labels else None
         )
-        # Copy of `fill` on the host, so that len() and keys need no synchronisation with a device.  It
-        # counts as long as the tensor and its version are those that were seen.
+        # Copy of `fill` on the host, so that len() and keys need no synchronisation with a device.
+        # It counts as long as the tensor and its version are those that were seen.
         self._n_valid = 0
         self._fill_seen: tuple[Tensor, int] = (self.fill, self.fill._version)
         self._plan: _ops.EnqueuePlan | None = None
@@ -91,8 +93,8 @@ class KeyQueue(nn.Module):
     def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
         """Normalise, cast and write a batch of keys; one call, without gradient or host sync.
 
-        A NaN or inf in a key makes that row NaN, and every loss computed with the queue NaN until the
-        row is overwritten: check keys first if the encoder may diverge.  A zero row stays zero.
+        A NaN or inf in a key makes that row NaN, and every loss computed with the queue NaN until
+        the row is overwritten: check keys first if the encoder may diverge.  A zero row stays zero.
 
         Args:
             keys: [N, dim], any floating dtype and strides, N >= 0, on the device of the queue.
@@ -197,17 +199,15 @@ class KeyQueue(nn.Module):
         )
 
     @classmethod
-    def from_moco(
-        cls, state_dict: Mapping[str, Any], *, gather: bool = False
-    ) -> KeyQueue:
+    def from_moco(cls, state_dict: Mapping[str, Any], *, gather: bool = False) -> KeyQueue:
         """The queue of a checkpoint of the official MoCo code.
 
-        It stores ``queue`` as [dim, size], filled with random unit vectors from the start, so the queue
-        returned is full.
+        It stores ``queue`` as [dim, size], filled with random unit vectors from the start, so the
+        queue returned is full.
 
         Args:
-            state_dict: With the entries ``queue`` and ``queue_ptr``, possibly prefixed by ``module.``;
-                a whole checkpoint with an entry ``state_dict`` is fine too.
+            state_dict: With the entries ``queue`` and ``queue_ptr``, possibly prefixed by
+                ``module.``; a whole checkpoint with an entry ``state_dict`` is fine too.
             gather: As for the constructor.
 
         Raises:
@@ -219,8 +219,8 @@ class KeyQueue(nn.Module):
         prefix = next((p for p in ("", "module.") if f"{p}queue" in state_dict), None)
         if prefix is None:
             raise KeyError(
-                "KeyQueue.from_moco: state_dict must hold 'queue' or 'module.queue', got keys such as "
-                f"{list(state_dict)[:5]}"
+                "KeyQueue.from_moco: state_dict must hold 'queue' or 'module.queue', got keys such "
+                f"as {list(state_dict)[:5]}"
             )
         stored = state_dict[f"{prefix}queue"]
         if stored.dim() != 2:

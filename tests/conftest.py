@@ -30,7 +30,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seeds all generators from the run's seed and the test's name, so that order changes nothing."""
+    """Seeds all generators by the run's seed and the test's name: order changes nothing."""
     own = (SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31
     random.seed(own)
     np.random.seed(own)

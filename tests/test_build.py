@@ -100,7 +100,7 @@ def test_the_extension_links_neither_torch_nor_openmp() -> None:
 
 @pytest.mark.slow
 def test_wheel_builds_in_isolation(tmp_path: Path) -> None:
-    """As ``pip install .`` does: an empty environment with setuptools and pybind11, without torch."""
+    """As ``pip install .`` does: setuptools and pybind11 in an empty environment, no torch."""
     tree = tmp_path / "tree"
     names = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],

@@ -27,7 +27,7 @@ SIZES = [0, 1, 7, 15, 16, 17, 511, 512, 513, 1025, 32769, 70001]
 
 
 def exact(target: Tensor, source: Tensor, decay: float) -> np.ndarray:
-    """fma(decay, t, (1 - decay) * s) rounded as promised, by arithmetic that is exact in between."""
+    """fma(decay, t, (1 - decay) * s) rounded as promised, exact in between."""
     wide = torch.float64 in (target.dtype, source.dtype)
     acc = np.float64 if wide else np.float32
     t = target.double().numpy().astype(acc)
@@ -326,10 +326,15 @@ def test_rounding_to_the_bit(dtype: torch.dtype, name: str) -> None:
     up = np.floor(chance * width) / width + random >= 1.0
     beyond_all = np.abs(x) >= 65536.0 if dtype == torch.float16 else np.zeros(4096, bool)
     want = torch.where(torch.from_numpy(up | beyond_all), high, low)
-    want = torch.where(torch.from_numpy(beyond_all), torch.copysign(torch.tensor(torch.inf), torch.from_numpy(x)).to(dtype), want)
+    want = torch.where(
+        torch.from_numpy(beyond_all),
+        torch.copysign(torch.tensor(torch.inf), torch.from_numpy(x)).to(dtype),
+        want,
+    )
 
     target = torch.zeros(4096, dtype=dtype)
-    with engine(name):  # decay 0: the mean is the source itself; the first tensor only shifts indices
+    # Decay 0: the mean is the source itself; the first tensor only shifts indices.
+    with engine(name):
         ema_update_(
             [torch.zeros(1), target], [torch.zeros(1), torch.from_numpy(x)], 0.0,
             stochastic_rounding=True, seed=99, step=4,
@@ -513,10 +518,21 @@ def test_deepcopy_and_pickle_leave_the_plan_behind() -> None:
 @pytest.mark.parametrize("move", ["online", "average", "both"])
 @pytest.mark.parametrize(
     "how",
-    ["to", "data", "one", "shape", "assign", "parameter", "submodule", "buffer", "resize", "in place"],
+    [
+        "to",
+        "data",
+        "one",
+        "shape",
+        "assign",
+        "parameter",
+        "submodule",
+        "buffer",
+        "resize",
+        "in place",
+    ],
 )
 def test_moved_tensors_are_noticed(how: str, move: str) -> None:
-    """Whatever happens between two updates, the result is that of plain arithmetic on what is there."""
+    """Whatever happens between two updates, the result is plain arithmetic on what is there."""
 
     def disturb(net: nn.Module) -> None:
         linear = net[0]
@@ -530,9 +546,17 @@ def test_moved_tensors_are_noticed(how: str, move: str) -> None:
         elif how == "shape":  # the same address, fewer elements
             linear.bias.data = linear.bias.data[:3]
         elif how == "assign":
-            net.load_state_dict({k: torch.randn_like(v) if v.dtype.is_floating_point else v.clone() for k, v in net.state_dict().items()}, assign=True)
+            net.load_state_dict(
+                {
+                    k: torch.randn_like(v) if v.dtype.is_floating_point else v.clone()
+                    for k, v in net.state_dict().items()
+                },
+                assign=True,
+            )
         elif how == "parameter":
-            linear.weight = nn.Parameter(torch.randn(6, 6), requires_grad=linear.weight.requires_grad)
+            linear.weight = nn.Parameter(
+                torch.randn(6, 6), requires_grad=linear.weight.requires_grad
+            )
         elif how == "submodule":
             net[0] = nn.Linear(6, 6)
         elif how == "buffer":

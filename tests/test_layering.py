@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of the project, read from its sources: who may import whom, and the rules of the house."""
+"""The layers of the project, read from its sources, and the rules of the house."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {".venv", "build", "dist", ".git", "runs", "__pycache__", "node_modules"}
 
-# Layers from the lowest; a module may import its own layer and those below.  The longest prefix counts.
+# Layers from the lowest; a module may import its own and those below.  The longest prefix counts.
 LAYERS = {
     "sslkernels._types": 0,
     "sslkernels._version": 0,
@@ -50,9 +50,7 @@ def files(*patterns: str) -> list[Path]:
         found = [ROOT / line for line in listed.stdout.splitlines()]
     else:  # an unpacked archive
         found = [p for pattern in patterns for p in ROOT.rglob(pattern)]
-    return sorted(
-        p for p in found if p.is_file() and not SKIPPED & set(p.relative_to(ROOT).parts)
-    )
+    return sorted(p for p in found if p.is_file() and not SKIPPED & set(p.relative_to(ROOT).parts))
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -158,10 +156,28 @@ def test_every_source_names_its_licence() -> None:
 
 def test_nothing_is_left_unfinished_or_points_outside() -> None:
     marks = ["TO" + "DO", "FIX" + "ME", "X" + "XX", "HA" + "CK"]
-    hosts = ["pypi" + ".org", "download" + ".pytorch", "index" + "-url", "/" + "work/", "/" + "tmp/env"]
+    hosts = [
+        "pypi" + ".org",
+        "download" + ".pytorch",
+        "index" + "-url",
+        "/" + "work/",
+        "/" + "tmp/env",
+    ]
     unfinished = re.compile(r"\b(" + "|".join(marks) + r")\b")
     bad = []
-    for path in files("*.py", "*.pyi", "*.cpp", "*.h", "*.cu", "*.cuh", "*.md", "*.toml", "*.txt", "Makefile", ".ci/*"):
+    for path in files(
+        "*.py",
+        "*.pyi",
+        "*.cpp",
+        "*.h",
+        "*.cu",
+        "*.cuh",
+        "*.md",
+        "*.toml",
+        "*.txt",
+        "Makefile",
+        ".ci/*",
+    ):
         text = path.read_text("utf-8")
         found = unfinished.findall(text) + [host for host in hosts if host in text]
         bad += [f"{path.relative_to(ROOT)}: {f}" for f in found]

@@ -292,7 +292,12 @@ def test_from_moco() -> None:
         (torch.ones(2, 3).int(), None, TypeError, "float32.*got torch.int32"),
         (torch.randn(2, 3), torch.arange(2), ValueError, "labels must be given if and only if"),
         ([[1.0, 2.0, 3.0]], None, TypeError, "keys must be a tensor, got list"),
-        (torch.randn(2, 3, device="meta"), None, ValueError, "device of the queue, got meta and cpu"),
+        (
+            torch.randn(2, 3, device="meta"),
+            None,
+            ValueError,
+            "device of the queue, got meta and cpu",
+        ),
     ],
 )
 def test_refusals(keys, labels, kind, message, warm) -> None:  # type: ignore[no-untyped-def]

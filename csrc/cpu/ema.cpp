@@ -27,14 +27,10 @@ namespace {
 // times what it costs to start and join a team.
 constexpr int64_t kGrain = 32768;
 
-inline __attribute__((always_inline)) double fused(double a, double b, double c) {
-  return __builtin_fma(a, b, c);
-}
+inline __attribute__((always_inline)) double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 #if defined(__FP_FAST_FMAF)
-inline __attribute__((always_inline)) float fused(float a, float b, float c) {
-  return __builtin_fmaf(a, b, c);
-}
+inline __attribute__((always_inline)) float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
 // The product of two floats is exact in double.  Its sum with c is rounded to odd (an inexact sum gets
 // its last bit set), after which rounding to float is what rounding the exact sum would have been:
@@ -151,8 +147,8 @@ void update_same(A* target, const A* source, int64_t n, Decay<A> decay) {
 
 // `first` is the place of target[0] in its tensor.
 template <class T, class S>
-void update_mixed(T* target, const S* source, int64_t n, Decay<typename AccOfPair<T, S>::type> decay,
-                  bool stochastic, const Random& random, int64_t first) {
+void update_mixed(T* target, const S* source, int64_t n, Decay<typename AccOfPair<T, S>::type> decay, bool stochastic,
+                  const Random& random, int64_t first) {
   using A = typename AccOfPair<T, S>::type;
   A wide[kBlock];
   A online[kBlock];

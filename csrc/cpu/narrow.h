@@ -63,8 +63,7 @@ inline __attribute__((always_inline)) void widen_block(const f16* in, int n, flo
 inline __attribute__((always_inline)) void narrow_block(const float* in, int n, f16* out) {
   int i = 0;
   for (; i + 8 <= n; i += 8) {
-    __m128i half_f16x8 =
-        _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m128i half_f16x8 = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __builtin_memcpy(out + i, &half_f16x8, sizeof half_f16x8);
   }
   for (; i < n; ++i) from_float(in[i], &out[i]);

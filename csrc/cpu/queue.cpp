@@ -110,8 +110,8 @@ void write_rows(const EnqueueArgs& args, int64_t ptr, int64_t first) {
 #pragma omp parallel for num_threads(int(parts)) schedule(static) if (parts > 1)
   for (int64_t i = first; i < n; ++i) {
     const int64_t row = (ptr + i) % size;
-    write_row<Q, K, typename AccOfQueue<Q, K>::type>(queue + row * dim, keys + i * args.keys.stride,
-                                                     dim, args.normalize);
+    write_row<Q, K, typename AccOfQueue<Q, K>::type>(queue + row * dim, keys + i * args.keys.stride, dim,
+                                                     args.normalize);
   }
 }
 

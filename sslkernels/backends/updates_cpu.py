@@ -16,8 +16,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 class EmaPlan:
     """target = decay * target + (1 - decay) * source over contiguous pairs of tensors, in one call.
 
-    It holds addresses, not tensors: the caller keeps the tensors alive and makes a new plan when one
-    of them moves.
+    It holds addresses, not tensors: the caller keeps the tensors alive and makes a new plan when
+    one of them moves.
 
     Args:
         targets: Contiguous CPU tensors of a floating dtype, not overlapping.

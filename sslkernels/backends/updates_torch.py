@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """EMA and queue updates in plain torch: what runs on a device that has no kernel for them.
 
-The formulas and roundings are those of ``csrc/cpu/ema.cpp`` and ``csrc/cpu/queue.cpp``, except that a
-fused multiply-add may be rounded twice here (one unit in the last place).
+The formulas and roundings are those of ``csrc/cpu/ema.cpp`` and ``csrc/cpu/queue.cpp``, except that
+a fused multiply-add may be rounded twice here (one unit in the last place).
 """
 
 from __future__ import annotations

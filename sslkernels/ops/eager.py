@@ -2,8 +2,8 @@
 """When the dispatcher may be bypassed, and what has to be done by hand then.
 
 An update of a small model is bound by the overhead of passing lists of tensors through torch's
-dispatcher.  In plain eager mode with plain tensors the kernels are called directly; tracing, dispatch
-modes and tensor subclasses go through the registered op.
+dispatcher.  In plain eager mode with plain tensors the kernels are called directly; tracing,
+dispatch modes and tensor subclasses go through the registered op.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 _C: ModuleType | None = None
 try:
     import sslkernels.backends.cpu  # noqa: F401  loads the extension next to torch's OpenMP
-
     from sslkernels import _C as _extension
 
     _C = _extension

@@ -6,11 +6,11 @@
 Two ways lead to the same kernel:
 
 * the op, registered with torch (schema with its mutation declared, fake, no gradient).  It is what
-  ``torch.compile``, tensor subclasses and dispatch modes see.  Passing two lists of tensors through the
-  dispatcher and checking them costs more than updating a small model.
+  ``torch.compile``, tensor subclasses and dispatch modes see.  Passing two lists of tensors through
+  the dispatcher and checking them costs more than updating a small model.
 * ``update``: in plain eager mode the checks are made once and kept as a *plan* of addresses.  Every
-  call compares the identity and the address of each tensor with the plan, so that a parameter that was
-  moved, loaded by assignment or replaced is noticed, and the plan is made again.
+  call compares the identity and the address of each tensor with the plan, so that a parameter that
+  was moved, loaded by assignment or replaced is noticed, and the plan is made again.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def check_pairs(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -
             )
         if target.dtype not in FLOATING or source.dtype not in FLOATING:
             raise TypeError(
-                f"{op}: targets[{index}] and sources[{index}] must be float32, float64, bfloat16 or "
-                f"float16, got {target.dtype} and {source.dtype} (copy integer tensors instead)"
+                f"{op}: targets[{index}] and sources[{index}] must be float32, float64, bfloat16 "
+                f"or float16, got {target.dtype} and {source.dtype} (copy integer tensors instead)"
             )
         if target.shape != source.shape:
             raise ValueError(
@@ -191,7 +191,8 @@ class Update:
         self._parts: list[Any] = []
         self._requested = registry.requested()
         self._copied_back: list[tuple[Tensor, Tensor]] = []
-        self.reusable = True  # False: copies were made of strided tensors, which are good for one call
+        # False: copies were made of strided tensors, which are good for one call.
+        self.reusable = True
         self._kept: list[Tensor] = []  # those copies: plans hold addresses only
         for device, indices in by_device.items():
             on_device = [targets[i] for i in indices], [sources[i] for i in indices]
@@ -260,7 +261,8 @@ _LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
 _LIBRARY.impl("ema_update_", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("sslkernels::ema_update_", _fake, lib=_LIBRARY)
 
-# Plans of `update`, by the first tensors of the lists; they hold addresses and weak references only.
+# Plans of `update`, by the first tensors of the lists; they hold addresses and weak references
+# only.
 _PLANS: dict[tuple[int, int, int], tuple[Any, Update]] = {}
 _MAX_PLANS = 16
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op ``sslkernels::queue_enqueue_``: normalise, cast, write with wrap-around, advance, in one call.
+"""The op ``sslkernels::queue_enqueue_``: normalise, cast, write, wrap, advance, in one call.
 
-Key i of the batch goes to row (ptr + i) mod K; of a batch larger than the queue only the newest K are
-written.  Then ptr = (ptr + N) mod K and fill = min(fill + N, K).  The pointer is read and written where
-it lives, on the device.
+Key i of the batch goes to row (ptr + i) mod K; of a batch larger than the queue only the newest K
+are written.  Then ptr = (ptr + N) mod K and fill = min(fill + N, K).  The pointer is read and
+written where it lives, on the device.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def enqueue_(
 
 
 class EnqueuePlan:
-    """A repeated enqueue into a queue without labels on the CPU: what does not change is checked once.
+    """A repeated enqueue into one queue without labels on the CPU, its state checked once.
 
     Args:
         queue: As for ``enqueue_``.
@@ -182,7 +182,7 @@ class EnqueuePlan:
             self._seen = watch(self._state)
 
     def run(self, keys: Tensor, normalize: bool) -> bool:
-        """Enqueue and return True; or do nothing and return False where ``enqueue_`` has to look closer."""
+        """Enqueue and return True; or do nothing and return False: ``enqueue_`` looks closer."""
         if (
             self._seen is None
             or not is_plain_eager()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stochastic rounding from float32 to 16 bits in plain torch, with counter-based random bits.
 
-The same numbers are produced, bit for bit, by ``csrc/cpu/ema.cpp`` and by ``csrc/cuda/ema.cu``; this
-file is what runs on a device for which neither exists.
+The same numbers are produced, bit for bit, by ``csrc/cpu/ema.cpp`` and by ``csrc/cuda/ema.cu``;
+this file is what runs on a device for which neither exists.
 
-Random bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), key = (seed low, seed high), counter = (element low, element high, step, tensor index); the
-first word of the output is used.  It depends on nothing but these five numbers, so neither the number
-of threads nor the order of the work changes a result.
+Random bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
+3", SC 2011), key = (seed low, seed high), counter = (element low, element high, step, tensor
+index); the first word of the output is used.  It depends on nothing but these five numbers, so
+neither the number of threads nor the order of the work changes a result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROUNDS = 10
 
 
 def _multiply(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of x * multiplier, for x < 2^32 in int64 (which has no unsigned product)."""
+    """High and low 32 bits of x * multiplier, for x < 2^32 held in int64."""
     low_part = x * (multiplier & 0xFFFF)
     high_part = x * (multiplier >> 16)
     high = (high_part + (low_part >> 16)) >> 16
@@ -61,11 +61,12 @@ def philox_words(
 
 
 def round_stochastic(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds float32 to bfloat16 or float16, up or down with the probability that is right on average.
+    """Rounds float32 to bfloat16 or float16, to either neighbour, and right on average.
 
-    With n bits to drop from the significand m, the result is (m + r) >> n, where r holds the n highest
-    bits of the random word.  bfloat16 always drops 16; float16 drops 13, and more below 2^-14, where
-    its spacing stays 2^-24.  A value that is representable is never changed; a NaN gives a NaN.
+    With n bits to drop from the significand m, the result is (m + r) >> n, where r holds the n
+    highest bits of the random word.  bfloat16 always drops 16; float16 drops 13, and more below
+    2^-14, where its spacing stays 2^-24.  A value that is representable is never changed; a NaN
+    gives a NaN.
 
     Args:
         x: float32, any shape.
