@@ -131,8 +131,9 @@ class EMA(nn.Module):
     """A copy of a network whose weights are the moving average of the network's.
 
     ``update`` sets ``target = decay * target + (1 - decay) * online`` for every parameter in one
-    call of a fused kernel (see ``ema_update_`` for arithmetic and rounding).  Parameters are written
-    in place and never rebound, so optimisers, flat buffers and CUDA graphs that hold them stay right.
+    call of a fused kernel (see ``ema_update_`` for arithmetic and rounding).  Parameters are
+    written in place and never rebound, so optimisers, flat buffers and CUDA graphs that hold them
+    stay right.
 
     Calling the EMA calls the averaged network.  It stays in the mode (train or eval) that the
     online network had; call ``.eval()`` if the target should use running statistics.
