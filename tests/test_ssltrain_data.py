@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("sklearn", reason="needs the packages of the trainers")
 
 from PIL import Image
-
 from ssltrain.data import ImageData, load
 from ssltrain.errors import UserError
 

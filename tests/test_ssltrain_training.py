@@ -324,6 +324,21 @@ def test_images_without_labels_train_and_draw(
     assert "has no labels" in capsys.readouterr().err
 
 
+def test_the_demo_compares_the_three_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ssltrain.plots.flat_map", lambda features: features[:, :2])  # t-SNE: slow
+    assert main(["demo", *SMALL, "--epochs", "1", "--batch-size", "256"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-5:]
+    titles = [line.split("  ")[0] for line in last]
+    assert titles == ["raw pixels", "untrained encoder", "SimCLR", "BYOL", "MoCo"]
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders == [f"{name}-digits-seed0" for name in ("byol", "moco", "simclr")]
+    results = json.loads((tmp_path / "runs" / "moco-digits-seed0" / "results.json").read_text())
+    assert last[-1].split()[1] == f"{results['accuracy']['trained']['knn']:.4f}"
+
+
 def test_few_labels_are_balanced_and_fixed() -> None:
     labels = np.array([0] * 50 + [1] * 4 + [5] * 30)
     chosen = few_label_rows(labels, draw=3)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ssltrain.config import (
     METHODS,
     RUNTIME_FIELDS,
+    TITLES,
     OneLineParser,
     TrainConfig,
     config_parser,
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training run was interrupted and left a checkpoint.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if "torch" not in sys.modules:
+        # Threads that wait asleep, not spinning: steps here are tens of milliseconds of many short
+        # parallel regions, which become ten times as slow when another process needs a core.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(words)
     except UserError as error:
@@ -81,7 +86,8 @@ def _dispatch(words: list[str]) -> int:
 
 def _train(method: str, arguments: list[str]) -> int:
     config, resume = read_arguments(method, arguments)
-    return train(config, resume)
+    code, _ = train(config, resume)
+    return code
 
 
 def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunFolder | None]:
@@ -146,12 +152,15 @@ def _parse(words: list[str], defaults: TrainConfig, prog: str) -> dict[str, Any]
     return values
 
 
-def train(config: TrainConfig, resume: RunFolder | None = None) -> int:
-    """Train, evaluate and draw; return the exit code.
+def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Path]:
+    """Train, evaluate and draw, and print how it went.
 
     Args:
         config: the run.
         resume: the folder of the run to continue; None starts a new one.
+
+    Returns:
+        The exit code and the folder of the run.
 
     Raises:
         UserError: something in the configuration or the data does not fit.
@@ -175,8 +184,8 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> int:
                 flush=True,
             )
         outcome = trainer.fit()
-        if trainer.folder is None:
-            return 0
+        if trainer.folder is None:  # another process writes
+            return 0, Path()
         print(f"trained for {outcome.seconds:.1f} s at {outcome.images_per_s:,.0f} images/s")
     folder = trainer.folder
     if not outcome.finished:
@@ -184,10 +193,10 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> int:
             f"stopped at step {trainer.method.step} of {trainer.total_steps}; "
             f"continue with: ssltrain {config.method} --resume {folder.path}"
         )
-        return 0 if config.stop_after else INTERRUPTED
+        return (0 if config.stop_after else INTERRUPTED), folder.path
     if config.evaluate:
         _report(folder, config, data, evaluate=data.has_labels)
-    return 0
+    return 0, folder.path
 
 
 def _report(folder: RunFolder, config: TrainConfig, data: ImageData, evaluate: bool) -> None:
@@ -212,16 +221,23 @@ def _report(folder: RunFolder, config: TrainConfig, data: ImageData, evaluate: b
 
 
 def _demo(arguments: list[str]) -> int:
-    """Train the three methods on digits with the same flags, then print the tables together."""
+    """Train the three methods on digits with the same flags, then print them side by side."""
+    from ssltrain.evaluate import summary
+    from ssltrain.runs import RunFolder
+
+    folders = {}
     for method in METHODS:
         config, resume = read_arguments(method, arguments)
         if resume is not None or config.run:
             raise UserError("ssltrain demo starts three new runs: drop --resume and --run")
         if config.data != "digits":
             raise UserError("ssltrain demo trains on digits: use 'ssltrain simclr --data ...'")
-        code = train(config)
+        code, path = train(config)
         if code:
             return code
+        folders[TITLES[method]] = RunFolder(path)
+    if config.evaluate:
+        print("\n" + summary(folders))
     return 0
 
 

@@ -18,6 +18,7 @@ from ssltrain.errors import UserError
 from ssltrain.presets import preset
 
 METHODS = ("simclr", "byol", "moco")
+TITLES = {"simclr": "SimCLR", "byol": "BYOL", "moco": "MoCo"}
 
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.
 RUNTIME_FIELDS = frozenset(

@@ -173,11 +173,26 @@ def evaluate(
 
 
 def table(results: dict[str, Any]) -> str:
-    """The accuracies as a table of text."""
-    heads = ["", "k-NN", "linear probe", f"linear, {FEW_LABELS} labels a class"]
-    lines = [f"{heads[0]:<19}{heads[1]:>8}{heads[2]:>15}{heads[3]:>28}"]
-    for source, title in SOURCES.items():
-        row = results["accuracy"][source]
-        few = f"{row['linear_few']:.4f} ± {row['linear_few_std']:.4f}"
-        lines.append(f"{title:<19}{row['knn']:>8.4f}{row['linear']:>15.4f}{few:>28}")
+    """The accuracies of a run as a table of text."""
+    accuracy = results["accuracy"]
+    return _lines({title: accuracy[source] for source, title in SOURCES.items()})
+
+
+def summary(folders: dict[str, RunFolder]) -> str:
+    """The accuracies of several runs on the same data as one table, baselines first."""
+    accuracies = {
+        title: json.loads(folder.results.read_text())["accuracy"]
+        for title, folder in folders.items()
+    }
+    first = next(iter(accuracies.values()))
+    baselines = {SOURCES[source]: first[source] for source in ("raw", "untrained")}
+    return _lines(baselines | {title: scores["trained"] for title, scores in accuracies.items()})
+
+
+def _lines(scores: dict[str, dict[str, float]]) -> str:
+    few = f"linear, {FEW_LABELS} labels a class"
+    lines = [f"{'test accuracy':<19}{'k-NN':>8}{'linear probe':>15}{few:>28}"]
+    for title, row in scores.items():
+        spread = f"{row['linear_few']:.4f} ± {row['linear_few_std']:.4f}"
+        lines.append(f"{title:<19}{row['knn']:>8.4f}{row['linear']:>15.4f}{spread:>28}")
     return "\n".join(lines)

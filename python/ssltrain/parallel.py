@@ -52,7 +52,7 @@ class World:
         if self.size == 1:
             return module
         if self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
             return nn.parallel.DistributedDataParallel(module, device_ids=[self.device.index])
         return nn.parallel.DistributedDataParallel(module)
 

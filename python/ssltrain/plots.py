@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssltrain.config import TrainConfig
+from ssltrain.config import TITLES, TrainConfig
 from ssltrain.data import ImageData
 from ssltrain.evaluate import SOURCES, Features
 from ssltrain.runs import RunFolder
@@ -39,25 +39,25 @@ def draw_loss(folder: RunFolder, config: TrainConfig) -> None:
         (left, "loss", [("loss", "loss", BLUE)]),
         (
             right,
-            "share",
+            "contrastive accuracy and spread of features",
             [
-                ("top1", "view told apart (top-1)", BLUE),
-                ("feature_std", "feature spread (0 = collapse)", ORANGE),
+                ("top1", "view finds its partner (top-1)", BLUE),
+                ("feature_std", "spread of features (0 = collapse)", ORANGE),
             ],
         ),
     ]
-    for axes, label, series in panels:
+    for axes, heading, series in panels:
+        axes.set_title(heading, color=INK, fontsize=11)
         for name, title, colour in series:
             axes.plot(epochs, column(name), color=colour, lw=1.8, label=title)
         axes.set_xlabel("epoch", color=INK)
-        axes.set_ylabel(label, color=INK)
         axes.grid(color="#e5e5e5", lw=0.8)
         axes.tick_params(colors=MUTED)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False, loc="best")
-    figure.suptitle(f"{config.method} on {config.data}, seed {config.seed}", color=INK)
+    right.set_ylim(0, 1)
+    right.legend(frameon=False, loc="upper left")
+    figure.suptitle(f"{TITLES[config.method]} on {config.data}, seed {config.seed}", color=INK)
     figure.savefig(folder.loss_plot)
 
 
@@ -104,7 +104,7 @@ def draw_map(
             handles, names, loc="outside right center", frameon=False, markerscale=2, title="class"
         )
     figure.suptitle(
-        f"{config.method} on {config.data}: t-SNE of {len(rows)} test images, coloured by class",
+        f"{TITLES[config.method]} on {config.data}: t-SNE of {len(rows)} test images",
         color=INK,
     )
     figure.savefig(folder.map_plot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any, NamedTuple
@@ -161,6 +162,8 @@ class Trainer:
             disable=not (self.config.progress and self.folder is not None),
             desc=self.config.method,
             dynamic_ncols=True,
+            # A log file gets a line of the bar now and then, a terminal sees it move.
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
         previous = signal.signal(signal.SIGINT, self._ask_to_stop)
         previous_term = signal.signal(signal.SIGTERM, self._ask_to_stop)
