@@ -7,13 +7,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <limits>
 #include <new>
-#include <vector>
 
 #include "bindings.h"
 #include "dispatch.h"
+#include "narrow_ids.h"
 
 namespace py = pybind11;
 
@@ -29,40 +27,6 @@ double read_scalar(uintptr_t address, DType dtype) {
   if (address == 0) return 0.0;
   return dtype == DType::f64 ? *at<const double>(address) : double(*at<const float>(address));
 }
-
-// The kernels compare ids as 32-bit integers beside float lanes.  Ids that do not fit are renumbered
-// (order kept), which preserves every equality.
-class NarrowIds {
- public:
-  void apply(PairwiseArgs& args) {
-    if (args.ids_q == nullptr || args.dtype == DType::f64) return;
-    const int64_t n = args.rows(), m = args.self ? 0 : args.cols();
-    if (fits(args.ids_q, n) && fits(args.ids_k, m)) return;
-    std::vector<int64_t> known(args.ids_q, args.ids_q + n);
-    if (m > 0) known.insert(known.end(), args.ids_k, args.ids_k + m);
-    std::sort(known.begin(), known.end());
-    known.erase(std::unique(known.begin(), known.end()), known.end());
-    args.ids_q = renumber(known, args.ids_q, n, q_);
-    if (m > 0) args.ids_k = renumber(known, args.ids_k, m, k_);
-  }
-
- private:
-  static bool fits(const int64_t* ids, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (ids[i] < std::numeric_limits<int32_t>::min() || ids[i] > std::numeric_limits<int32_t>::max()) return false;
-    }
-    return true;
-  }
-  static const int64_t* renumber(const std::vector<int64_t>& known, const int64_t* ids, int64_t n,
-                                 std::vector<int64_t>& out) {
-    out.resize(size_t(n));
-    for (int64_t i = 0; i < n; ++i) {
-      out[size_t(i)] = std::lower_bound(known.begin(), known.end(), ids[i]) - known.begin();
-    }
-    return out.data();
-  }
-  std::vector<int64_t> q_, k_;
-};
 
 void check(int status) {
   if (status != 0) throw std::bad_alloc();
@@ -92,7 +56,7 @@ void pairwise_forward(int kind, int dtype, int64_t d, uintptr_t q, int64_t n, ui
   PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, bias, ids_q, ids_k, n_threads);
   args.kind = Kind(kind);
   NarrowIds narrow;
-  narrow.apply(args);
+  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
   PairwiseForwardOut out;
   out.row = at<void>(row);
   out.col = at<void>(col);
@@ -110,7 +74,7 @@ double pairwise_backward(int kind, int dtype, int64_t d, uintptr_t q, int64_t n,
   PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, bias, ids_q, ids_k, n_threads);
   args.kind = Kind(kind);
   NarrowIds narrow;
-  narrow.apply(args);
+  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
   double dbias = 0.0;
   PairwiseBackwardArgs b;
   b.row = at<const void>(row);
@@ -132,7 +96,7 @@ void attend(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m
   py::gil_scoped_release release;
   PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, 0, ids_q, ids_k, n_threads);
   NarrowIds narrow;
-  narrow.apply(args);
+  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
   AttendOut out;
   out.lse = at<void>(lse);
   out.mean_key = at<void>(mean_key);
@@ -147,7 +111,7 @@ void extremes(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t
   py::gil_scoped_release release;
   PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, 0, ids_q, ids_k, n_threads);
   NarrowIds narrow;
-  narrow.apply(args);
+  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
   ExtremesOut out;
   out.bias_k = at<const void>(bias_k);
   out.max_same = at<int64_t>(max_same);
@@ -167,5 +131,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pairwise_backward", &sslk::pairwise_backward);
   m.def("attend", &sslk::attend);
   m.def("extremes", &sslk::extremes);
+  sslk::bind_losses(m);
   sslk::bind_updates(m);
 }

@@ -6,6 +6,7 @@
 
 namespace sslk {
 
+void bind_losses(pybind11::module_& m);   // bindings_losses.cpp: whole losses
 void bind_updates(pybind11::module_& m);  // bindings_updates.cpp: EMA and queue
 
 }  // namespace sslk

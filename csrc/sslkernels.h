@@ -32,6 +32,7 @@ struct PairwiseArgs {
   Rows k[2];  // unused in self mode
   const void* inv_q = nullptr;  // [N] acc or null: row i is used as inv_q[i] * q_i (fused normalisation)
   const void* inv_k = nullptr;  // [M] acc or null
+  bool normalize_k = false;     // attend only: keys are normalised as they are read
   double scale = 1.0;
   double bias = 0.0;
   const int64_t* ids_q = nullptr;  // [N] or null: (i, j) is excluded when ids_q[i] == ids_k[j]
@@ -64,6 +65,7 @@ struct PairwiseBackwardArgs {
   int64_t stride = 0;
   int64_t capacity_q = 0;
   int64_t capacity_k = 0;
+  bool unscaled = false;       // kind lse: leave the factor `scale` out of dq and dk
   double* dbias = nullptr;     // sum of G, or null
 };
 
@@ -72,6 +74,62 @@ struct AttendOut {
   void* mean_key = nullptr;         // [N, D] acc
   const void* threshold = nullptr;  // [N] acc or null
   int64_t* rank = nullptr;          // [N]
+};
+
+// Whole losses with one positive a row, loss_r = softplus(lse over the negatives of r - scale * positive_r):
+//   joint   NT-Xent: rows cat(a, b), the positive of row r is r + N mod 2N, negatives all other samples
+//   cross   InfoNCE in the batch: rows a, columns b, the positive of row i is column i
+//   both    CLIP: cross plus the same over the columns, averaged
+//   bank    InfoNCE with a queue: rows a, positive b_i, negatives `bank`, which gets no gradient
+enum class Layout : int { joint = 0, cross = 1, both = 2, bank = 3 };
+
+enum class Reduction : int { none = 0, mean = 1, sum = 2 };
+
+struct ContrastiveArgs {
+  Layout layout = Layout::joint;
+  Reduction reduction = Reduction::mean;
+  DType dtype = DType::f32;
+  int64_t d = 0;
+  Rows a;     // [N, D]
+  Rows b;     // [N, D]
+  Rows bank;  // [K, D], layout bank only
+  bool normalize = true;
+  double scale = 1.0;
+  const int64_t* ids_q = nullptr;  // [N] or null; null: the row number (bank: nothing is excluded)
+  const int64_t* ids_k = nullptr;  // bank: [K] or null; otherwise ids_q serves both sides
+  int n_threads = 1;
+  bool bf16_operands = false;
+
+  // Softmax rows: 2N where both sides count, N where one does.
+  __attribute__((always_inline)) int64_t rows() const {
+    return layout == Layout::joint || layout == Layout::both ? 2 * a.n : a.n;
+  }
+};
+
+// What forward leaves for backward; R = rows().
+struct ContrastiveState {
+  void* lse = nullptr;       // [R] acc: log-sum-exp over the negatives
+  void* positive = nullptr;  // [N] acc: <a_i, b_i> of the (normalised) rows, without scale
+  void* inv = nullptr;       // [2N] acc: what a and b were multiplied with (1 without normalize)
+  void* mean_key = nullptr;  // [N, D] acc, layout bank only
+};
+
+struct ContrastiveBackwardArgs {
+  const void* dloss = nullptr;  // acc; element r * dloss_stride, r = 0 only unless reduction is none
+  int64_t dloss_stride = 0;
+  void* da = nullptr;  // [N, D] of dtype, contiguous, or null
+  void* db = nullptr;  // [N, D] of dtype, contiguous, or null
+  double* dscale = nullptr;
+};
+
+// BYOL's regression, 2 - 2 cos(prediction_i, target_i); the target gets no gradient.
+struct RegressionArgs {
+  Reduction reduction = Reduction::mean;
+  DType dtype = DType::f32;
+  int64_t d = 0;
+  Rows prediction;  // [N, D]
+  Rows target;      // [N, D]
+  int n_threads = 1;
 };
 
 struct ExtremesOut {
@@ -127,6 +185,11 @@ struct Kernels {
   int (*pairwise_backward)(const PairwiseArgs&, const PairwiseBackwardArgs&);
   int (*attend)(const PairwiseArgs&, const AttendOut&);
   int (*extremes)(const PairwiseArgs&, const ExtremesOut&);
+  int (*contrastive_forward)(const ContrastiveArgs&, const ContrastiveState&, void* loss, int64_t* rank);
+  int (*contrastive_backward)(const ContrastiveArgs&, const ContrastiveState&, const ContrastiveBackwardArgs&);
+  int (*regression_forward)(const RegressionArgs&, void* state, void* loss);
+  int (*regression_backward)(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
+                             void* dprediction);
   int (*ema_update)(const EmaArgs&);
   int (*enqueue)(const EnqueueArgs&);
 };

@@ -11,6 +11,7 @@
 // Plain-torch twin: `attend` in sslkernels/backends/chunked.py.
 
 #include "engine.h"
+#include "kernels.h"
 
 SSLK_BEGIN
 namespace {
@@ -131,6 +132,10 @@ void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& 
       T* row = s.keys + r * e.d_pad;
       if (r < nj) {
         e.k.source.row(j0 + r, row);
+        if (e.args.normalize_k) {
+          const T inverse = inverse_norm(row, e.d);
+          for (int64_t c = 0; c < e.d; ++c) row[c] *= inverse;
+        }
       } else {
         std::memset(row, 0, size_t(e.d) * sizeof(T));
       }
@@ -157,10 +162,10 @@ void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& 
 
 template <class T>
 int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
-  constexpr int kBlock = Tile<T>::kBlock, L = Tile<T>::L;
+  constexpr int kBlock = Tile<T>::kBlock;
   Engine<T> e(args);
   Pass<T> pass{e};
-  pass.stride = round_up(args.d, L);
+  pass.stride = round_up(args.d, kRowAlign);
   const int64_t group = round_up(kGroupQueries, kBlock);
   const int64_t n_groups = max64(1, ceil_div(e.q.n, group));
   const int64_t ranges =
@@ -189,21 +194,14 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
   e.fill_all_ids();
 
   // Pack the queries and bound the logits.
-  {
 #pragma omp parallel num_threads(args.n_threads)
     {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();
       T* buffer = buffers + thread * e.d_pad;
       norms[2 * thread] = e.pack_side(e.q, thread, team, buffer);
-      double largest = 0;
-      for (int64_t j = e.k.n * thread / team; j < e.k.n * (thread + 1) / team; ++j) {
-        e.k.source.row(j, buffer);
-        const double norm2 = squared_norm(buffer, e.d);
-        if (largest == largest && !(norm2 <= largest)) largest = norm2;
-      }
-      norms[2 * thread + 1] = largest;
+      // Unit keys bound the logits; of other keys nothing is known without reading them all first.
+      norms[2 * thread + 1] = args.normalize_k ? 1.0 : NAN;
       for (int t = team; thread == 0 && t < args.n_threads; ++t) norms[2 * t] = norms[2 * t + 1] = 0;
-    }
   }
   e.choose_mode(e.bound_from(norms));
 

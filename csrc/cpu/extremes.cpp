@@ -7,6 +7,7 @@
 // Plain-torch twin: `extremes` in sslkernels/backends/chunked.py.
 
 #include "engine.h"
+#include "kernels.h"
 
 SSLK_BEGIN
 namespace {

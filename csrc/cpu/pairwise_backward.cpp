@@ -11,6 +11,7 @@
 // Plain-torch twin: sslkernels/backends/chunked.py.
 
 #include "engine.h"
+#include "kernels.h"
 
 SSLK_BEGIN
 namespace {
@@ -199,14 +200,14 @@ void run_mode(const Pass<T>& pass, const Scratch<T>* scratch, bool want_q, bool 
 // Rows with nothing allowed have lse = -inf and get no gradient.
 template <class T>
 void fill_weight(const Engine<T>& e, const Weight<T>& w, const void* lse, const void* dlse, int64_t n,
-                 int64_t n_pad) {
+                 int64_t n_pad, double scale) {
   const T* l = static_cast<const T*>(lse);
   const T* g = static_cast<const T*>(dlse);
   for (int64_t i = 0; i < n_pad; ++i) {
     double factor = i < n ? double(g[i]) : 0.0;
     double lse2 = 0.0;
     if (e.mode != Mode::kSoftplus) {
-      factor *= e.args.scale;
+      factor *= scale;
       if (i < n && l[i] == -HUGE_VAL) {
         factor = 0.0;
       } else if (i < n) {
@@ -265,7 +266,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   }
   Engine<T> e(args);
   Pass<T> pass{e, {}, {}};
-  pass.stride = round_up(args.d, L);
+  pass.stride = round_up(args.d, kRowAlign);
   const bool cols = args.self || b.dcol != nullptr;
   const bool rows_only_cols = b.drow == nullptr;  // only the column term: rows weigh nothing
   const bool softplus = args.kind == Kind::softplus;
@@ -304,18 +305,19 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
 
   e.fill_all_ids();
   e.choose_mode(e.pack_all(buffers, norms));
+  const double fold = b.unscaled ? 1.0 : args.scale;
   if (rows_only_cols) {
     for (int64_t i = 0; i < e.q.n_pad; ++i) {
       pass.row.factor[i] = T(0);
       pass.row.lse[i] = -Limits<T>::kFloor;  // 0 * exp2(t - lse) must not meet an overflow
     }
   } else {
-    fill_weight(e, pass.row, b.row, b.drow, e.q.n, e.q.n_pad);
+    fill_weight(e, pass.row, b.row, b.drow, e.q.n, e.q.n_pad, fold);
   }
   if (args.self) {
     pass.col = pass.row;
   } else if (cols) {
-    fill_weight(e, pass.col, b.col, b.dcol, e.k.n, e.k.n_pad);
+    fill_weight(e, pass.col, b.col, b.dcol, e.k.n, e.k.n_pad, fold);
   }
   if (softplus) std::memset(pass.g_sum, 0, size_t(e.q.n_pad) * L * sizeof(T));
   pass.dq = dq.at;

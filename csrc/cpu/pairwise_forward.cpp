@@ -8,6 +8,7 @@
 // its columns, to the rows of its column block.
 
 #include "engine.h"
+#include "kernels.h"
 
 SSLK_BEGIN
 namespace {

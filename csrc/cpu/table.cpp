@@ -2,16 +2,9 @@
 // The table of kernels of this instruction set; csrc/dispatch.cpp chooses between the tables.
 
 #include "../sslkernels.h"
-#include "isa.h"
+#include "kernels.h"
 
 SSLK_BEGIN
-
-int pairwise_forward(const PairwiseArgs&, const PairwiseForwardOut&);
-int pairwise_backward(const PairwiseArgs&, const PairwiseBackwardArgs&);
-int attend(const PairwiseArgs&, const AttendOut&);
-int extremes(const PairwiseArgs&, const ExtremesOut&);
-int ema_update(const EmaArgs&);
-int enqueue(const EnqueueArgs&);
 
 #define SSLK_STRING_(x) #x
 #define SSLK_STRING(x) SSLK_STRING_(x)
@@ -19,6 +12,7 @@ int enqueue(const EnqueueArgs&);
 const Kernels& table() {
   static const Kernels kernels = {
       SSLK_STRING(SSLK_ISA_NS), pairwise_forward, pairwise_backward, attend, extremes,
+      contrastive_forward, contrastive_backward, regression_forward, regression_backward,
       ema_update, enqueue,
   };
   return kernels;

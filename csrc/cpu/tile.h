@@ -40,6 +40,10 @@ struct Tile {
   static_assert(NR % MR == 0, "row groups must not straddle two panels");
 };
 
+// Rows of accumulated gradients start a multiple of this many elements apart (whole vectors in every
+// instruction set).
+constexpr int64_t kRowAlign = 16;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -22,9 +22,13 @@ struct KeptWorkspace {
   ~KeptWorkspace() { std::free(data); }
 };
 
-inline KeptWorkspace& kept_workspace() {
-  static thread_local KeptWorkspace kept;
-  return kept;
+// A whole loss calls a tile pass, so two workspaces can be open at once.
+inline KeptWorkspace* free_kept_workspace() {
+  static thread_local KeptWorkspace kept[2];
+  for (KeptWorkspace& k : kept) {
+    if (!k.in_use) return &k;
+  }
+  return nullptr;
 }
 
 // Declare arrays with `plan`, call `allocate` once, then read the pointers.
@@ -50,18 +54,18 @@ class Workspace {
   }
 
   bool allocate() {
-    KeptWorkspace& kept = kept_workspace();
-    if (total_ <= kKeptWorkspaceBytes && !kept.in_use) {
-      if (kept.bytes < total_) {
-        std::free(kept.data);
-        kept.bytes = 0;
-        kept.data = std::aligned_alloc(64, size_t(total_));
-        if (kept.data == nullptr) return false;
-        kept.bytes = total_;
+    KeptWorkspace* kept = total_ <= kKeptWorkspaceBytes ? free_kept_workspace() : nullptr;
+    if (kept != nullptr) {
+      if (kept->bytes < total_) {
+        std::free(kept->data);
+        kept->bytes = 0;
+        kept->data = std::aligned_alloc(64, size_t(total_));
+        if (kept->data == nullptr) return false;
+        kept->bytes = total_;
       }
-      kept.in_use = true;
-      kept_ = &kept;
-      base_ = kept.data;
+      kept->in_use = true;
+      kept_ = kept;
+      base_ = kept->data;
     } else {
       base_ = std::aligned_alloc(64, size_t(total_ > 0 ? total_ : 64));
       if (base_ == nullptr) return false;

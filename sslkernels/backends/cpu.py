@@ -39,6 +39,8 @@ __all__ = [
 # csrc/sslkernels.h: enum class DType, enum class Kind
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS = {"lse": 0, "softplus": 1}
+LAYOUTS = {"joint": 0, "cross": 1, "both": 2, "bank": 3}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 _C.set_isa(os.environ.get("SSLKERNELS_ISA") or "auto")
 
@@ -164,3 +166,85 @@ def extremes(
         max_same.data_ptr(), min_other.data_ptr(),
     )  # fmt: skip
     return Extremes(max_same, min_other)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """x, or a copy when its rows are not contiguous: kernels take any stride between rows."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def contrastive_forward(
+    layout: str,
+    a: Tensor,
+    b: Tensor,
+    bank: Tensor | None,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    bf16_operands: bool,
+    want_rank: bool,
+) -> tuple[Tensor, ...]:
+    """A whole loss; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
+    a, b = _unit_rows(a), _unit_rows(b)
+    n, d = a.shape
+    acc = accumulator(a.dtype)
+    rows = 2 * n if layout in ("joint", "both") else n
+    shape = () if reduction != "none" else ((2 * n,) if layout == "joint" else (n,))
+    loss = torch.empty(shape, dtype=acc)
+    lse = torch.empty(rows, dtype=acc)
+    positive = torch.empty(n, dtype=acc)
+    inv = torch.empty(2 * n, dtype=acc)
+    mean_key = torch.empty((n, d) if bank is not None else 0, dtype=acc)
+    rank = torch.empty(rows if want_rank else 0, dtype=torch.int64)
+    bank_rows, bank_stride = 0, d
+    if bank is not None:
+        bank = _unit_rows(bank)
+        bank_rows, bank_stride = bank.shape[0], bank.stride(0)
+    _C.contrastive_forward(
+        LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
+        a.stride(0), b.data_ptr(), b.stride(0), _address(bank), bank_rows, bank_stride,
+        scale.data_ptr(), _address(ids_q), _address(ids_k), torch.get_num_threads(), bf16_operands,
+        lse.data_ptr(), positive.data_ptr(), inv.data_ptr(), mean_key.data_ptr(), loss.data_ptr(),
+        rank.data_ptr(),
+    )  # fmt: skip
+    return loss, lse, positive, inv if normalize else inv[:0], mean_key, rank
+
+
+def contrastive_backward(
+    layout: str,
+    a: Tensor,
+    b: Tensor,
+    bank: Tensor | None,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    bf16_operands: bool,
+    lse: Tensor,
+    positive: Tensor,
+    inv: Tensor,
+    mean_key: Tensor,
+    dloss: Tensor,
+    want_da: bool,
+    want_db: bool,
+    want_dscale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
+    a, b = _unit_rows(a), _unit_rows(b)
+    n, d = a.shape
+    da = torch.empty((n, d) if want_da else 0, dtype=a.dtype)
+    db = torch.empty((n, d) if want_db else 0, dtype=a.dtype)
+    if not normalize:
+        inv = torch.ones(2 * n, dtype=lse.dtype)
+    stride = dloss.stride(0) if reduction == "none" else 0
+    dscale = _C.contrastive_backward(
+        LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
+        a.stride(0), b.data_ptr(), b.stride(0), 0, 0, d, scale.data_ptr(), _address(ids_q),
+        _address(ids_k), torch.get_num_threads(), bf16_operands, lse.data_ptr(),
+        positive.data_ptr(), inv.data_ptr(), mean_key.data_ptr(), dloss.data_ptr(), stride,
+        da.data_ptr() if want_da else 0, db.data_ptr() if want_db else 0, want_dscale,
+    )  # fmt: skip
+    return da, db, torch.scalar_tensor(dscale, dtype=lse.dtype)

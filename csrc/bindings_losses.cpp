@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP) and regression (BYOL).
+//
+// Addresses are data_ptr() integers, 0 for null; strides are in elements.
+
+#include <new>
+
+#include "bindings.h"
+#include "narrow_ids.h"
+#include "sslkernels.h"
+
+namespace py = pybind11;
+
+namespace sslk {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int status) {
+  if (status != 0) throw std::bad_alloc();
+}
+
+ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
+                                 uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
+                                 int64_t bank_rows, int64_t stride_bank, uintptr_t scale, uintptr_t ids_q,
+                                 uintptr_t ids_k, int n_threads, bool bf16_operands) {
+  ContrastiveArgs args;
+  args.layout = Layout(layout);
+  args.reduction = Reduction(reduction);
+  args.dtype = DType(dtype);
+  args.normalize = normalize;
+  args.d = d;
+  args.a = {at<const void>(a), n, stride_a};
+  args.b = {at<const void>(b), n, stride_b};
+  args.bank = {at<const void>(bank), bank_rows, stride_bank};
+  args.scale = args.dtype == DType::f64 ? *at<const double>(scale) : double(*at<const float>(scale));
+  args.ids_q = at<const int64_t>(ids_q);
+  args.ids_k = at<const int64_t>(ids_k);
+  args.n_threads = n_threads;
+  args.bf16_operands = bf16_operands;
+  return args;
+}
+
+void contrastive_forward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
+                         int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
+                         int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
+                         bool bf16_operands, uintptr_t lse, uintptr_t positive, uintptr_t inv,
+                         uintptr_t mean_key, uintptr_t loss, uintptr_t rank) {
+  py::gil_scoped_release release;
+  ContrastiveArgs args =
+      contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank, bank_rows,
+                       stride_bank, scale, ids_q, ids_k, n_threads, bf16_operands);
+  NarrowIds narrow;
+  narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
+  const ContrastiveState state{at<void>(lse), at<void>(positive), at<void>(inv), at<void>(mean_key)};
+  check(kernels().contrastive_forward(args, state, at<void>(loss), at<int64_t>(rank)));
+}
+
+double contrastive_backward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
+                            uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
+                            int64_t bank_rows, int64_t stride_bank, uintptr_t scale, uintptr_t ids_q,
+                            uintptr_t ids_k, int n_threads, bool bf16_operands, uintptr_t lse,
+                            uintptr_t positive, uintptr_t inv, uintptr_t mean_key, uintptr_t dloss,
+                            int64_t dloss_stride, uintptr_t da, uintptr_t db, bool want_scale) {
+  py::gil_scoped_release release;
+  ContrastiveArgs args =
+      contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank, bank_rows,
+                       stride_bank, scale, ids_q, ids_k, n_threads, bf16_operands);
+  NarrowIds narrow;
+  narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
+  const ContrastiveState state{at<void>(lse), at<void>(positive), at<void>(inv), at<void>(mean_key)};
+  double dscale = 0.0;
+  ContrastiveBackwardArgs out;
+  out.dloss = at<const void>(dloss);
+  out.dloss_stride = dloss_stride;
+  out.da = at<void>(da);
+  out.db = at<void>(db);
+  out.dscale = want_scale ? &dscale : nullptr;
+  check(kernels().contrastive_backward(args, state, out));
+  return dscale;
+}
+
+RegressionArgs regression_args(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
+                               int64_t stride_prediction, uintptr_t target, int64_t stride_target, int n_threads) {
+  RegressionArgs args;
+  args.reduction = Reduction(reduction);
+  args.dtype = DType(dtype);
+  args.d = d;
+  args.prediction = {at<const void>(prediction), n, stride_prediction};
+  args.target = {at<const void>(target), n, stride_target};
+  args.n_threads = n_threads;
+  return args;
+}
+
+void regression_forward(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
+                        int64_t stride_prediction, uintptr_t target, int64_t stride_target, int n_threads,
+                        uintptr_t state, uintptr_t loss) {
+  py::gil_scoped_release release;
+  check(kernels().regression_forward(
+      regression_args(reduction, dtype, d, n, prediction, stride_prediction, target, stride_target, n_threads),
+      at<void>(state), at<void>(loss)));
+}
+
+void regression_backward(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
+                         int64_t stride_prediction, uintptr_t target, int64_t stride_target, int n_threads,
+                         uintptr_t state, uintptr_t dloss, int64_t dloss_stride, uintptr_t dprediction) {
+  py::gil_scoped_release release;
+  check(kernels().regression_backward(
+      regression_args(reduction, dtype, d, n, prediction, stride_prediction, target, stride_target, n_threads),
+      at<const void>(state), at<const void>(dloss), dloss_stride, at<void>(dprediction)));
+}
+
+}  // namespace
+
+void bind_losses(py::module_& m) {
+  m.def("contrastive_forward", &contrastive_forward);
+  m.def("contrastive_backward", &contrastive_backward);
+  m.def("regression_forward", &regression_forward);
+  m.def("regression_backward", &regression_backward);
+}
+
+}  // namespace sslk

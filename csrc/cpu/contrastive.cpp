@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whole contrastive losses in one call: normalisation, tiles, head and reduction, forward and backward.
+// At N = 64 the Python and dispatch cost of composing them from separate ops would be several times
+// that of the mathematics.
+//
+// The head takes the positive out of the tiles (Layout in sslkernels.h):
+//
+//   loss_r = log(1 + exp(lse_r - p_r)),   lse_r over the negatives,   p_r = scale * <x_r, x_r'>
+//   w_r = dloss_r / (1 + exp(p_r - lse_r)) = d loss_r / d lse_r = -d loss_r / d p_r
+//
+// which keeps full relative accuracy when the positive dominates (small temperatures, aligned views),
+// where 1 - softmax cancels.  Sums over rows are in double and in row order.
+//
+// Plain-torch twin: sslkernels/reference.py (nt_xent_loss, info_nce_loss, clip_loss).
+
+#include "engine.h"
+#include "kernels.h"
+
+SSLK_BEGIN
+namespace {
+
+double softplus(double x) {
+  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
+
+double logistic(double x) { return x > 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
+
+// Rows below which a parallel region costs more than it saves: about 10 us of work.
+constexpr int64_t kSerialElements = 1 << 14;
+
+int row_threads(const ContrastiveArgs& args) {
+  return args.a.n * args.d < kSerialElements ? 1 : args.n_threads;
+}
+
+// Inverse norms of both views and the dot product of every positive pair.
+template <class T>
+void prepare(const ContrastiveArgs& args, const ContrastiveState& state, T* buffers) {
+  T* inv = static_cast<T*>(state.inv);
+  T* positive = static_cast<T*>(state.positive);
+  const Rows none{};
+  const Rows a[2] = {args.a, none}, b[2] = {args.b, none};
+  const Source<T> sa = make_source<T>(args.dtype, a, nullptr, args.d);
+  const Source<T> sb = make_source<T>(args.dtype, b, nullptr, args.d);
+#pragma omp parallel num_threads(row_threads(args))
+  {
+    T* x = buffers + omp_get_thread_num() * 2 * args.d;
+    T* y = x + args.d;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < args.a.n; ++i) {
+      sa.row(i, x);
+      sb.row(i, y);
+      const T ia = args.normalize ? inverse_norm(x, args.d) : T(1);
+      const T ib = args.normalize ? inverse_norm(y, args.d) : T(1);
+      inv[i] = ia;
+      inv[args.a.n + i] = ib;
+      positive[i] = dot(x, y, args.d) * ia * ib;
+    }
+  }
+}
+
+// The tile pass of a layout.  `row_ids` is filled here when the caller gave none.
+PairwiseArgs tiles(const ContrastiveArgs& args, const ContrastiveState& state, int64_t* row_ids) {
+  PairwiseArgs p;
+  p.dtype = args.dtype;
+  p.d = args.d;
+  p.scale = args.scale;
+  p.n_threads = args.n_threads;
+  p.bf16_operands = args.bf16_operands;
+  p.q[0] = args.a;
+  const int64_t n = args.a.n;
+  const int64_t size = args.dtype == DType::f64 ? 8 : 4;
+  p.inv_q = args.normalize ? state.inv : nullptr;
+  if (args.layout == Layout::bank) {
+    p.k[0] = args.bank;
+    p.normalize_k = args.normalize;
+    p.ids_q = args.ids_q;
+    p.ids_k = args.ids_k;
+    return p;
+  }
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    row_ids[i] = args.ids_q != nullptr ? args.ids_q[i % n] : i % n;
+  }
+  p.ids_q = row_ids;
+  if (args.layout == Layout::joint) {
+    p.self = true;
+    p.q[1] = args.b;
+  } else {
+    p.k[0] = args.b;
+    p.ids_k = row_ids;
+    if (args.normalize) p.inv_k = static_cast<const char*>(state.inv) + n * size;
+  }
+  return p;
+}
+
+template <class T>
+int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss, int64_t* rank) {
+  const int64_t n = args.a.n, rows = args.rows();
+  Workspace w;
+  T *buffers = nullptr, *threshold = nullptr;
+  int64_t* row_ids = nullptr;
+  w.plan(&buffers, 2 * args.d * args.n_threads);
+  w.plan(&threshold, 2 * n);
+  w.plan(&row_ids, 2 * n);
+  if (!w.allocate()) return -1;
+
+  prepare(args, state, buffers);
+  const T* positive = static_cast<const T*>(state.positive);
+  T* lse = static_cast<T*>(state.lse);
+  const PairwiseArgs p = tiles(args, state, row_ids);
+  for (int64_t i = 0; rank != nullptr && i < 2 * n; ++i) threshold[i] = positive[i % n] * T(args.scale);
+  int status;
+  if (args.layout == Layout::bank) {
+    AttendOut out;
+    out.lse = lse;
+    out.mean_key = state.mean_key;
+    out.threshold = rank != nullptr ? threshold : nullptr;
+    out.rank = rank;
+    status = attend(p, out);
+  } else {
+    PairwiseForwardOut out;
+    out.row = lse;
+    out.threshold_row = rank != nullptr ? threshold : nullptr;
+    out.rank_row = rank;
+    if (args.layout == Layout::both) {
+      out.col = lse + n;
+      out.threshold_col = out.threshold_row;
+      out.rank_col = rank != nullptr ? rank + n : nullptr;
+    }
+    status = pairwise_forward(p, out);
+  }
+  if (status != 0) return status;
+
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double value = softplus(double(lse[r]) - args.scale * double(positive[r % n]));
+    sum += value;
+    if (args.reduction != Reduction::none) continue;
+    if (args.layout == Layout::both) {
+      loss[r % n] = T(r < n ? value / 2 : double(loss[r % n]) + value / 2);
+    } else {
+      loss[r] = T(value);
+    }
+  }
+  if (args.reduction == Reduction::mean) *loss = T(rows > 0 ? sum / double(rows) : 0.0);
+  if (args.reduction == Reduction::sum) *loss = T(args.layout == Layout::both ? sum / 2 : sum);
+  return 0;
+}
+
+// d(normalise): dx = inv * (g - x_hat <x_hat, g>); below the eps of the norm the factor is a constant.
+template <class T>
+void finish_row(const ContrastiveArgs& args, const T* x_hat, T inv, T* g) {
+  if (!args.normalize) return;
+  const T along = inv < T(1.0 / kNormEps) ? dot(x_hat, g, args.d) : T(0);
+  for (int64_t c = 0; c < args.d; ++c) g[c] = (g[c] - x_hat[c] * along) * inv;
+}
+
+template <class T>
+int backward(const ContrastiveArgs& args, const ContrastiveState& state, const ContrastiveBackwardArgs& b) {
+  const int64_t n = args.a.n, d = args.d, rows = args.rows();
+  const bool joint = args.layout == Layout::joint, bank = args.layout == Layout::bank;
+  const bool want_scale = b.dscale != nullptr;
+  // dscale is read off the gradient of a (joint: of both views), so that one is then computed too.
+  const bool want_a = joint || bank || b.da != nullptr || want_scale;
+  const bool want_b = joint || b.db != nullptr;
+  const int64_t stride = round_up(d, kRowAlign);
+  const int64_t pad_a = bank ? 0 : padded_rows(args.dtype, joint ? 2 * n : n);
+  const int64_t pad_b = joint || bank || !want_b ? 0 : padded_rows(args.dtype, n);
+
+  Workspace w;
+  T *buffers = nullptr, *weight = nullptr, *ga = nullptr, *gb = nullptr;
+  double* along = nullptr;
+  int64_t* row_ids = nullptr;
+  w.plan(&buffers, 4 * d * args.n_threads);
+  w.plan(&weight, 2 * n);
+  w.plan(&along, n);
+  w.plan(&row_ids, 2 * n);
+  if (want_a) w.plan(&ga, pad_a * stride);
+  if (want_b) w.plan(&gb, pad_b * stride);
+  if (!w.allocate()) return -1;
+
+  const T* lse = static_cast<const T*>(state.lse);
+  const T* positive = static_cast<const T*>(state.positive);
+  const T* inv = static_cast<const T*>(state.inv);
+  const T* dloss = static_cast<const T*>(b.dloss);
+  const double mean = args.reduction == Reduction::mean ? 1.0 / double(max64(rows, 1)) : 1.0;
+  const double half = args.layout == Layout::both && args.reduction != Reduction::mean ? 0.5 : 1.0;
+  const int64_t outputs = joint ? 2 * n : n;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double g = dloss[args.reduction == Reduction::none ? (r % outputs) * b.dloss_stride : 0];
+    weight[r] = T(g * mean * half * logistic(double(lse[r]) - args.scale * double(positive[r % n])));
+  }
+
+  if (!bank) {
+    const PairwiseArgs p = tiles(args, state, row_ids);
+    PairwiseBackwardArgs out;
+    out.row = lse;
+    out.drow = weight;
+    if (args.layout == Layout::both) {
+      out.col = lse + n;
+      out.dcol = weight + n;
+    }
+    out.dq = ga;
+    out.dk = joint ? nullptr : gb;
+    out.stride = stride;
+    out.capacity_q = pad_a;
+    out.capacity_k = pad_b;
+    out.unscaled = true;
+    const int status = pairwise_backward(p, out);
+    if (status != 0) return status;
+  }
+
+  // Add the positives, undo the normalisation, write.
+  const Rows none{};
+  const Rows part_a[2] = {args.a, none}, part_b[2] = {args.b, none};
+  const Source<T> sa = make_source<T>(args.dtype, part_a, inv, d);
+  const Source<T> sb = make_source<T>(args.dtype, part_b, inv + n, d);
+  const T scale = T(args.scale);
+#pragma omp parallel num_threads(row_threads(args))
+  {
+    T* xa = buffers + omp_get_thread_num() * 4 * d;
+    T *xb = xa + d, *fa = xb + d, *fb = fa + d;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+      sa.row(i, xa);
+      sb.row(i, xb);
+      const T pair = weight[i] + (rows > n ? weight[n + i] : T(0));
+      const T* from_a = bank ? static_cast<const T*>(state.mean_key) + i * d : ga + i * stride;
+      const T* from_b = joint ? ga + (n + i) * stride : gb + i * stride;
+      const T times_a = bank ? weight[i] : T(1);
+      double dot_sum = 0;
+      if (want_a) {
+        for (int64_t c = 0; c < d; ++c) fa[c] = from_a[c] * times_a - pair * xb[c];
+        dot_sum += double(dot(xa, fa, d));
+      }
+      if (want_b) {
+        for (int64_t c = 0; c < d; ++c) fb[c] = (bank ? T(0) : from_b[c]) - pair * xa[c];
+        if (joint) dot_sum = (dot_sum + double(dot(xb, fb, d))) / 2;
+      }
+      along[i] = dot_sum;
+      for (int64_t c = 0; want_a && c < d; ++c) fa[c] *= scale;
+      for (int64_t c = 0; want_b && c < d; ++c) fb[c] *= scale;
+      if (b.da != nullptr) {
+        finish_row(args, xa, inv[i], fa);
+        write_row<T>(args.dtype, fa, d, b.da, i * d);
+      }
+      if (b.db != nullptr) {
+        finish_row(args, xb, inv[n + i], fb);
+        write_row<T>(args.dtype, fb, d, b.db, i * d);
+      }
+    }
+  }
+  if (want_scale) {
+    *b.dscale = 0;
+    for (int64_t i = 0; i < n; ++i) *b.dscale += along[i];
+  }
+  return 0;
+}
+
+}  // namespace
+
+int contrastive_forward(const ContrastiveArgs& args, const ContrastiveState& state, void* loss, int64_t* rank) {
+  return args.dtype == DType::f64 ? forward(args, state, static_cast<double*>(loss), rank)
+                                  : forward(args, state, static_cast<float*>(loss), rank);
+}
+
+int contrastive_backward(const ContrastiveArgs& args, const ContrastiveState& state,
+                         const ContrastiveBackwardArgs& b) {
+  return args.dtype == DType::f64 ? backward<double>(args, state, b) : backward<float>(args, state, b);
+}
+
+SSLK_END

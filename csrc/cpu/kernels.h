@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of one instruction set, each defined in the file named beside it.
+#pragma once
+
+#include "../sslkernels.h"
+#include "isa.h"
+
+SSLK_BEGIN
+
+int pairwise_forward(const PairwiseArgs&, const PairwiseForwardOut&);     // pairwise_forward.cpp
+int pairwise_backward(const PairwiseArgs&, const PairwiseBackwardArgs&);  // pairwise_backward.cpp
+int64_t padded_rows(DType dtype, int64_t n);                              // pairwise_backward.cpp
+int attend(const PairwiseArgs&, const AttendOut&);                        // attend.cpp
+int extremes(const PairwiseArgs&, const ExtremesOut&);                    // extremes.cpp
+int contrastive_forward(const ContrastiveArgs&, const ContrastiveState&, void* loss,
+                        int64_t* rank);  // contrastive.cpp
+int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,
+                         const ContrastiveBackwardArgs&);                       // contrastive.cpp
+int regression_forward(const RegressionArgs&, void* state, void* loss);        // regression.cpp
+int regression_backward(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
+                        void* dprediction);  // regression.cpp
+int ema_update(const EmaArgs&);              // ema.cpp
+int enqueue(const EnqueueArgs&);             // queue.cpp
+
+SSLK_END

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reading and writing rows of any dtype, and what is done with a single row.
+//
+// Row i of a source is used as inv[i] * x_i, which is how normalisation costs no copy of the input.
+#pragma once
+
+#include <cmath>
+
+#include "../sslkernels.h"
+#include "tile.h"
+
+SSLK_BEGIN
+
+template <class T, class In>
+inline void read_row_as(const void* data, int64_t offset, int64_t d, T factor, T* out) {
+  const In* x = static_cast<const In*>(data) + offset;
+  for (int64_t k = 0; k < d; ++k) out[k] = T(to_float(x[k])) * factor;
+}
+
+// A row source: up to two matrices one after the other, in any dtype, with an optional factor a row.
+template <class T>
+struct Source {
+  Rows part[2];
+  const T* inv = nullptr;
+  int64_t d = 0;
+  void (*read)(const void*, int64_t, int64_t, T, T*) = nullptr;
+
+  int64_t rows() const { return part[0].n + part[1].n; }
+
+  // out[0:d] = inv[i] * x_i
+  void row(int64_t i, T* out) const {
+    const Rows& p = i < part[0].n ? part[0] : part[1];
+    const int64_t local = i < part[0].n ? i : i - part[0].n;
+    read(p.data, local * p.stride, d, inv ? inv[i] : T(1), out);
+  }
+};
+
+inline Source<double> make_source_f64(const Rows* part, const void* inv, int64_t d) {
+  return {{part[0], part[1]}, static_cast<const double*>(inv), d, read_row_as<double, double>};
+}
+
+template <class T>
+Source<T> make_source(DType dtype, const Rows* part, const void* inv, int64_t d);
+
+template <>
+inline Source<double> make_source<double>(DType, const Rows* part, const void* inv, int64_t d) {
+  return make_source_f64(part, inv, d);
+}
+
+template <>
+inline Source<float> make_source<float>(DType dtype, const Rows* part, const void* inv, int64_t d) {
+  Source<float> s{{part[0], part[1]}, static_cast<const float*>(inv), d, read_row_as<float, float>};
+  if (dtype == DType::bf16) s.read = read_row_as<float, bf16>;
+  if (dtype == DType::f16) s.read = read_row_as<float, f16>;
+  return s;
+}
+
+// |x|^2 in vector lanes.
+template <class T>
+inline double squared_norm(const T* x, int64_t d) {
+  constexpr int L = Simd<T>::kLanes;
+  Vec<T> sum = {};
+  int64_t k = 0;
+  for (; k + L <= d; k += L) {
+    const Vec<T> v = load<T>(x + k);
+    sum += v * v;
+  }
+  T tail = sum_lanes<T>(sum);
+  for (; k < d; ++k) tail += x[k] * x[k];
+  return double(tail);
+}
+
+// 1 / max(|x|, eps) as torch.nn.functional.normalize has it; halves are normalised in float32.
+constexpr double kNormEps = 1e-12;
+
+template <class T>
+inline T inverse_norm(const T* x, int64_t d) {
+  const double norm = std::sqrt(squared_norm(x, d));
+  return T(1.0 / (norm < kNormEps ? kNormEps : norm));  // a NaN norm stays NaN
+}
+
+template <class T>
+inline T dot(const T* x, const T* y, int64_t d) {
+  constexpr int L = Simd<T>::kLanes;
+  Vec<T> sum = {};
+  int64_t k = 0;
+  for (; k + L <= d; k += L) sum += load<T>(x + k) * load<T>(y + k);
+  T tail = sum_lanes<T>(sum);
+  for (; k < d; ++k) tail += x[k] * y[k];
+  return tail;
+}
+
+template <class Out>
+inline void write_row_as(const float* g, int64_t d, void* out, int64_t offset) {
+  Out* to = static_cast<Out*>(out) + offset;
+  for (int64_t c = 0; c < d; ++c) from_float(g[c], &to[c]);
+}
+
+// out[offset : offset + d] = g, rounded to the dtype.
+template <class T>
+void write_row(DType dtype, const T* g, int64_t d, void* out, int64_t offset);
+template <>
+inline void write_row<double>(DType, const double* g, int64_t d, void* out, int64_t offset) {
+  std::memcpy(static_cast<double*>(out) + offset, g, size_t(d) * sizeof(double));
+}
+template <>
+inline void write_row<float>(DType dtype, const float* g, int64_t d, void* out, int64_t offset) {
+  if (dtype == DType::bf16) return write_row_as<bf16>(g, d, out, offset);
+  if (dtype == DType::f16) return write_row_as<f16>(g, d, out, offset);
+  write_row_as<float>(g, d, out, offset);
+}
+
+SSLK_END

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole contrastive losses with one positive a row as one torch op, ``contrastive``.
+
+Layouts (csrc/sslkernels.h has the same list):
+
+    joint   NT-Xent: rows cat(a, b), the positive of row r is r + N mod 2N
+    cross   InfoNCE in the batch: rows a, columns b, the positive of row i is column i
+    both    CLIP: cross plus the same over the columns, averaged
+    bank    InfoNCE with a queue: rows a, positive b_i, negatives ``bank``, which gets no gradient
+
+The positive is kept out of the tiles, so that a dominating one loses no digits:
+
+    loss_r = log(1 + exp(lse_r - p_r)),   lse_r over the negatives of r,   p_r = scale * <x_r, x_r'>
+    w_r = dloss_r sigmoid(lse_r - p_r) = d/d lse_r = -d/d p_r
+
+A backend with whole losses (``contrastive_forward`` and ``contrastive_backward``: the CPU) does all of it
+in one call; for the others it is composed here from the primitives of ``backends/interface.py``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
+from sslkernels.ops import registry
+from sslkernels.ops._library import (
+    LIB,
+    below_autograd,
+    define,
+    needs_grad,
+    no_autocast,
+    once_differentiable,
+)
+
+EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
+
+_SHARED = (
+    "str layout, Tensor a, Tensor b, Tensor? bank, Tensor scale, Tensor? ids_q, Tensor? ids_k, "
+    "bool normalize, str reduction, bool bf16_operands"
+)
+define(
+    f"contrastive({_SHARED}, bool want_rank) "
+    "-> (Tensor loss, Tensor lse, Tensor positive, Tensor inv, Tensor mean_key, Tensor rank)"
+)
+define(
+    f"contrastive_backward({_SHARED}, Tensor lse, Tensor positive, Tensor inv, Tensor mean_key, "
+    "Tensor dloss, bool want_da, bool want_db, bool want_dscale) -> (Tensor, Tensor, Tensor)"
+)
+
+
+class Contrastive(NamedTuple):
+    """What the op returns; R = 2N for layouts joint and both, N otherwise."""
+
+    loss: Tensor  # 0-d, or [2N] (joint) or [N], accumulation dtype
+    lse: Tensor  # [R] log-sum-exp over the negatives
+    positive: Tensor  # [N] <a_i, b_i> of the (normalised) rows, without scale
+    inv: Tensor  # [2N] what the rows of a and b were multiplied with; [0] without normalize
+    mean_key: Tensor  # [N, D] softmax-weighted mean of the bank; [0] for the other layouts
+    rank: Tensor  # [R] int64, how many negatives are above the positive; [0] unless wanted
+
+
+def softmax_rows(layout: str, n: int) -> int:
+    """R: 2N where both sides are classified, N where one is."""
+    return 2 * n if layout in ("joint", "both") else n
+
+
+# ------------------------------------------------------------------ composition from primitives
+
+
+def _unit(x: Tensor, inv: Tensor | None) -> Tensor:
+    """Normalised rows: accumulation dtype on CPUs; on GPUs halves stay halves, for the tensor cores."""
+    if inv is None:
+        return x
+    y = x.to(inv.dtype) * inv[:, None]
+    return y if x.device.type == "cpu" else y.to(x.dtype)
+
+
+def _inverse_norms(x: Tensor) -> Tensor:
+    acc = x.to(accumulation_dtype(x.dtype))
+    return 1.0 / torch.linalg.vector_norm(acc, dim=1).clamp(min=EPS)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    acc = accumulation_dtype(a.dtype)
+    return (a.to(acc) * b.to(acc)).sum(1)
+
+
+class _Rows(NamedTuple):
+    """Both views as the tiles see them, and their ids."""
+
+    a: Tensor
+    b: Tensor
+    ids_q: Tensor | None
+    ids_k: Tensor | None
+
+    @classmethod
+    def make(
+        cls, layout: str, a: Tensor, b: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, inv: Tensor
+    ) -> _Rows:
+        n = a.shape[0]
+        a = _unit(a, inv[:n] if len(inv) or not n else None)
+        b = _unit(b, inv[n:] if len(inv) or not n else None)
+        if layout != "bank":
+            ids_q = torch.arange(n, device=a.device) if ids_q is None else ids_q
+            ids_k = None if layout == "joint" else ids_q
+            ids_q = torch.cat((ids_q, ids_q)) if layout == "joint" else ids_q
+        return cls(a, b, ids_q, ids_k)
+
+
+def _composed_forward(
+    backend: ModuleType, layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor,
+    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str, want_rank: bool,
+) -> Contrastive:  # fmt: skip
+    n = a.shape[0]
+    acc = accumulation_dtype(a.dtype)
+    empty = a.new_empty(0, dtype=acc)
+    inv = torch.cat((_inverse_norms(a), _inverse_norms(b))) if normalize else empty
+    rows = _Rows.make(layout, a, b, ids_q, ids_k, inv)
+    positive = _dots(rows.a, rows.b)
+    logit = positive * scale
+    threshold = logit if want_rank else None
+    mean_key = empty
+    if layout == "bank":
+        if bank is None:
+            raise ValueError("contrastive: layout 'bank' needs bank, got None")
+        keys = _unit(bank, _inverse_norms(bank) if normalize else None)
+        lse, mean_key, rank = backend.attend(
+            rows.a, keys.to(rows.a.dtype), scale, rows.ids_q, rows.ids_k, threshold
+        )
+    elif layout == "joint":
+        lse, _, rank, _ = backend.pairwise_forward(
+            "lse", torch.cat((rows.a, rows.b)), None, scale, None, rows.ids_q, None, False,
+            None if threshold is None else threshold.repeat(2), None,
+        )  # fmt: skip
+    else:
+        both = layout == "both"
+        lse, col, rank, rank_col = backend.pairwise_forward(
+            "lse", rows.a, rows.b, scale, None, rows.ids_q, rows.ids_k, both, threshold,
+            threshold if both else None,
+        )  # fmt: skip
+        if both:
+            lse, rank = torch.cat((lse, col)), torch.cat((rank, rank_col))
+    logit = logit.repeat(2) if len(lse) > n else logit
+    per_row = torch.nn.functional.softplus(lse - logit, threshold=40.0)
+    if layout == "both":
+        per_row = (per_row[:n] + per_row[n:]) / 2
+    if reduction == "none":
+        return Contrastive(per_row, lse, positive, inv, mean_key, rank)
+    loss = fixed_sum(per_row)
+    if reduction == "mean":
+        loss = loss / max(1, per_row.numel())
+    return Contrastive(loss, lse, positive, inv, mean_key, rank)
+
+
+def _composed_backward(
+    backend: ModuleType, layout: str, a: Tensor, b: Tensor, scale: Tensor, ids_q: Tensor | None,
+    ids_k: Tensor | None, reduction: str, lse: Tensor, positive: Tensor, inv: Tensor,
+    mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n = a.shape[0]
+    rows = _Rows.make(layout, a, b, ids_q, ids_k, inv)
+    two = len(lse) > n
+    logit = positive * scale
+    weight = torch.sigmoid(lse - (logit.repeat(2) if two else logit))
+    outputs = 2 * n if layout == "joint" else n
+    if reduction == "mean":
+        dloss = dloss / max(1, outputs)
+    weight = weight * (dloss.repeat(2) if layout == "both" and reduction == "none" else dloss)
+    if layout == "both":
+        weight = weight / 2
+    pair = (weight[:n] + weight[n:] if two else weight)[:, None]
+    wa, wb = rows.a.to(weight.dtype), rows.b.to(weight.dtype)
+    if layout == "bank":
+        ga, gb = scale * weight[:, None] * mean_key, torch.zeros_like(wb)
+    elif layout == "joint":
+        z = torch.cat((rows.a, rows.b))
+        g = backend.pairwise_backward(
+            "lse", z, None, scale, None, rows.ids_q, None, lse, None, weight, None, True, False
+        ).dq
+        ga, gb = g[:n], g[n:]
+    else:
+        row, col, drow, dcol = lse, None, weight, None
+        if layout == "both":
+            row, col, drow, dcol = lse[:n], lse[n:], weight[:n], weight[n:]
+        ga, gb, _ = backend.pairwise_backward(
+            "lse", rows.a, rows.b, scale, None, rows.ids_q, rows.ids_k, row, col, drow, dcol,
+            want_da or want_dscale, want_db,
+        )  # fmt: skip
+    dscale = torch.zeros_like(scale)
+    da = db = None
+    if want_da or want_dscale or layout == "joint":
+        da = ga - scale * pair * wb
+        along = (wa * da).sum(1)
+        if layout == "joint":
+            along = (along + (wb * (gb - scale * pair * wa)).sum(1)) / 2
+        if want_dscale:
+            dscale = fixed_sum(along) / scale
+    if want_db:
+        db = gb - scale * pair * wa
+    if len(inv):
+        da = None if da is None else _normalize_backward(wa, inv[:n], da)
+        db = None if db is None else _normalize_backward(wb, inv[n:], db)
+    none = a.new_empty(0)
+    return (
+        da.to(a.dtype) if want_da and da is not None else none,
+        db.to(b.dtype) if db is not None else none,
+        dscale,
+    )
+
+
+def _normalize_backward(x_hat: Tensor, inv: Tensor, g: Tensor) -> Tensor:
+    """d(x / max(|x|, eps)); below eps the norm is a constant."""
+    along = torch.where(inv < 1 / EPS, (x_hat * g).sum(1), torch.zeros_like(inv))
+    return (g - x_hat * along[:, None]) * inv[:, None]
+
+
+# ---------------------------------------------------------------------------------- kernels
+
+
+def _forward(
+    layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
+    ids_k: Tensor | None, normalize: bool, reduction: str, bf16_operands: bool, want_rank: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    backend = registry.resolve(a.device)
+    fused = getattr(backend, "contrastive_forward", None)
+    if fused is not None:
+        return fused(
+            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, want_rank
+        )
+    with no_autocast(a.device):
+        return tuple(
+            _composed_forward(
+                backend, layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank
+            )
+        )
+
+
+def _backward(
+    layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
+    ids_k: Tensor | None, normalize: bool, reduction: str, bf16_operands: bool, lse: Tensor,
+    positive: Tensor, inv: Tensor, mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool,
+    want_dscale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    backend = registry.resolve(a.device)
+    fused = getattr(backend, "contrastive_backward", None)
+    if fused is not None:
+        return fused(
+            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, lse,
+            positive, inv, mean_key, dloss, want_da, want_db, want_dscale,
+        )  # fmt: skip
+    with no_autocast(a.device):
+        return _composed_backward(
+            backend, layout, a, b, scale, ids_q, ids_k, reduction, lse, positive, inv, mean_key,
+            dloss, want_da, want_db, want_dscale,
+        )  # fmt: skip
+
+
+def _forward_fake(
+    layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, want_rank
+):  # type: ignore[no-untyped-def]
+    acc = accumulation_dtype(a.dtype)
+    n = a.shape[0]
+    rows = 2 * n if layout in ("joint", "both") else n
+    loss_shape: tuple[Any, ...] = ()
+    if reduction == "none":
+        loss_shape = (2 * n,) if layout == "joint" else (n,)
+    return (
+        a.new_empty(loss_shape, dtype=acc),
+        a.new_empty((rows,), dtype=acc),
+        a.new_empty((n,), dtype=acc),
+        a.new_empty((2 * n if normalize else 0,), dtype=acc),
+        a.new_empty(a.shape if layout == "bank" else (0,), dtype=acc),
+        a.new_empty((rows if want_rank else 0,), dtype=torch.int64),
+    )
+
+
+def _backward_fake(
+    layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, lse, positive, inv,
+    mean_key, dloss, want_da, want_db, want_dscale,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    return (
+        a.new_empty(a.shape if want_da else (0,)),
+        b.new_empty(b.shape if want_db else (0,)),
+        torch.empty_like(scale),
+    )
+
+
+# --------------------------------------------------------------------------------- autograd
+
+
+class _ContrastiveFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
+        with below_autograd():
+            out = torch.ops.sslkernels.contrastive.default(*args)
+        layout, a, b, _, scale, ids_q, ids_k, normalize, reduction, bf16_operands, _ = args
+        ctx.plain = (layout, normalize, reduction, bf16_operands, registry.override())
+        loss, *state, rank = out
+        # Of the bank nothing is kept: it may be overwritten before backward.
+        ctx.save_for_backward(a, b, scale, ids_q, None if layout == "bank" else ids_k, *state)
+        ctx.mark_non_differentiable(*state, rank)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once_differentiable("sslkernels::contrastive")
+    def backward(ctx: Any, dloss, *_):  # type: ignore[no-untyped-def]
+        if dloss is None:
+            return (None,) * 11
+        layout, normalize, reduction, bf16_operands, backend = ctx.plain
+        a, b, scale, ids_q, ids_k, lse, positive, inv, mean_key = ctx.saved_tensors
+        _, need_a, need_b, _, need_scale, *_ = ctx.needs_input_grad
+        with below_autograd(), registry.backend(backend):
+            da, db, dscale = torch.ops.sslkernels.contrastive_backward.default(
+                layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, bf16_operands, lse,
+                positive, inv, mean_key, dloss, need_a, need_b, need_scale,
+            )  # fmt: skip
+        return (
+            None,
+            da if need_a else None,
+            db if need_b else None,
+            None,
+            dscale if need_scale else None,
+            *(None,) * 6,
+        )
+
+
+def _autograd(layout, a, b, bank, scale, *rest):  # type: ignore[no-untyped-def]
+    if needs_grad(a, b, scale):
+        return _ContrastiveFunction.apply(layout, a, b, bank, scale, *rest)
+    with below_autograd():
+        return torch.ops.sslkernels.contrastive.default(layout, a, b, bank, scale, *rest)
+
+
+LIB.impl("contrastive", _forward, "CompositeExplicitAutograd")
+LIB.impl("contrastive_backward", _backward, "CompositeExplicitAutograd")
+LIB.impl("contrastive", _autograd, "Autograd")
+torch.library.register_fake("sslkernels::contrastive", _forward_fake, lib=LIB)
+torch.library.register_fake("sslkernels::contrastive_backward", _backward_fake, lib=LIB)
+
+
+def contrastive(
+    layout: str,
+    a: Tensor,
+    b: Tensor,
+    bank: Tensor | None = None,
+    *,
+    scale: Tensor,
+    ids_q: Tensor | None = None,
+    ids_k: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    bf16_operands: bool = False,
+    want_rank: bool = False,
+) -> Contrastive:
+    """One op for a whole loss; see the module for the layouts and the formula.
+
+    Differentiable once in a, b and scale, through ``loss``.
+
+    Args:
+        layout: "joint", "cross", "both" or "bank".
+        a: [N, D], any floating dtype; rows may be strided.
+        b: [N, D] of the same dtype and device.
+        bank: [K, D], layout "bank" only; may be overwritten between forward and backward.
+        scale: 0-d, accumulation dtype (float64 for float64 inputs, otherwise float32).
+        ids_q: [N] int64; pairs of equal ids are not negatives.  None: the row number (bank: nothing
+            is left out).  Layouts other than bank use it for both sides.
+        ids_k: [K] int64, layout "bank" with ids_q only.
+        normalize: Whether rows (of the bank too) are divided by max(norm, 1e-12) first.
+        reduction: "mean", "sum" or "none".
+        bf16_operands: Whether products may round their operands to bfloat16.
+        want_rank: Whether to count the negatives above each positive.
+    """
+    return Contrastive(
+        *torch.ops.sslkernels.contrastive.default(
+            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, want_rank
+        )
+    )
