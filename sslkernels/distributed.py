@@ -295,10 +295,10 @@ class _GlobalLoss(torch.autograd.Function):
                 dq = dq - (scale * (weight[local, d] + partner[:, d]))[:, None] * p.to(dq.dtype)
                 gradients.append(dq.to(q.dtype))
                 shares.append((q.to(dq.dtype) * dq).sum(1))
-        # The loss is a function of scale * <x, x'>, so sum <x, dx> over all rows of all ranks counts
-        # scale * dscale twice, once for either side.
+        # The loss is a function of scale * <x, x'>, so sum <x, dx> over all rows of all ranks
+        # counts scale * dscale twice, once for either side.
         dscale = fixed_sum(torch.cat(shares)) / (2 * scale) if need_scale else None
-        da, db = gradients[0].split(len(a)) if ctx.joint else gradients
+        da, db = gradients[0].tensor_split(2) if ctx.joint else gradients
         return da, db, dscale, None, None, None
 
 

@@ -38,13 +38,13 @@ def cached_step(
     * Dropout and other randomness: a micro-batch is encoded from the same generator states both
       times (CPU and the devices of views and parameters), and afterwards the generators stand where
       one forward pass leaves them.
-    * BatchNorm in training takes its statistics from each micro-batch.  Buffers are put back after
-      pass 1, so running statistics move once a micro-batch, as with plain gradient accumulation.
-    * DistributedDataParallel: pass 1 runs the wrapped module; pass 3 synchronises gradients with the
-      last micro-batch only (``no_sync`` before).  Parameters of loss_fn are not DDP's: wrap or
-      average them yourself.  Pair it with ``group`` of the losses for negatives from every rank.
-    * Mixed precision: call it inside ``torch.autocast``; a ``GradScaler`` scales in loss_fn, and the
-      returned loss is the scaled one then.
+    * BatchNorm in training takes its statistics from each micro-batch.  Buffers are put back
+      after pass 1, so running statistics move once a micro-batch, as with plain accumulation.
+    * DistributedDataParallel: pass 1 runs the wrapped module; pass 3 synchronises gradients with
+      the last micro-batch only (``no_sync`` before).  Parameters of loss_fn are not DDP's: average
+      their gradients yourself.  With ``group`` of the losses the negatives come from every rank.
+    * Mixed precision: call it inside ``torch.autocast``; a ``GradScaler`` scales in loss_fn, and
+      the returned loss is the scaled one then.
 
     Args:
         encoder: A module (or function) from [n, ...] to [n, ...], or a sequence with one for each
@@ -58,11 +58,11 @@ def cached_step(
         The loss as loss_fn returned it, detached.
 
     Raises:
-        TypeError: If views is not a sequence of tensors, micro_batch is no integer, or an encoder or
-            loss_fn does not return a tensor.
-        ValueError: If micro_batch <= 0, views are missing, empty or of different length, the numbers
-            of encoders and views differ, a view requires grad without being a leaf, an encoder
-            changes the number of rows, or the loss is not 0-d or does not require grad.
+        TypeError: If views is not a sequence of tensors, micro_batch is no integer, or an encoder
+            or loss_fn does not return a tensor.
+        ValueError: If micro_batch <= 0, views are missing, empty or of different length, the
+            numbers of encoders and views differ, a view requires grad without being a leaf, an
+            encoder changes the number of rows, or the loss is not 0-d or does not require grad.
 
     Reference:
         Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
@@ -230,9 +230,8 @@ def _devices(modules: Sequence[torch.nn.Module], views: Sequence[Tensor]) -> lis
 
 
 def _random_states(devices: Sequence[torch.device]) -> _States:
-    return [torch.get_rng_state()] + [
-        torch.get_device_module(device).get_rng_state(device) for device in devices
-    ]
+    others = [torch.get_device_module(device).get_rng_state(device) for device in devices]
+    return [torch.get_rng_state(), *others]
 
 
 def _restore_random_states(devices: Sequence[torch.device], states: _States) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        self.weight = nn.Parameter(
-            torch.randn(D, D_IN, generator=generator, dtype=torch.float64)
-        )
+        self.weight = nn.Parameter(torch.randn(D, D_IN, generator=generator, dtype=torch.float64))
         self.log_scale = nn.Parameter(torch.tensor(1.1, dtype=torch.float64))
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +59,9 @@ def row_weights(loss: str, world: int) -> tuple[Tensor, ...]:
     )
 
 
-def local_loss(loss: str, z1: Tensor, z2: Tensor, scale: Tensor, reduction: str, group: Any) -> Tensor:
+def local_loss(
+    loss: str, z1: Tensor, z2: Tensor, scale: Tensor, reduction: str, group: Any
+) -> Tensor:
     function = distributed.global_nt_xent if loss == "nt_xent" else distributed.global_clip
     return function(z1, z2, scale, True, reduction, group)
 
@@ -95,7 +96,9 @@ def compute(rank: int, world: int, group: Any, wrong_group: Any) -> dict[Any, An
         for reduction in REDUCTIONS:
             model = Model()
             value = local_loss(loss, *model(x1, x2), reduction, group)
-            upstream = row_weights(loss, world)[rank] if reduction == "none" else value.new_tensor(0.7)
+            upstream = (
+                row_weights(loss, world)[rank] if reduction == "none" else value.new_tensor(0.7)
+            )
             value.backward(upstream)
             out[loss, reduction] = value.detach(), model.weight.grad, model.log_scale.grad
 
@@ -251,27 +254,66 @@ def test_without_initialised_processes(function: Any, op: str) -> None:
         function(x, x, torch.tensor(1.0), True, "mean", True)
 
 
-def test_one_rank_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients by differences; second derivatives raise and name the op."""
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of this process alone."""
     if sys.platform == "linux":
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        z1, z2 = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-        for loss in LOSSES:
-            for normalize in (True, False):
-                function = (
-                    distributed.global_nt_xent if loss == "nt_xent" else distributed.global_clip
-                )
-                for reduction in REDUCTIONS:
-                    assert torch.autograd.gradcheck(
-                        lambda a, b, s, f=function, n=normalize, r=reduction: f(a, b, s, n, r, True),
-                        (z1, z2, scale),
-                    )
-            value = local_loss(loss, z1, z2, scale, "mean", True)
-            (first,) = torch.autograd.grad(value, z1, create_graph=True)
-            with pytest.raises(RuntimeError, match="sslkernels::global_loss: second derivatives"):
-                first.sum().backward()
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def leaves() -> tuple[Tensor, Tensor, Tensor]:
+    z1, z2 = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    return z1, z2, torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_by_differences(
+    one_rank: None, loss: str, normalize: bool, reduction: str
+) -> None:
+    function = distributed.global_nt_xent if loss == "nt_xent" else distributed.global_clip
+
+    def value(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+        return function(z1, z2, scale, normalize, reduction, True)
+
+    assert torch.autograd.gradcheck(value, leaves())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_second_derivatives_raise(one_rank: None, loss: str) -> None:
+    z1, z2, scale = leaves()
+    value = local_loss(loss, z1, z2, scale, "mean", True)
+    (first,) = torch.autograd.grad(value, z1, create_graph=True)
+    with pytest.raises(RuntimeError, match="sslkernels::global_loss: second derivatives"):
+        first.sum().backward()
+
+
+def test_no_rows_and_one_row(one_rank: None) -> None:
+    """No negatives: loss 0 and gradient 0."""
+    for loss in LOSSES:
+        for n in (0, 1):
+            z = torch.ones(n, 4, dtype=torch.float64, requires_grad=True)
+            scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+            value = local_loss(loss, z, z, scale, "mean", True)
+            value.backward()
+            assert value.item() == 0
+            assert not z.grad.any() and z.grad.shape == z.shape and scale.grad.item() == 0
+
+
+@pytest.mark.slow  # imports torch._dynamo
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+def test_compiled_code_may_call_it(one_rank: None) -> None:
+    def doubled(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+        return 2 * local_loss("nt_xent", 3 * z1, z2, scale, "mean", True)
+
+    inputs = leaves()
+    value, expected = torch.compile(doubled, backend="eager")(*inputs), doubled(*inputs)
+    assert torch.equal(value, expected)
+    for ours, eager in zip(
+        torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert torch.equal(ours, eager)
