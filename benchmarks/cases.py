@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: inputs of every op, the float64 truth, and the work that counts.
+
+Sizes mean, per op: nt_xent, clip, siglip, sup_con, triplet: N (rows in all for nt_xent, sup_con and
+triplet, pairs for clip and siglip); moco and enqueue: K, the rows of the queue, with ``batch``
+queries or keys; ema: the number of tensors, 161 for the parameters of ResNet-50, otherwise tensors
+of 64 elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cuda_bytes import resnet50_sizes
+from sslkernels import reference
+
+TEMPERATURE = 0.1
+DECAY = 0.99
+LOGIT_SCALE, LOGIT_BIAS = 10.0, -10.0
+LOSSES = ("nt_xent", "moco", "clip", "siglip", "sup_con", "triplet")
+OPS = (*LOSSES, "enqueue", "ema")
+TRUTH_BLOCK = 1024  # rows of the similarity matrix that the truth holds at a time
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape."""
+
+    op: str
+    size: int
+    dim: int = 128
+    batch: int = 256
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ValueError(f"benchmarks: op must be one of {OPS}, got {self.op!r}")
+        if min(self.size, self.dim, self.batch) < 1:
+            raise ValueError(f"benchmarks: sizes must be at least 1, got {asdict(self)}")
+        if self.op == "nt_xent" and self.size % 2:
+            raise ValueError(f"benchmarks: nt_xent needs an even number of rows, got {self.size}")
+
+    @property
+    def mode(self) -> str:
+        return "forward+backward" if self.op in LOSSES else "update"
+
+    @property
+    def shape(self) -> str:
+        if self.op in ("moco", "enqueue"):
+            return f"n={self.batch} K={self.size} D={self.dim}"
+        if self.op == "ema":
+            return f"tensors={self.size} elements={sum(self.tensor_sizes())}"
+        return f"N={self.size} D={self.dim}"
+
+    @property
+    def flops(self) -> float | None:
+        """Floating-point operations that count; None where time alone is meaningful.
+
+        The least that an exact method does: symmetric for nt_xent and sup_con (4 N^2 D), one pass
+        over a queue without gradient (4 n K D), both gradients kept (6 N^2 D) for clip and siglip.
+        """
+        if self.op in ("nt_xent", "sup_con"):
+            return 4.0 * self.size**2 * self.dim
+        if self.op == "moco":
+            return 4.0 * self.batch * self.size * self.dim
+        if self.op in ("clip", "siglip"):
+            return 6.0 * self.size**2 * self.dim
+        return None
+
+    @property
+    def bytes_moved(self) -> float | None:
+        """12 bytes an element for EMA: read target and source, write target (float32)."""
+        return 12.0 * sum(self.tensor_sizes()) if self.op == "ema" else None
+
+    def tensor_sizes(self) -> list[int]:
+        return resnet50_sizes() if self.size == 161 else [64] * self.size
+
+    def at(self, **changes: Any) -> Case:
+        return replace(self, **changes)
+
+    def inputs(self) -> dict[str, Any]:
+        """The same tensors for every contender; leaves that need a gradient require it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def rows(n: int) -> Tensor:
+            x = torch.randn(n, self.dim, generator=generator)
+            return x.to(self.device, dtype)
+
+        def views(n: int) -> tuple[Tensor, Tensor]:
+            a = rows(n)
+            return a.requires_grad_(), (a.detach() + 0.5 * rows(n)).requires_grad_()
+
+        if self.op == "nt_xent":
+            z1, z2 = views(self.size // 2)
+            return {"leaves": [z1, z2]}
+        if self.op == "moco":
+            query, key = views(self.batch)
+            queue = F.normalize(rows(self.size), dim=1)
+            return {"leaves": [query], "key": key.detach(), "queue": queue}
+        if self.op in ("clip", "siglip"):
+            a, b = views(self.size)
+            return {"leaves": [F.normalize(x.detach(), dim=1).requires_grad_() for x in (a, b)]}
+        if self.op in ("sup_con", "triplet"):
+            labels = (torch.arange(self.size) % max(2, self.size // 8)).to(self.device)
+            return {"leaves": [rows(self.size).requires_grad_()], "labels": labels}
+        if self.op == "enqueue":
+            return {"keys": rows(self.batch)}
+        sizes = self.tensor_sizes()
+        target, source = (
+            [torch.randn(n, generator=generator).to(self.device, dtype) for n in sizes]
+            for _ in range(2)
+        )
+        return {"targets": target, "sources": source}
+
+    def truth(self) -> list[Tensor]:
+        """Float64 results: [loss, gradients of the leaves...], or the tensors after one update."""
+        x = self.inputs()
+        if self.op == "enqueue":
+            return [F.normalize(x["keys"].double(), dim=1)]
+        if self.op == "ema":
+            pairs = zip(x["targets"], x["sources"], strict=True)
+            return [DECAY * t.double() + (1 - DECAY) * s.double() for t, s in pairs]
+        leaves = [leaf.detach().double().requires_grad_() for leaf in x["leaves"]]
+        if self.op == "nt_xent":
+            loss = _nt_xent_truth(torch.cat(leaves))
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        if self.op == "moco":
+            loss = reference.info_nce_loss(
+                leaves[0], x["key"].double(), x["queue"].double(), TEMPERATURE
+            )
+        elif self.op == "clip":
+            loss = reference.clip_loss(*leaves, LOGIT_SCALE)
+        elif self.op == "siglip":
+            loss = reference.siglip_loss(*leaves, LOGIT_SCALE, LOGIT_BIAS)
+        elif self.op == "sup_con":
+            loss = reference.sup_con_loss(leaves[0], x["labels"], TEMPERATURE)
+        else:
+            loss = reference.triplet_loss(leaves[0], x["labels"], normalize=True)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+class _RowBlocks(torch.autograd.Function):
+    """NT-Xent of unit rows; both directions of the derivative are computed block by block.
+
+    The reference would need several N x N matrices of float64: 8 GB each at N = 32768.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor) -> Tensor:
+        n = len(unit)
+        gradient = torch.zeros_like(unit)
+        total = unit.new_zeros(())
+        for start in range(0, n, TRUTH_BLOCK):
+            rows = torch.arange(start, min(start + TRUTH_BLOCK, n), device=unit.device)
+            here = torch.arange(len(rows), device=unit.device)
+            logits = unit[rows] @ unit.T / TEMPERATURE
+            logits[here, rows] = float("-inf")
+            positive = (rows + n // 2) % n
+            log_p = logits.log_softmax(1)
+            total -= log_p[here, positive].sum()
+            g = log_p.exp_()
+            g[here, positive] -= 1
+            gradient[rows] += g @ unit
+            gradient += g.T @ unit[rows]
+        ctx.save_for_backward(gradient / (n * TEMPERATURE))
+        return total / n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.saved_tensors[0]
+
+
+def _nt_xent_truth(z: Tensor) -> Tensor:
+    return _RowBlocks.apply(F.normalize(z, dim=1))

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is measured: a table op -> {provider: factory}.
+
+A factory takes a case and its inputs and returns a :class:`Contender`, or raises :class:`Missing`
+with the reason; the reason is part of the results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sslkernels
+from benchmarks.cases import DECAY, LOGIT_BIAS, LOGIT_SCALE, LOSSES, TEMPERATURE, Case
+from sslkernels import reference
+
+OURS = "sslkernels"
+Inputs = dict[str, Any]
+
+
+class Missing(Exception):
+    """A contender can't run here or at this shape; the text says why."""
+
+
+@dataclass
+class Contender:
+    """``step`` is what is timed; ``results`` runs it once and returns what ``Case.truth`` does."""
+
+    step: Callable[[], object]
+    results: Callable[[], list[Tensor]]
+    tolerance: float | None = None  # relative error; None: that of the inputs' dtype
+    leaves: list[Tensor] = field(default_factory=list)  # whose .grad a step leaves behind
+
+
+Factory = Callable[[Case, Inputs], Contender]
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Missing(f"import {module}: {error}") from None
+
+
+def load_lightly(module: str) -> Any:
+    """A module of lightly, also where torchvision is not installed.
+
+    lightly's packages import torchvision for other models and losses.  Without it the file of the
+    wanted module is executed as it is, around the ``__init__`` files of its packages; of
+    ``lightly.models.utils`` it needs only a gather across processes, which a benchmark in one
+    process never calls.
+    """
+    if importlib.util.find_spec("torchvision") is not None or module in sys.modules:
+        return _import(module)
+    spec = importlib.util.find_spec("lightly")
+    if spec is None or not spec.submodule_search_locations:
+        raise Missing("import lightly: it is not installed")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for name in ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        sys.modules.setdefault(name, package)
+    utils = types.ModuleType("lightly.models.utils")
+    sys.modules.setdefault(utils.__name__, utils)
+    sys.modules["lightly.models"].__dict__["utils"] = sys.modules[utils.__name__]
+    return _import(module)
+
+
+# ------------------------------------------------------------------------------------ losses
+
+
+def _loss(x: Inputs, call: Callable[..., Tensor], tolerance: float | None = None) -> Contender:
+    leaves: list[Tensor] = x["leaves"]
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        loss = call(*leaves)
+        loss.backward()
+        return loss
+
+    def results() -> list[Tensor]:
+        loss = step().detach().clone()
+        return [loss, *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
+
+    return Contender(step, results, tolerance, leaves)
+
+
+def _library_call(op: str, library: Any, x: Inputs) -> Callable[..., Tensor]:
+    """The function of ``sslkernels`` or of ``sslkernels.reference`` with the case's arguments."""
+    if op == "nt_xent":
+        return lambda z1, z2: library.nt_xent_loss(z1, z2, TEMPERATURE)
+    if op == "moco":
+        key, queue = x["key"], x["queue"]
+
+        def moco(query: Tensor) -> Tensor:
+            q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+            return library.info_nce_loss(q, k, queue, TEMPERATURE, normalize=False)
+
+        return moco
+    if op == "clip":
+        return lambda a, b: library.clip_loss(a, b, LOGIT_SCALE)
+    if op == "siglip":
+        return lambda a, b: library.siglip_loss(a, b, LOGIT_SCALE, LOGIT_BIAS)
+    labels = x["labels"]
+    if op == "sup_con":
+        return lambda z: library.sup_con_loss(z, labels, TEMPERATURE)
+    return lambda z: library.triplet_loss(z, labels, normalize=True)
+
+
+def _ours(case: Case, x: Inputs) -> Contender:
+    return _loss(x, _library_call(case.op, sslkernels, x))
+
+
+def _chunked(case: Case, x: Inputs) -> Contender:
+    call = _library_call(case.op, sslkernels, x)
+
+    def chunked(*leaves: Tensor) -> Tensor:
+        with sslkernels.backend("chunked"):
+            return call(*leaves)
+
+    return _loss(x, chunked)
+
+
+def _eager(case: Case, x: Inputs) -> Contender:
+    return _loss(x, _library_call(case.op, reference, x))
+
+
+def _compiled(case: Case, x: Inputs) -> Contender:
+    torch._dynamo.reset()
+    call = torch.compile(_library_call(case.op, reference, x), dynamic=False)
+    return _loss(x, call)
+
+
+def _ours_bfloat16(case: Case, x: Inputs) -> Contender:
+    if "compute_dtype" not in inspect.signature(sslkernels.nt_xent_loss).parameters:
+        raise Missing("nt_xent_loss of this version takes no compute_dtype")
+    loss: Any = sslkernels.nt_xent_loss
+    return _loss(
+        x, lambda a, b: loss(a, b, TEMPERATURE, compute_dtype=torch.bfloat16), tolerance=2e-2
+    )
+
+
+def _lightly_nt_xent(case: Case, x: Inputs) -> Contender:
+    return _loss(x, load_lightly("lightly.loss.ntx_ent_loss").NTXentLoss(TEMPERATURE))
+
+
+def _pml_nt_xent(case: Case, x: Inputs) -> Contender:
+    if case.size > 512:
+        raise Missing("memory grows with N^3: 34 GB for one tensor at N = 2048; run to N = 512")
+    loss = _import("pytorch_metric_learning.losses").NTXentLoss(TEMPERATURE)
+    labels = torch.arange(case.size // 2, device=case.device).repeat(2)
+    return _loss(x, lambda z1, z2: loss(torch.cat((z1, z2)), labels))
+
+
+def _pml_sup_con(case: Case, x: Inputs) -> Contender:
+    loss = _import("pytorch_metric_learning.losses").SupConLoss(TEMPERATURE)
+    return _loss(x, lambda z: loss(z, x["labels"]))
+
+
+def _info_nce_pytorch(case: Case, x: Inputs) -> Contender:
+    info_nce = _import("info_nce").info_nce
+    key, queue = x["key"], x["queue"]
+    return _loss(x, lambda query: info_nce(query, key, queue, temperature=TEMPERATURE))
+
+
+def _moco_official(case: Case, x: Inputs) -> Contender:
+    """The layout of the MoCo paper's code: queue [D, K], cloned at every step, logits joined."""
+    key, stored = x["key"], x["queue"].T.contiguous()
+    target = torch.zeros(case.batch, dtype=torch.int64, device=case.device)
+
+    def call(query: Tensor) -> Tensor:
+        q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        own = (q * k).sum(1, keepdim=True)
+        logits = torch.cat((own, q @ stored.clone().detach()), dim=1)
+        return F.cross_entropy(logits / TEMPERATURE, target)
+
+    return _loss(x, call)
+
+
+# ----------------------------------------------------------------------------------- updates
+
+
+def _enqueue(case: Case, step: Callable[[], object], written: Callable[[], Tensor]) -> Contender:
+    """written: the rows [batch, D] of the newest batch after the first step."""
+
+    def results() -> list[Tensor]:
+        step()
+        return [written()]
+
+    return Contender(step, results)
+
+
+def _fits(case: Case) -> None:
+    if case.size % case.batch:
+        raise Missing("the layout of this code needs a queue size that the batch divides")
+
+
+def _enqueue_ours(case: Case, x: Inputs) -> Contender:
+    queue = sslkernels.KeyQueue(case.size, case.dim, dtype=x["keys"].dtype).to(case.device)
+    return _enqueue(
+        case, lambda: queue.enqueue(x["keys"]), lambda: queue.queue[: case.batch].clone()
+    )
+
+
+def _enqueue_chunked(case: Case, x: Inputs) -> Contender:
+    queue = sslkernels.KeyQueue(case.size, case.dim, dtype=x["keys"].dtype).to(case.device)
+
+    def step() -> None:
+        with sslkernels.backend("chunked"):
+            queue.enqueue(x["keys"])
+
+    return _enqueue(case, step, lambda: queue.queue[: case.batch].clone())
+
+
+def _enqueue_columns(case: Case, x: Inputs) -> Contender:
+    """MoCo paper's layout: the queue is [D, K] and the pointer a tensor that is read as an int."""
+    _fits(case)
+    queue = torch.zeros(case.dim, case.size, dtype=x["keys"].dtype, device=case.device)
+    pointer = torch.zeros(1, dtype=torch.int64, device=case.device)
+
+    @torch.no_grad()
+    def step() -> None:
+        at = int(pointer)
+        queue[:, at : at + case.batch] = F.normalize(x["keys"], dim=1).T
+        pointer[0] = (at + case.batch) % case.size
+
+    return _enqueue(case, step, lambda: queue[:, : case.batch].T.clone())
+
+
+def _enqueue_rows(case: Case, x: Inputs) -> Contender:
+    _fits(case)
+    queue = torch.zeros(case.size, case.dim, dtype=x["keys"].dtype, device=case.device)
+    at = 0
+
+    @torch.no_grad()
+    def step() -> None:
+        nonlocal at
+        queue[at : at + case.batch] = F.normalize(x["keys"], dim=1)
+        at = (at + case.batch) % case.size
+
+    return _enqueue(case, step, lambda: queue[: case.batch].clone())
+
+
+def _enqueue_lightly(case: Case, x: Inputs) -> Contender:
+    module = load_lightly("lightly.models.modules.memory_bank")
+    bank = module.MemoryBankModule(size=(case.size, case.dim)).to(case.device)
+
+    def step() -> None:
+        bank(F.normalize(x["keys"], dim=1), update=True)
+
+    return _enqueue(case, step, lambda: bank.bank[: case.batch].clone())
+
+
+def _ema(x: Inputs, update: Callable[[list[Tensor], list[Tensor]], object]) -> Contender:
+    targets: list[Tensor] = x["targets"]
+
+    @torch.no_grad()
+    def step() -> None:
+        update(targets, x["sources"])
+
+    def results() -> list[Tensor]:
+        before = [t.clone() for t in targets]
+        step()
+        after = [t.clone() for t in targets]
+        for target, old in zip(targets, before, strict=True):
+            target.data.copy_(old)
+        return after
+
+    return Contender(step, results)
+
+
+def _ema_chunked(case: Case, x: Inputs) -> Contender:
+    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+        with sslkernels.backend("chunked"):
+            sslkernels.ema_update_(targets, sources, DECAY)
+
+    return _ema(x, update)
+
+
+def _network(tensors: list[Tensor]) -> torch.nn.Module:
+    """A module with one layer a tensor, as deep in Python as a network of that many layers."""
+    layers = []
+    for tensor in tensors:
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(tensor, requires_grad=False)
+        layers.append(layer)
+    return torch.nn.ModuleList(layers)
+
+
+def _ema_module(case: Case, x: Inputs) -> Contender:
+    online = _network(x["sources"])
+    ema = sslkernels.EMA(_network(x["targets"]), DECAY)
+    own = {**x, "targets": [p.data for p in ema.module.parameters()]}
+    return _ema(own, lambda targets, sources: ema.update(online))
+
+
+def _ema_state_dict(case: Case, x: Inputs) -> Contender:
+    """As timm's ModelEmaV3 does: both state dicts are walked at every step, then one foreach."""
+    target, source = _network(x["targets"]), _network(x["sources"])
+
+    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+        pairs = zip(target.state_dict().values(), source.state_dict().values(), strict=True)
+        ours, theirs = zip(*((a, b) for a, b in pairs if a.is_floating_point()), strict=True)
+        torch._foreach_lerp_(list(ours), list(theirs), 1 - DECAY)
+
+    return _ema(x, update)
+
+
+def _ema_data_loop(case: Case, x: Inputs) -> Contender:
+    """The loop of the MoCo paper's code: three passes, and a new tensor for every parameter."""
+    target, source = _network(x["targets"]), _network(x["sources"])
+    parameters = list(target.parameters())
+
+    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+        for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+            ours.data = ours.data * DECAY + theirs.data * (1 - DECAY)
+
+    contender = _ema(x, update)
+
+    def results() -> list[Tensor]:
+        before = [p.data for p in parameters]
+        contender.step()
+        after = [p.data for p in parameters]
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.data = old
+        return after
+
+    return Contender(contender.step, results)
+
+
+def _ema_in_place_loop(case: Case, x: Inputs) -> Contender:
+    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.mul_(DECAY).add_(source, alpha=1 - DECAY)
+
+    return _ema(x, update)
+
+
+_COMMON: dict[str, Factory] = {
+    OURS: _ours,
+    "chunked": _chunked,
+    "eager": _eager,
+    "torch.compile": _compiled,
+}
+
+CONTENDERS: dict[str, dict[str, Factory]] = {
+    **{op: dict(_COMMON) for op in LOSSES},
+    "enqueue": {
+        OURS: _enqueue_ours,
+        "chunked": _enqueue_chunked,
+        "MoCo [D, K]": _enqueue_columns,
+        "torch [K, D]": _enqueue_rows,
+        "lightly": _enqueue_lightly,
+    },
+    "ema": {
+        OURS: lambda case, x: _ema(x, lambda t, s: sslkernels.ema_update_(t, s, DECAY)),
+        "sslkernels EMA module": _ema_module,
+        "chunked": _ema_chunked,
+        "_foreach_lerp_": lambda case, x: _ema(
+            x, lambda t, s: torch._foreach_lerp_(t, s, 1 - DECAY)
+        ),
+        "timm style": _ema_state_dict,
+        "mul_ add_ loop": _ema_in_place_loop,
+        "MoCo .data loop": _ema_data_loop,
+    },
+}
+CONTENDERS["nt_xent"] |= {
+    "sslkernels bf16": _ours_bfloat16,
+    "lightly": _lightly_nt_xent,
+    "pytorch-metric-learning": _pml_nt_xent,
+}
+CONTENDERS["moco"] |= {"MoCo [D, K]": _moco_official, "info-nce-pytorch": _info_nce_pytorch}
+CONTENDERS["sup_con"] |= {"pytorch-metric-learning": _pml_sup_con}
