@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,8 @@ def cached_step(
                 states[-1].append(_random_states(devices))
                 outputs.append(_encoded(encode, part))
             embeddings.append(torch.cat(outputs))
-    # Weights cast by autocast without grad must not be found in its cache by pass 3.
+    # In torch before pytorch#165068 autocast's cache keeps the weights that pass 1 cast without grad,
+    # and pass 3 would train nothing.
     torch.clear_autocast_cache()
 
     embeddings = [e.detach().requires_grad_() for e in embeddings]
@@ -152,7 +153,7 @@ def _checked(
     # nn.ModuleList has a __call__ that only raises; nn.Sequential is one encoder.
     if callable(encoder) and not isinstance(encoder, torch.nn.ModuleList):
         return views, (encoder,) * len(views)
-    encoders = tuple(encoder)
+    encoders = tuple(cast(Sequence[Encoder], encoder))
     if len(encoders) != len(views):
         raise ValueError(
             f"{_OP}: encoder must be one module or one for each view, "
