@@ -94,7 +94,7 @@ def cached_step(
                 states[-1].append(_random_states(devices))
                 outputs.append(_encoded(encode, part))
             embeddings.append(torch.cat(outputs))
-    # In torch before pytorch#165068 autocast's cache keeps the weights that pass 1 cast without grad,
+    # Before pytorch#165068 autocast's cache kept the weights that pass 1 has cast without grad,
     # and pass 3 would train nothing.
     torch.clear_autocast_cache()
 
