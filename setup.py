@@ -25,11 +25,11 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))  # once per instruction set
+CPU_SOURCES = sorted(
+    p.as_posix() for p in Path("csrc/cpu").glob("*.cpp")
+)  # once per instruction set
 COMMON_SOURCES = sorted(p.as_posix() for p in Path("csrc").glob("*.cpp"))  # once
-HEADERS = sorted(
-    p.as_posix() for p in [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")]
-)
+HEADERS = sorted(p.as_posix() for p in [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")])
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -96,15 +96,20 @@ class BuildExt(build_ext):
             super().build_extension(ext)
             return
         compiler = self.compiler
-        isas = supported_isas(compiler.compiler_so_cxx[0] if hasattr(compiler, "compiler_so_cxx")
-                              else compiler.compiler_so[0])
+        isas = supported_isas(
+            compiler.compiler_so_cxx[0]
+            if hasattr(compiler, "compiler_so_cxx")
+            else compiler.compiler_so[0]
+        )
         known = [(f"SSLK_HAVE_{name.upper()}", "1") for name in isas]
         jobs = []
         for name, isa_flags in isas.items():
             folder = str(Path(self.build_temp, name))
             macros = [("SSLK_ISA_NS", name), *known]
             jobs += [(source, folder, macros, isa_flags) for source in CPU_SOURCES]
-        jobs += [(source, str(Path(self.build_temp, "common")), known, []) for source in COMMON_SOURCES]
+        jobs += [
+            (source, str(Path(self.build_temp, "common")), known, []) for source in COMMON_SOURCES
+        ]
 
         def compile_one(job: tuple) -> list[str]:
             source, folder, macros, isa_flags = job
@@ -113,8 +118,12 @@ class BuildExt(build_ext):
             if self._fresh(expected[0], source):
                 return expected
             return compiler.compile(
-                [source], output_dir=folder, macros=macros,
-                include_dirs=[*ext.include_dirs, "csrc"], extra_postargs=extra, depends=ext.depends,
+                [source],
+                output_dir=folder,
+                macros=macros,
+                include_dirs=[*ext.include_dirs, "csrc"],
+                extra_postargs=extra,
+                depends=ext.depends,
             )
 
         # Biggest files first, so that the last one to finish is a short one.
@@ -125,7 +134,10 @@ class BuildExt(build_ext):
         # already loaded, so that there is exactly one in the process (sslkernels/backends/cpu.py).
         link = ["-fsanitize=address,undefined"] if flag("SSLKERNELS_SANITIZE") else []
         compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++",
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=link,
+            target_lang="c++",
             build_temp=self.build_temp,
         )
 

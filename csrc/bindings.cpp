@@ -4,12 +4,13 @@
 // Addresses are data_ptr() integers, 0 for null.  sslkernels/backends/cpu.py is the only caller and
 // has checked shapes and dtypes.
 
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <new>
 
-#include "bindings.h"
 #include "dispatch.h"
 #include "narrow_ids.h"
 
@@ -48,10 +49,9 @@ PairwiseArgs make_args(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k
   return args;
 }
 
-void pairwise_forward(int kind, int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m,
-                      uintptr_t scale, uintptr_t bias, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
-                      uintptr_t row, uintptr_t col, uintptr_t threshold_row, uintptr_t threshold_col,
-                      uintptr_t rank_row, uintptr_t rank_col) {
+void pairwise_forward(int kind, int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale,
+                      uintptr_t bias, uintptr_t ids_q, uintptr_t ids_k, int n_threads, uintptr_t row, uintptr_t col,
+                      uintptr_t threshold_row, uintptr_t threshold_col, uintptr_t rank_row, uintptr_t rank_col) {
   py::gil_scoped_release release;
   PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, bias, ids_q, ids_k, n_threads);
   args.kind = Kind(kind);
@@ -105,9 +105,8 @@ void attend(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m
   check(kernels().attend(args, out));
 }
 
-void extremes(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale,
-              uintptr_t bias_k, uintptr_t ids_q, uintptr_t ids_k, int n_threads, uintptr_t max_same,
-              uintptr_t min_other) {
+void extremes(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale, uintptr_t bias_k,
+              uintptr_t ids_q, uintptr_t ids_k, int n_threads, uintptr_t max_same, uintptr_t min_other) {
   py::gil_scoped_release release;
   PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, 0, ids_q, ids_k, n_threads);
   NarrowIds narrow;

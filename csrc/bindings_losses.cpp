@@ -26,7 +26,7 @@ void check(int status) {
 ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
                                  uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
                                  int64_t bank_rows, int64_t stride_bank, uintptr_t scale, uintptr_t ids_q,
-                                 uintptr_t ids_k, int n_threads, bool bf16_operands) {
+                                 uintptr_t ids_k, int n_threads) {
   ContrastiveArgs args;
   args.layout = Layout(layout);
   args.reduction = Reduction(reduction);
@@ -40,35 +40,31 @@ ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool norm
   args.ids_q = at<const int64_t>(ids_q);
   args.ids_k = at<const int64_t>(ids_k);
   args.n_threads = n_threads;
-  args.bf16_operands = bf16_operands;
   return args;
 }
 
 void contrastive_forward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
                          int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
                          int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
-                         bool bf16_operands, uintptr_t lse, uintptr_t positive, uintptr_t inv,
-                         uintptr_t mean_key, uintptr_t loss, uintptr_t rank) {
+                         uintptr_t lse, uintptr_t positive, uintptr_t inv, uintptr_t mean_key, uintptr_t loss,
+                         uintptr_t rank) {
   py::gil_scoped_release release;
-  ContrastiveArgs args =
-      contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank, bank_rows,
-                       stride_bank, scale, ids_q, ids_k, n_threads, bf16_operands);
+  ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
+                                          bank_rows, stride_bank, scale, ids_q, ids_k, n_threads);
   NarrowIds narrow;
   narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
   const ContrastiveState state{at<void>(lse), at<void>(positive), at<void>(inv), at<void>(mean_key)};
   check(kernels().contrastive_forward(args, state, at<void>(loss), at<int64_t>(rank)));
 }
 
-double contrastive_backward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
-                            uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
-                            int64_t bank_rows, int64_t stride_bank, uintptr_t scale, uintptr_t ids_q,
-                            uintptr_t ids_k, int n_threads, bool bf16_operands, uintptr_t lse,
-                            uintptr_t positive, uintptr_t inv, uintptr_t mean_key, uintptr_t dloss,
+double contrastive_backward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
+                            int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
+                            int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
+                            uintptr_t lse, uintptr_t positive, uintptr_t inv, uintptr_t mean_key, uintptr_t dloss,
                             int64_t dloss_stride, uintptr_t da, uintptr_t db, bool want_scale) {
   py::gil_scoped_release release;
-  ContrastiveArgs args =
-      contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank, bank_rows,
-                       stride_bank, scale, ids_q, ids_k, n_threads, bf16_operands);
+  ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
+                                          bank_rows, stride_bank, scale, ids_q, ids_k, n_threads);
   NarrowIds narrow;
   narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
   const ContrastiveState state{at<void>(lse), at<void>(positive), at<void>(inv), at<void>(mean_key)};
@@ -95,9 +91,8 @@ RegressionArgs regression_args(int reduction, int dtype, int64_t d, int64_t n, u
   return args;
 }
 
-void regression_forward(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
-                        int64_t stride_prediction, uintptr_t target, int64_t stride_target, int n_threads,
-                        uintptr_t state, uintptr_t loss) {
+void regression_forward(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction, int64_t stride_prediction,
+                        uintptr_t target, int64_t stride_target, int n_threads, uintptr_t state, uintptr_t loss) {
   py::gil_scoped_release release;
   check(kernels().regression_forward(
       regression_args(reduction, dtype, d, n, prediction, stride_prediction, target, stride_target, n_threads),

@@ -8,9 +8,9 @@
 
 namespace sslk {
 
-#define SSLK_DECLARE(isa)  \
-  namespace isa {          \
-  const Kernels& table();  \
+#define SSLK_DECLARE(isa) \
+  namespace isa {         \
+  const Kernels& table(); \
   }
 
 SSLK_DECLARE(baseline)

@@ -29,7 +29,7 @@ struct PairwiseArgs {
   bool self = false;  // K = Q: S is symmetric and only one triangle is computed
   // Rows are the concatenation of up to two matrices, so that NT-Xent needs no copy of its views.
   Rows q[2];
-  Rows k[2];  // unused in self mode
+  Rows k[2];                    // unused in self mode
   const void* inv_q = nullptr;  // [N] acc or null: row i is used as inv_q[i] * q_i (fused normalisation)
   const void* inv_k = nullptr;  // [M] acc or null
   bool normalize_k = false;     // attend only: keys are normalised as they are read
@@ -38,19 +38,18 @@ struct PairwiseArgs {
   const int64_t* ids_q = nullptr;  // [N] or null: (i, j) is excluded when ids_q[i] == ids_k[j]
   const int64_t* ids_k = nullptr;  // [M] or null; self mode: ids_q
   int n_threads = 1;
-  bool bf16_operands = false;  // opt-in: operands of the products rounded to bfloat16
 
   __attribute__((always_inline)) int64_t rows() const { return q[0].n + q[1].n; }
   __attribute__((always_inline)) int64_t cols() const { return self ? rows() : k[0].n + k[1].n; }
 };
 
 struct PairwiseForwardOut {
-  void* row = nullptr;                   // [N] acc, or null
-  void* col = nullptr;                   // [M] acc, or null: not wanted
-  const void* threshold_row = nullptr;   // [N] acc in units of S, or null: no ranks
-  const void* threshold_col = nullptr;   // [M] acc or null
-  int64_t* rank_row = nullptr;           // [N]
-  int64_t* rank_col = nullptr;           // [M]
+  void* row = nullptr;                  // [N] acc, or null
+  void* col = nullptr;                  // [M] acc, or null: not wanted
+  const void* threshold_row = nullptr;  // [N] acc in units of S, or null: no ranks
+  const void* threshold_col = nullptr;  // [M] acc or null
+  int64_t* rank_row = nullptr;          // [N]
+  int64_t* rank_col = nullptr;          // [M]
 };
 
 struct PairwiseBackwardArgs {
@@ -65,8 +64,8 @@ struct PairwiseBackwardArgs {
   int64_t stride = 0;
   int64_t capacity_q = 0;
   int64_t capacity_k = 0;
-  bool unscaled = false;       // kind lse: leave the factor `scale` out of dq and dk
-  double* dbias = nullptr;     // sum of G, or null
+  bool unscaled = false;    // kind lse: leave the factor `scale` out of dq and dk
+  double* dbias = nullptr;  // sum of G, or null
 };
 
 struct AttendOut {
@@ -98,7 +97,6 @@ struct ContrastiveArgs {
   const int64_t* ids_q = nullptr;  // [N] or null; null: the row number (bank: nothing is excluded)
   const int64_t* ids_k = nullptr;  // bank: [K] or null; otherwise ids_q serves both sides
   int n_threads = 1;
-  bool bf16_operands = false;
 
   // Softmax rows: 2N where both sides count, N where one does.
   __attribute__((always_inline)) int64_t rows() const {
@@ -133,9 +131,9 @@ struct RegressionArgs {
 };
 
 struct ExtremesOut {
-  const void* bias_k = nullptr;   // [M] acc or null
-  int64_t* max_same = nullptr;    // [N]
-  int64_t* min_other = nullptr;   // [N]
+  const void* bias_k = nullptr;  // [M] acc or null
+  int64_t* max_same = nullptr;   // [N]
+  int64_t* min_other = nullptr;  // [N]
 };
 
 // One pair of tensors of an EMA update, both contiguous; they may be the same memory but not overlap
@@ -166,9 +164,9 @@ struct EmaArgs {
 struct EnqueueArgs {
   void* queue = nullptr;  // [K, D] of queue_dtype
   DType queue_dtype = DType::f32;
-  int64_t size = 0;        // K
-  int64_t dim = 0;         // D
-  int64_t* ptr = nullptr;  // [1] row to write next; advanced by n mod K
+  int64_t size = 0;         // K
+  int64_t dim = 0;          // D
+  int64_t* ptr = nullptr;   // [1] row to write next; advanced by n mod K
   int64_t* fill = nullptr;  // [1] valid rows; grows to K
   Rows keys;                // [N, D] of keys_dtype, not overlapping with the queue
   DType keys_dtype = DType::f32;

@@ -21,6 +21,7 @@ from sslkernels.functional import (
     triplet_loss,
     uniformity_loss,
 )
+from sslkernels.grad_cache import cached_step
 from sslkernels.losses import (
     BYOLLoss,
     CLIPLoss,
@@ -58,6 +59,7 @@ __all__ = [
     "backend",
     "byol_loss",
     "byol_loss_symmetric",
+    "cached_step",
     "clip_loss",
     "contrastive_loss",
     "cosine_decay",

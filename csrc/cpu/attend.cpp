@@ -38,15 +38,15 @@ struct Pass {
 
 template <class T>
 struct Scratch {
-  T* g;        // [kBlock keys][kLdG]: exponentials, one column a query
-  T* keys;     // [kBlock][d_pad] row-major keys of the block
-  T* panels;   // P panels of the block
+  T* g;       // [kBlock keys][kLdG]: exponentials, one column a query
+  T* keys;    // [kBlock][d_pad] row-major keys of the block
+  T* panels;  // P panels of the block
 };
 
 // Exponentials of one block of keys against one panel-aligned block of queries; updates the sums.
 template <class T, Mode M>
-void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int64_t key_stride, int64_t j0,
-                  int64_t nj, int64_t i0, int64_t ni, T* g, bool exclude) {
+void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int64_t key_stride, int64_t j0, int64_t nj,
+                  int64_t i0, int64_t ni, T* g, bool exclude) {
   constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, NV = Tile<T>::NV, L = Tile<T>::L, kLdG = Tile<T>::kLdG;
   const Engine<T>& e = pass.e;
   for (int64_t i = i0; i < i0 + ni; i += NR) {
@@ -122,8 +122,8 @@ void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int
 
 // One work item: a group of queries against a range of keys.
 template <class T, Mode M>
-void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& s, int64_t q0, int64_t q1,
-                  int64_t k0, int64_t k1) {
+void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& s, int64_t q0, int64_t q1, int64_t k0,
+                  int64_t k1) {
   constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, kBlock = Tile<T>::kBlock, kLdG = Tile<T>::kLdG;
   const Engine<T>& e = pass.e;
   for (int64_t j0 = k0; j0 < k1; j0 += kBlock) {
@@ -154,8 +154,8 @@ void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& 
         }
       }
       exponentials<T, M>(pass, out, s.keys, e.d_pad, j0, nj, i0, ni, s.g, exclude);
-      gemm_block<T, true>(out.weighted + i0 * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g, 1, kLdG,
-                          s.panels, kBlock, nj);
+      gemm_block<T, true>(out.weighted + i0 * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g, 1, kLdG, s.panels,
+                          kBlock, nj);
     }
   }
 }
@@ -168,8 +168,7 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
   pass.stride = round_up(args.d, kRowAlign);
   const int64_t group = round_up(kGroupQueries, kBlock);
   const int64_t n_groups = max64(1, ceil_div(e.q.n, group));
-  const int64_t ranges =
-      max64(1, min64(ceil_div(kMinItems, n_groups), e.k.n / kMinRange));
+  const int64_t ranges = max64(1, min64(ceil_div(kMinItems, n_groups), e.k.n / kMinRange));
   const int64_t range = round_up(ceil_div(e.k.n, ranges), kBlock);
 
   Workspace w;
@@ -188,20 +187,19 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
   w.plan(&weighted, ranges * e.q.n_pad * pass.stride);
   w.plan(&rank, ranges * e.q.n_pad);
   w.plan(&thresholds, e.q.n_pad);
-  e.plan_side(w, e.q, true);
-  e.plan_side(w, e.k, false);
+  e.plan_sides(w, false);
   if (!w.allocate()) return -1;
   e.fill_all_ids();
 
   // Pack the queries and bound the logits.
 #pragma omp parallel num_threads(args.n_threads)
-    {
-      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-      T* buffer = buffers + thread * e.d_pad;
-      norms[2 * thread] = e.pack_side(e.q, thread, team, buffer);
-      // Unit keys bound the logits; of other keys nothing is known without reading them all first.
-      norms[2 * thread + 1] = args.normalize_k ? 1.0 : NAN;
-      for (int t = team; thread == 0 && t < args.n_threads; ++t) norms[2 * t] = norms[2 * t + 1] = 0;
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    T* buffer = buffers + thread * e.d_pad;
+    norms[2 * thread] = e.pack_side(e.q, thread, team, buffer);
+    // Unit keys bound the logits; of other keys nothing is known without reading them all first.
+    norms[2 * thread + 1] = args.normalize_k ? 1.0 : NAN;
+    for (int t = team; thread == 0 && t < args.n_threads; ++t) norms[2 * t] = norms[2 * t + 1] = 0;
   }
   e.choose_mode(e.bound_from(norms));
 

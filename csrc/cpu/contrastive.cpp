@@ -19,18 +19,14 @@
 SSLK_BEGIN
 namespace {
 
-double softplus(double x) {
-  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-}
+double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
 double logistic(double x) { return x > 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
 
 // Rows below which a parallel region costs more than it saves: about 10 us of work.
 constexpr int64_t kSerialElements = 1 << 14;
 
-int row_threads(const ContrastiveArgs& args) {
-  return args.a.n * args.d < kSerialElements ? 1 : args.n_threads;
-}
+int row_threads(const ContrastiveArgs& args) { return args.a.n * args.d < kSerialElements ? 1 : args.n_threads; }
 
 // Inverse norms of both views and the dot product of every positive pair.
 template <class T>
@@ -65,7 +61,6 @@ PairwiseArgs tiles(const ContrastiveArgs& args, const ContrastiveState& state, i
   p.d = args.d;
   p.scale = args.scale;
   p.n_threads = args.n_threads;
-  p.bf16_operands = args.bf16_operands;
   p.q[0] = args.a;
   const int64_t n = args.a.n;
   const int64_t size = args.dtype == DType::f64 ? 8 : 4;
@@ -263,8 +258,7 @@ int contrastive_forward(const ContrastiveArgs& args, const ContrastiveState& sta
                                   : forward(args, state, static_cast<float*>(loss), rank);
 }
 
-int contrastive_backward(const ContrastiveArgs& args, const ContrastiveState& state,
-                         const ContrastiveBackwardArgs& b) {
+int contrastive_backward(const ContrastiveArgs& args, const ContrastiveState& state, const ContrastiveBackwardArgs& b) {
   return args.dtype == DType::f64 ? backward<double>(args, state, b) : backward<float>(args, state, b);
 }
 

@@ -8,8 +8,9 @@
 //   kSoftplus  softplus(S) and the logistic function instead of exp
 #pragma once
 
-#include <cmath>
 #include <omp.h>
+
+#include <cmath>
 
 #include "pack.h"
 #include "workspace.h"
@@ -78,8 +79,15 @@ struct Engine {
 
   int64_t blocks(const Side<T>& side) const { return ceil_div(side.n, block); }
 
-  void plan_side(Workspace& w, Side<T>& side, bool with_panels) {
-    if (with_panels) w.plan(&side.panels, side.n_pad * d);
+  // Reserves packed operands and ids; keys read in place (attend) need no panels.
+  void plan_sides(Workspace& w, bool with_key_panels) {
+    w.plan(&q.panels, q.n_pad * d);
+    plan_ids(w, q);
+    if (!args.self && with_key_panels) w.plan(&k.panels, k.n_pad * d);
+    if (!args.self || !has_ids) plan_ids(w, k);
+  }
+
+  void plan_ids(Workspace& w, Side<T>& side) {
     w.plan(&side.ids.id, side.n_pad);
     w.plan(&side.ids.low, blocks(side));
     w.plan(&side.ids.high, blocks(side));
@@ -147,7 +155,7 @@ struct Engine {
   // Without ids the two sides get different constants, so that nothing is equal.
   void fill_all_ids() {
     fill_ids(q, args.ids_q, -2);
-    if (args.self) {
+    if (args.self && has_ids) {
       k.ids = q.ids;
     } else {
       fill_ids(k, has_ids ? args.ids_k : nullptr, -3);

@@ -93,8 +93,7 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
   w.plan(&buffers, e.d_pad * args.n_threads);
   w.plan(&norms, 2 * args.n_threads);
   w.plan(&bias, e.k.n_pad);
-  e.plan_side(w, e.q, true);
-  if (!args.self) e.plan_side(w, e.k, true);
+  e.plan_sides(w, true);
   w.plan(&pass.same.value, e.q.n_pad * L);
   w.plan(&pass.same.index, e.q.n_pad * L);
   w.plan(&pass.other.value, e.q.n_pad * L);

@@ -11,5 +11,9 @@
 #error "compile kernel files through setup.py, which defines SSLK_ISA_NS"
 #endif
 
-#define SSLK_BEGIN namespace sslk { namespace SSLK_ISA_NS {
-#define SSLK_END } }
+#define SSLK_BEGIN \
+  namespace sslk { \
+  namespace SSLK_ISA_NS {
+#define SSLK_END \
+  }              \
+  }

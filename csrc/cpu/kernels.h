@@ -15,8 +15,8 @@ int extremes(const PairwiseArgs&, const ExtremesOut&);                    // ext
 int contrastive_forward(const ContrastiveArgs&, const ContrastiveState&, void* loss,
                         int64_t* rank);  // contrastive.cpp
 int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,
-                         const ContrastiveBackwardArgs&);                       // contrastive.cpp
-int regression_forward(const RegressionArgs&, void* state, void* loss);        // regression.cpp
+                         const ContrastiveBackwardArgs&);                // contrastive.cpp
+int regression_forward(const RegressionArgs&, void* state, void* loss);  // regression.cpp
 int regression_backward(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
                         void* dprediction);  // regression.cpp
 int ema_update(const EmaArgs&);              // ema.cpp

@@ -27,11 +27,11 @@ template <class T>
 struct Pass {
   const Engine<T>& e;
   Weight<T> row, col;
-  T* g_sum = nullptr;   // [n_pad][L], softplus only: sums of G for the bias
-  T* dq = nullptr;      // [n_pad][stride]
-  T* dk = nullptr;      // [m_pad][stride]; dq in self mode
+  T* g_sum = nullptr;  // [n_pad][L], softplus only: sums of G for the bias
+  T* dq = nullptr;     // [n_pad][stride]
+  T* dk = nullptr;     // [m_pad][stride]; dq in self mode
   int64_t stride = 0;
-  int64_t group = 1;    // blocks that share one packing of P panels
+  int64_t group = 1;  // blocks that share one packing of P panels
 };
 
 template <class T, Mode M, bool kCols, bool kMasked>
@@ -142,12 +142,12 @@ void group_pair(const Pass<T>& pass, const Scratch<T>& s, int64_t gi, int64_t gj
       const int64_t nj = min64(e.k.n - bj * e.block, e.block);
       weight_block<T, M, kCols>(pass, bi, bj, s.g);
       if (want_q) {
-        gemm_block<T, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g,
-                             kLdG, 1, p_cols + (bj - bj0) * e.block * NR, rows, nj);
+        gemm_block<T, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g, kLdG, 1,
+                             p_cols + (bj - bj0) * e.block * NR, rows, nj);
       }
       if (want_k && !(diagonal && bi == bj)) {
-        gemm_block<T, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g, 1,
-                            kLdG, s.p_rows + (bi - bi0) * e.block * NR, rows, ni);
+        gemm_block<T, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g, 1, kLdG,
+                            s.p_rows + (bi - bi0) * e.block * NR, rows, ni);
       }
     }
   }
@@ -159,14 +159,14 @@ void run(const Pass<T>& pass, const Scratch<T>* scratch, bool want_q, bool want_
   const int64_t nq = ceil_div(e.blocks(e.q), pass.group), nk = ceil_div(e.blocks(e.k), pass.group);
 #pragma omp parallel num_threads(e.args.n_threads)
   {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const Scratch<T>& s = scratch[thread];
+    const Scratch<T>& s = scratch[omp_get_thread_num()];
     if (e.args.self) {
-      for (int64_t b = thread; b < nq; b += team) group_pair<T, M, kCols>(pass, s, b, b, true, true, true);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t b = 0; b < nq; ++b) group_pair<T, M, kCols>(pass, s, b, b, true, true, true);
       const Tournament t(nq);
       for (int64_t round = 0; round < t.rounds(); ++round) {
-#pragma omp barrier
-        for (int64_t p = thread; p < t.pairs(); p += team) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t p = 0; p < t.pairs(); ++p) {
           int64_t a, b;
           if (t.pair(round, p, &a, &b)) group_pair<T, M, kCols>(pass, s, a, b, true, true, false);
         }
@@ -174,14 +174,15 @@ void run(const Pass<T>& pass, const Scratch<T>* scratch, bool want_q, bool want_
     } else if (want_k) {
       const int64_t rounds = max64(nq, nk);
       for (int64_t round = 0; round < rounds; ++round) {
-        for (int64_t i = thread; i < nq; i += team) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < nq; ++i) {
           const int64_t j = (i + round) % rounds;
           if (j < nk) group_pair<T, M, kCols>(pass, s, i, j, want_q, true, false);
         }
-#pragma omp barrier
       }
     } else {
-      for (int64_t i = thread; i < nq; i += team) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < nq; ++i) {
         for (int64_t j = 0; j < nk; ++j) group_pair<T, M, kCols>(pass, s, i, j, true, false, false);
       }
     }
@@ -199,8 +200,8 @@ void run_mode(const Pass<T>& pass, const Scratch<T>* scratch, bool want_q, bool 
 
 // Rows with nothing allowed have lse = -inf and get no gradient.
 template <class T>
-void fill_weight(const Engine<T>& e, const Weight<T>& w, const void* lse, const void* dlse, int64_t n,
-                 int64_t n_pad, double scale) {
+void fill_weight(const Engine<T>& e, const Weight<T>& w, const void* lse, const void* dlse, int64_t n, int64_t n_pad,
+                 double scale) {
   const T* l = static_cast<const T*>(lse);
   const T* g = static_cast<const T*>(dlse);
   for (int64_t i = 0; i < n_pad; ++i) {
@@ -284,8 +285,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   w.plan(&norms, 2 * args.n_threads);
   w.plan(&scratch_memory, (g_size + 2 * p_size) * args.n_threads);
   w.plan(&scratch, args.n_threads);
-  e.plan_side(w, e.q, true);
-  if (!args.self) e.plan_side(w, e.k, true);
+  e.plan_sides(w, true);
   w.plan(&pass.row.factor, e.q.n_pad);
   w.plan(&pass.row.lse, e.q.n_pad);
   if (!args.self && cols) {

@@ -17,7 +17,7 @@ namespace {
 // already, [n_pad][width = 1].
 template <class T>
 struct State {
-  T* max = nullptr;        // log2 units; only kOnline
+  T* max = nullptr;  // log2 units; only kOnline
   T* sum = nullptr;
   Int<T>* rank = nullptr;  // only with a threshold
   T* threshold = nullptr;  // [n_pad], in units of t
@@ -38,8 +38,8 @@ struct PanelColumns {
 };
 
 template <class T, Mode M, bool kCols, bool kMasked>
-inline __attribute__((always_inline)) void reduce_tile(const Pass<T>& pass, PanelColumns<T>& columns,
-                                                       const T* a, const T* b, int64_t i, bool col_rank) {
+inline __attribute__((always_inline)) void reduce_tile(const Pass<T>& pass, PanelColumns<T>& columns, const T* a,
+                                                       const T* b, int64_t i, bool col_rank) {
   constexpr int MR = Tile<T>::MR, NV = Tile<T>::NV, L = Tile<T>::L;
   const Engine<T>& e = pass.e;
   Vec<T> t[MR][NV];
@@ -189,7 +189,8 @@ void reduce_pair(const Pass<T>& pass, int64_t bi, int64_t bj) {
   }
 }
 
-// The schedule.  Every row (and column) meets the blocks of the other side in an order that depends on
+// The schedule.  The pairs of a round share no block, so it does not matter which thread takes which.
+// Every row (and column) meets the blocks of the other side in an order that depends on
 // the sizes only, so the sums have the same bits for any number of threads.
 template <class T, Mode M>
 void run(const Pass<T>& pass, bool want_col) {
@@ -197,13 +198,13 @@ void run(const Pass<T>& pass, bool want_col) {
   const int64_t nq = e.blocks(e.q), nk = e.blocks(e.k);
 #pragma omp parallel num_threads(e.args.n_threads)
   {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     if (e.args.self) {
-      for (int64_t b = thread; b < nq; b += team) reduce_pair<T, M, false>(pass, b, b);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t b = 0; b < nq; ++b) reduce_pair<T, M, false>(pass, b, b);
       const Tournament t(nq);
       for (int64_t round = 0; round < t.rounds(); ++round) {
-#pragma omp barrier
-        for (int64_t p = thread; p < t.pairs(); p += team) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t p = 0; p < t.pairs(); ++p) {
           int64_t a, b;
           if (t.pair(round, p, &a, &b)) reduce_pair<T, M, true>(pass, a, b);
         }
@@ -212,14 +213,15 @@ void run(const Pass<T>& pass, bool want_col) {
       // Latin square: in round r block i meets block (i + r) mod max, so no two share a column block.
       const int64_t rounds = max64(nq, nk);
       for (int64_t round = 0; round < rounds; ++round) {
-        for (int64_t i = thread; i < nq; i += team) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < nq; ++i) {
           const int64_t j = (i + round) % rounds;
           if (j < nk) reduce_pair<T, M, true>(pass, i, j);
         }
-#pragma omp barrier
       }
     } else {
-      for (int64_t i = thread; i < nq; i += team) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < nq; ++i) {
         for (int64_t j = 0; j < nk; ++j) reduce_pair<T, M, false>(pass, i, j);
       }
     }
@@ -228,8 +230,7 @@ void run(const Pass<T>& pass, bool want_col) {
 
 // Turns running reductions into results: lane sums of the row part, then the column part.
 template <class T>
-void finish(const Engine<T>& e, const State<T>& lanes, const State<T>& single, int64_t n, T* out,
-            int64_t* rank) {
+void finish(const Engine<T>& e, const State<T>& lanes, const State<T>& single, int64_t n, T* out, int64_t* rank) {
   constexpr int L = Tile<T>::L;
   for (int64_t i = 0; i < n; ++i) {
     double max = -HUGE_VAL, sum = 0;
@@ -298,8 +299,7 @@ int forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
   double* norms = nullptr;
   w.plan(&buffers, e.d_pad * args.n_threads);
   w.plan(&norms, 2 * args.n_threads);
-  e.plan_side(w, e.q, true);
-  if (!args.self) e.plan_side(w, e.k, true);
+  e.plan_sides(w, true);
   plan_state(w, pass.row, e.q.n_pad * L, e.q.n_pad, true, ranks);
   if (cols) plan_state(w, pass.col, e.k.n_pad, e.k.n_pad, true, col_ranks);
   if (!w.allocate()) return -1;

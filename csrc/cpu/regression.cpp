@@ -5,19 +5,20 @@
 //
 // Plain-torch twin: sslkernels/reference.py (byol_loss).
 
+#include <omp.h>
+
 #include "kernels.h"
 #include "rows.h"
 #include "workspace.h"
 
-#include <omp.h>
-
 SSLK_BEGIN
 namespace {
 
-// State of a row for backward: inverse norms and cosine.
+// State of a row for backward: norms (at least eps) and cosine.  Rows are divided by their norm, not
+// multiplied with an inverse, so that a row of one feature becomes exactly 1 and its gradient exactly 0.
 template <class T>
 struct RowState {
-  T inv_p, inv_t, cosine;
+  T norm_p, norm_t, cosine;
 };
 
 constexpr int64_t kSerialElements = 1 << 15;  // below: one thread
@@ -52,15 +53,14 @@ int forward(const RegressionArgs& args, RowState<T>* state, T* loss) {
       call.p.row(i, x);
       call.t.row(i, y);
       RowState<T>& s = state[i];
-      s.inv_p = inverse_norm(x, d);
-      s.inv_t = inverse_norm(y, d);
-      s.cosine = dot(x, y, d) * s.inv_p * s.inv_t;
+      s.norm_p = clamped_norm(x, d);
+      s.norm_t = clamped_norm(y, d);
+      for (int64_t c = 0; c < d; ++c) x[c] /= s.norm_p, y[c] /= s.norm_t;
+      s.cosine = dot(x, y, d);
       // |p_hat|^2 + |t_hat|^2 - |p_hat - t_hat|^2 = 2 cos; a row shorter than eps is not a unit vector.
-      const bool unit = s.inv_p < T(1 / kNormEps) && s.inv_t < T(1 / kNormEps);
-      T sum = 0;
-      for (int64_t c = 0; c < d; ++c) x[c] = x[c] * s.inv_p - y[c] * s.inv_t;
-      sum = T(squared_norm(x, d));
-      row_loss[i] = unit ? sum : T(2) - T(2) * s.cosine;
+      const bool unit = s.norm_p > T(kNormEps) && s.norm_t > T(kNormEps);
+      for (int64_t c = 0; c < d; ++c) x[c] -= y[c];
+      row_loss[i] = unit ? T(squared_norm(x, d)) : T(2) - T(2) * s.cosine;
     }
   }
   if (args.reduction == Reduction::none) {
@@ -93,10 +93,10 @@ int backward(const RegressionArgs& args, const RowState<T>* state, const T* dlos
       call.t.row(i, y);
       const RowState<T>& s = state[i];
       const double g = double(dloss[args.reduction == Reduction::none ? i * dloss_stride : 0]) * mean;
-      // d loss / dp = -2 inv_p (t_hat - cos p_hat); with |p| below eps the norm is a constant.
-      const T along = s.inv_p < T(1 / kNormEps) ? s.cosine : T(0);
-      const T factor = T(-2.0 * g) * s.inv_p;
-      for (int64_t c = 0; c < d; ++c) x[c] = factor * (y[c] * s.inv_t - along * (x[c] * s.inv_p));
+      // d loss / dp = -2 (t_hat - cos p_hat) / |p|; with |p| below eps the norm is a constant.
+      const T along = s.norm_p > T(kNormEps) ? s.cosine : T(0);
+      const T factor = T(-2.0 * g / double(s.norm_p));
+      for (int64_t c = 0; c < d; ++c) x[c] = factor * (y[c] / s.norm_t - along * (x[c] / s.norm_p));
       write_row<T>(args.dtype, x, d, dprediction, i * d);
     }
   }
@@ -106,18 +106,16 @@ int backward(const RegressionArgs& args, const RowState<T>* state, const T* dlos
 }  // namespace
 
 int regression_forward(const RegressionArgs& args, void* state, void* loss) {
-  return args.dtype == DType::f64
-             ? forward(args, static_cast<RowState<double>*>(state), static_cast<double*>(loss))
-             : forward(args, static_cast<RowState<float>*>(state), static_cast<float*>(loss));
+  return args.dtype == DType::f64 ? forward(args, static_cast<RowState<double>*>(state), static_cast<double*>(loss))
+                                  : forward(args, static_cast<RowState<float>*>(state), static_cast<float*>(loss));
 }
 
 int regression_backward(const RegressionArgs& args, const void* state, const void* dloss, int64_t dloss_stride,
                         void* dprediction) {
-  return args.dtype == DType::f64
-             ? backward(args, static_cast<const RowState<double>*>(state), static_cast<const double*>(dloss),
-                        dloss_stride, dprediction)
-             : backward(args, static_cast<const RowState<float>*>(state), static_cast<const float*>(dloss),
-                        dloss_stride, dprediction);
+  return args.dtype == DType::f64 ? backward(args, static_cast<const RowState<double>*>(state),
+                                             static_cast<const double*>(dloss), dloss_stride, dprediction)
+                                  : backward(args, static_cast<const RowState<float>*>(state),
+                                             static_cast<const float*>(dloss), dloss_stride, dprediction);
 }
 
 SSLK_END

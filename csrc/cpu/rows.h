@@ -74,9 +74,14 @@ inline double squared_norm(const T* x, int64_t d) {
 constexpr double kNormEps = 1e-12;
 
 template <class T>
-inline T inverse_norm(const T* x, int64_t d) {
+inline T clamped_norm(const T* x, int64_t d) {
   const double norm = std::sqrt(squared_norm(x, d));
-  return T(1.0 / (norm < kNormEps ? kNormEps : norm));  // a NaN norm stays NaN
+  return T(norm < kNormEps ? kNormEps : norm);  // a NaN norm stays NaN
+}
+
+template <class T>
+inline T inverse_norm(const T* x, int64_t d) {
+  return T(1) / clamped_norm(x, d);
 }
 
 template <class T>

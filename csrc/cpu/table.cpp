@@ -11,9 +11,8 @@ SSLK_BEGIN
 
 const Kernels& table() {
   static const Kernels kernels = {
-      SSLK_STRING(SSLK_ISA_NS), pairwise_forward, pairwise_backward, attend, extremes,
-      contrastive_forward, contrastive_backward, regression_forward, regression_backward,
-      ema_update, enqueue,
+      SSLK_STRING(SSLK_ISA_NS), pairwise_forward,   pairwise_backward,   attend,     extremes, contrastive_forward,
+      contrastive_backward,     regression_forward, regression_backward, ema_update, enqueue,
   };
   return kernels;
 }

@@ -84,8 +84,8 @@ inline __attribute__((always_inline)) void zero_tile(Vec<T> (&acc)[Tile<T>::MR][
 
 // One panel of gemm_block: C[0:rows][0:NV*L] += A P for a panel that is NV vectors wide.
 template <class T, int NV, bool kUnitRow>
-inline void gemm_panel(T* c, int64_t ldc, int64_t rows, const T* a, int64_t a_row, int64_t a_k,
-                       const T* p, int64_t depth) {
+inline void gemm_panel(T* c, int64_t ldc, int64_t rows, const T* a, int64_t a_row, int64_t a_k, const T* p,
+                       int64_t depth) {
   constexpr int MR = Tile<T>::MR, L = Tile<T>::L;
   for (int64_t i = 0; i < rows; i += MR) {
     T* ci = c + i * ldc;
@@ -108,8 +108,8 @@ inline void gemm_panel(T* c, int64_t ldc, int64_t rows, const T* a, int64_t a_ro
 // `rows` is a multiple of MR (C is padded), ldc a multiple of L; the last panel is as many vectors
 // wide as D needs, which is what keeps odd D cheap.
 template <class T, bool kUnitRow>
-inline void gemm_block(T* c, int64_t ldc, int64_t rows, int64_t d, const T* a, int64_t a_row,
-                       int64_t a_k, const T* p, int64_t p_rows, int64_t depth) {
+inline void gemm_block(T* c, int64_t ldc, int64_t rows, int64_t d, const T* a, int64_t a_row, int64_t a_k, const T* p,
+                       int64_t p_rows, int64_t depth) {
   constexpr int NR = Tile<T>::NR, NV = Tile<T>::NV, L = Tile<T>::L;
   for (int64_t d0 = 0; d0 < d; d0 += NR, p += p_rows * NR) {
     const int64_t vectors = ceil_div(min64(NR, d - d0), L);

@@ -203,18 +203,10 @@ __global__ void __launch_bounds__(kEmaThreads, kEmaBlocksPerMultiprocessor) ema_
     const EmaTensor tensor = args.tensors[chunk.tensor];
     random.tensor = tensor.index;
     switch (tensor.dst_dtype) {
-      case kFloat32:
-        dispatch_source<float, kStochastic>(tensor, chunk, decay, random);
-        break;
-      case kFloat64:
-        dispatch_source<double, kStochastic>(tensor, chunk, decay, random);
-        break;
-      case kBFloat16:
-        dispatch_source<__nv_bfloat16, kStochastic>(tensor, chunk, decay, random);
-        break;
-      case kFloat16:
-        dispatch_source<__half, kStochastic>(tensor, chunk, decay, random);
-        break;
+      case kFloat32: dispatch_source<float, kStochastic>(tensor, chunk, decay, random); break;
+      case kFloat64: dispatch_source<double, kStochastic>(tensor, chunk, decay, random); break;
+      case kBFloat16: dispatch_source<__nv_bfloat16, kStochastic>(tensor, chunk, decay, random); break;
+      case kFloat16: dispatch_source<__half, kStochastic>(tensor, chunk, decay, random); break;
     }
   }
 

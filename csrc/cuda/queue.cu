@@ -108,20 +108,11 @@ __global__ void __launch_bounds__(kEnqueueThreads) enqueue_kernel(EnqueueArgs ar
 template <typename Key>
 int launch(const EnqueueArgs& args, int32_t queue_dtype, unsigned blocks, void* stream) {
   switch (queue_dtype) {
-    case kFloat32:
-      SSLK_LAUNCH((enqueue_kernel<Key, float>), blocks, kEnqueueThreads, stream, args);
-      break;
-    case kFloat64:
-      SSLK_LAUNCH((enqueue_kernel<Key, double>), blocks, kEnqueueThreads, stream, args);
-      break;
-    case kBFloat16:
-      SSLK_LAUNCH((enqueue_kernel<Key, __nv_bfloat16>), blocks, kEnqueueThreads, stream, args);
-      break;
-    case kFloat16:
-      SSLK_LAUNCH((enqueue_kernel<Key, __half>), blocks, kEnqueueThreads, stream, args);
-      break;
-    default:
-      return cudaErrorInvalidValue;
+    case kFloat32: SSLK_LAUNCH((enqueue_kernel<Key, float>), blocks, kEnqueueThreads, stream, args); break;
+    case kFloat64: SSLK_LAUNCH((enqueue_kernel<Key, double>), blocks, kEnqueueThreads, stream, args); break;
+    case kBFloat16: SSLK_LAUNCH((enqueue_kernel<Key, __nv_bfloat16>), blocks, kEnqueueThreads, stream, args); break;
+    case kFloat16: SSLK_LAUNCH((enqueue_kernel<Key, __half>), blocks, kEnqueueThreads, stream, args); break;
+    default: return cudaErrorInvalidValue;
   }
   return cudaGetLastError();
 }
@@ -138,16 +129,11 @@ int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int
   const int64_t wanted = (rows + kWarps - 1) / kWarps;
   const unsigned blocks = static_cast<unsigned>(wanted < kMaxTickets ? wanted : kMaxTickets);
   switch (key_dtype) {
-    case kFloat32:
-      return launch<float>(args, queue_dtype, blocks, stream);
-    case kFloat64:
-      return launch<double>(args, queue_dtype, blocks, stream);
-    case kBFloat16:
-      return launch<__nv_bfloat16>(args, queue_dtype, blocks, stream);
-    case kFloat16:
-      return launch<__half>(args, queue_dtype, blocks, stream);
-    default:
-      return cudaErrorInvalidValue;
+    case kFloat32: return launch<float>(args, queue_dtype, blocks, stream);
+    case kFloat64: return launch<double>(args, queue_dtype, blocks, stream);
+    case kBFloat16: return launch<__nv_bfloat16>(args, queue_dtype, blocks, stream);
+    case kFloat16: return launch<__half>(args, queue_dtype, blocks, stream);
+    default: return cudaErrorInvalidValue;
   }
 }
 

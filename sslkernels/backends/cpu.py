@@ -33,7 +33,13 @@ except ImportError as error:
 from sslkernels.backends.updates_cpu import CopyPlan, EmaPlan, enqueue_  # noqa: E402
 
 __all__ = [
-    "CopyPlan", "EmaPlan", "attend", "enqueue_", "extremes", "pairwise_backward", "pairwise_forward",
+    "CopyPlan",
+    "EmaPlan",
+    "attend",
+    "enqueue_",
+    "extremes",
+    "pairwise_backward",
+    "pairwise_forward",
 ]
 
 # csrc/sslkernels.h: enum class DType, enum class Kind
@@ -183,7 +189,6 @@ def contrastive_forward(
     ids_k: Tensor | None,
     normalize: bool,
     reduction: str,
-    bf16_operands: bool,
     want_rank: bool,
 ) -> tuple[Tensor, ...]:
     """A whole loss; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
@@ -205,7 +210,7 @@ def contrastive_forward(
     _C.contrastive_forward(
         LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
         a.stride(0), b.data_ptr(), b.stride(0), _address(bank), bank_rows, bank_stride,
-        scale.data_ptr(), _address(ids_q), _address(ids_k), torch.get_num_threads(), bf16_operands,
+        scale.data_ptr(), _address(ids_q), _address(ids_k), torch.get_num_threads(),
         lse.data_ptr(), positive.data_ptr(), inv.data_ptr(), mean_key.data_ptr(), loss.data_ptr(),
         rank.data_ptr(),
     )  # fmt: skip
@@ -222,7 +227,6 @@ def contrastive_backward(
     ids_k: Tensor | None,
     normalize: bool,
     reduction: str,
-    bf16_operands: bool,
     lse: Tensor,
     positive: Tensor,
     inv: Tensor,
@@ -243,8 +247,39 @@ def contrastive_backward(
     dscale = _C.contrastive_backward(
         LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
         a.stride(0), b.data_ptr(), b.stride(0), 0, 0, d, scale.data_ptr(), _address(ids_q),
-        _address(ids_k), torch.get_num_threads(), bf16_operands, lse.data_ptr(),
+        _address(ids_k), torch.get_num_threads(), lse.data_ptr(),
         positive.data_ptr(), inv.data_ptr(), mean_key.data_ptr(), dloss.data_ptr(), stride,
         da.data_ptr() if want_da else 0, db.data_ptr() if want_db else 0, want_dscale,
     )  # fmt: skip
     return da, db, torch.scalar_tensor(dscale, dtype=lse.dtype)
+
+
+def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """2 - 2 cos by rows; see :mod:`sslkernels.ops.regression`."""
+    prediction, target = _unit_rows(prediction), _unit_rows(target)
+    n, d = prediction.shape
+    acc = accumulator(prediction.dtype)
+    state = torch.empty((n, 3), dtype=acc)
+    loss = torch.empty((n,) if reduction == "none" else (), dtype=acc)
+    _C.regression_forward(
+        REDUCTIONS[reduction], DTYPES[prediction.dtype], d, n, prediction.data_ptr(),
+        prediction.stride(0), target.data_ptr(), target.stride(0), torch.get_num_threads(),
+        state.data_ptr(), loss.data_ptr(),
+    )  # fmt: skip
+    return loss, state
+
+
+def regression_backward(
+    prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dloss: Tensor
+) -> Tensor:
+    """The gradient of the prediction; see :mod:`sslkernels.ops.regression`."""
+    prediction, target = _unit_rows(prediction), _unit_rows(target)
+    n, d = prediction.shape
+    out = torch.empty((n, d), dtype=prediction.dtype)
+    _C.regression_backward(
+        REDUCTIONS[reduction], DTYPES[prediction.dtype], d, n, prediction.data_ptr(),
+        prediction.stride(0), target.data_ptr(), target.stride(0), torch.get_num_threads(),
+        state.data_ptr(), dloss.data_ptr(), dloss.stride(0) if reduction == "none" else 0,
+        out.data_ptr(),
+    )  # fmt: skip
+    return out

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sslkernels import distributed
 from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
 from sslkernels.functional.pairwise import nt_xent_multiview
-from sslkernels.ops.pairwise import attend, pairwise
+from sslkernels.ops.contrastive import Contrastive, contrastive
+from sslkernels.ops.pairwise import pairwise
 
 
 def nt_xent_loss(
@@ -22,6 +24,7 @@ def nt_xent_loss(
     *,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    group: distributed.Group = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """NT-Xent, the loss of SimCLR: each view must find the other view of its sample.
@@ -44,7 +47,10 @@ def nt_xent_loss(
         temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first; False takes them as they are.
         reduction: "mean" over the V * N rows, "sum", or "none": [V * N] in the order of cat(views).
-        return_metrics: Whether to return ContrastiveMetrics as well.
+        group: A torch.distributed group, or True for the default one: negatives from every rank.  The
+            loss is that of the joined batch and the gradient W times its gradient (W ranks), so that
+            DDP's averaging of parameter gradients gives single-process training on the joined batch.
+        return_metrics: Whether to return ContrastiveMetrics as well (not with ``group``).
 
     Returns:
         The loss, or (loss, ContrastiveMetrics).
@@ -80,7 +86,24 @@ def nt_xent_loss(
         checks.check_pair(op, names[0], views[0], name, view)
     checks.check_reduction(op, reduction)
     scale = checks.inverse_temperature(op, temperature, views[0])
-    return nt_xent_multiview(views, scale, normalize, reduction, return_metrics)
+    if len(views) > 2:
+        if group is not None:
+            raise ValueError(f"{op}: group works with two views, got {len(views)}")
+        return nt_xent_multiview(views, scale, normalize, reduction, return_metrics)
+    a, b = views
+    if group is not None:
+        if return_metrics:
+            raise ValueError(f"{op}: return_metrics must be False with group")
+        return distributed.global_nt_xent(a, b, scale, normalize, reduction, group)
+    out = contrastive(
+        "joint", a, b, scale=scale, normalize=normalize, reduction=reduction,
+        want_rank=return_metrics,
+    )  # fmt: skip
+    if not return_metrics:
+        return out.loss
+    z = common.unit(torch.cat((a, b)).detach(), normalize)
+    ids = torch.arange(len(a), device=a.device).repeat(2)
+    return out.loss, _metrics(out, common.mean_negative(z, z, ids, ids))
 
 
 def info_nce_loss(
@@ -146,30 +169,60 @@ def info_nce_loss(
     scale = checks.inverse_temperature(op, temperature, query)
     ids_q, ids_k = _info_nce_ids(op, query, negative_keys, query_ids, negative_ids)
 
+    if negative_keys is None:
+        out = contrastive(
+            "cross", query, positive_key, scale=scale, ids_q=ids_q, normalize=normalize,
+            reduction=reduction, want_rank=return_metrics,
+        )  # fmt: skip
+        if not return_metrics:
+            return out.loss
+        ids = torch.arange(len(query), device=query.device) if ids_q is None else ids_q
+        q, k = (common.unit(x.detach(), normalize) for x in (query, positive_key))
+        return out.loss, _metrics(out, common.mean_negative(q, k, ids, ids))
+    keys_need_grad = negative_keys.requires_grad and torch.is_grad_enabled()
+    if negative_keys.ndim == 2 and not keys_need_grad:
+        out = contrastive(
+            "bank", query, positive_key, negative_keys.detach(), scale=scale, ids_q=ids_q,
+            ids_k=ids_k, normalize=normalize, reduction=reduction,
+            want_rank=return_metrics,
+        )  # fmt: skip
+        if not return_metrics:
+            return out.loss
+        q, k = (common.unit(x.detach(), normalize) for x in (query, negative_keys))
+        return out.loss, _metrics(out, common.mean_negative(q, k, ids_q, ids_k))
+    return _composed_info_nce(
+        query,
+        positive_key,
+        negative_keys,
+        scale,
+        ids_q,
+        ids_k,
+        normalize,
+        reduction,
+        return_metrics,
+    )
+
+
+def _metrics(out: Contrastive, negative_similarity: Tensor) -> ContrastiveMetrics:
+    return common.metrics(out.rank, out.positive, negative_similarity)
+
+
+def _composed_info_nce(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor, ids_q: Tensor | None,
+    ids_k: Tensor | None, normalize: bool, reduction: Reduction, return_metrics: bool,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:  # fmt: skip
+    """Negative keys that need a gradient, or paired ones."""
     q = common.unit(query, normalize)
     k = common.unit(positive_key, normalize)
     similarity = common.dots(q, k)
     positive = similarity * scale
-    threshold = positive if return_metrics else None
     negative_similarity = None
-    if negative_keys is None:
-        if ids_q is None:
-            ids_q = torch.arange(len(q), device=q.device)
-        lse, _, rank, _ = pairwise(
-            "lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_q, threshold_row=threshold
-        )
-        if return_metrics:
-            negative_similarity = common.mean_negative(q, k, ids_q, ids_q)
-    elif negative_keys.ndim == 2:
+    if negative_keys.ndim == 2:
         negatives = common.unit(negative_keys, normalize)
-        if negatives.requires_grad and torch.is_grad_enabled():
-            lse, _, rank, _ = pairwise(
-                "lse", q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k, threshold_row=threshold
-            )
-        else:
-            lse, _, rank = attend(
-                q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k, threshold=threshold
-            )
+        lse, _, rank, _ = pairwise(
+            "lse", q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k,
+            threshold_row=positive if return_metrics else None,
+        )  # fmt: skip
         if return_metrics:
             negative_similarity = common.mean_negative(q, negatives, ids_q, ids_k)
     else:
@@ -251,6 +304,7 @@ def clip_loss(
     *,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    group: distributed.Group = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """CLIP's symmetric cross-entropy over image-text pairs.
@@ -267,6 +321,9 @@ def clip_loss(
             which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
+        group: A torch.distributed group, or True for the default one: negatives from every rank.  The
+            loss is that of the joined batch and the gradient W times its gradient (W ranks), so that
+            DDP's averaging of parameter gradients gives single-process training on the joined batch.
         return_metrics: Whether to return ContrastiveMetrics of both directions together as well.
 
     Returns:
@@ -284,27 +341,21 @@ def clip_loss(
     checks.check_pair(op, "image_features", image_features, "text_features", text_features)
     checks.check_reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
-    x, y = common.unit(image_features, normalize), common.unit(text_features, normalize)
-    similarity = common.dots(x, y)
-    positive = similarity * scale
-    threshold = positive if return_metrics else None
-    ids = torch.arange(len(x), device=x.device)
-    row, col, rank_row, rank_col = pairwise(
-        "lse",
-        x,
-        y,
-        scale=scale,
-        ids_q=ids,
-        ids_k=ids,
-        want_col=True,
-        threshold_row=threshold,
-        threshold_col=threshold,
-    )
-    loss = common.reduce((common.nll(row, positive) + common.nll(col, positive)) / 2, reduction)
+    if group is not None:
+        if return_metrics:
+            raise ValueError(f"{op}: return_metrics must be False with group")
+        return distributed.global_clip(
+            image_features, text_features, scale, normalize, reduction, group
+        )
+    out = contrastive(
+        "both", image_features, text_features, scale=scale, normalize=normalize,
+        reduction=reduction, want_rank=return_metrics,
+    )  # fmt: skip
     if not return_metrics:
-        return loss
-    rank = torch.cat((rank_row, rank_col))
-    return loss, common.metrics(rank, similarity, common.mean_negative(x, y, ids, ids))
+        return out.loss
+    x, y = (common.unit(f.detach(), normalize) for f in (image_features, text_features))
+    ids = torch.arange(len(x), device=x.device)
+    return out.loss, _metrics(out, common.mean_negative(x, y, ids, ids))
 
 
 def dcl_loss(

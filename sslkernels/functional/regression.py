@@ -8,6 +8,7 @@ from torch import Tensor
 from sslkernels._types import Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
+from sslkernels.ops.regression import regression
 
 
 def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -33,7 +34,7 @@ def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mea
     op = "byol_loss"
     checks.check_pair(op, "prediction", prediction, "target", target)
     checks.check_reduction(op, reduction)
-    return common.reduce(2 - 2 * _cosine(prediction, target), reduction)
+    return regression(prediction, target.detach(), reduction)
 
 
 def byol_loss_symmetric(

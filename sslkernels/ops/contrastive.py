@@ -40,7 +40,7 @@ EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional
 
 _SHARED = (
     "str layout, Tensor a, Tensor b, Tensor? bank, Tensor scale, Tensor? ids_q, Tensor? ids_k, "
-    "bool normalize, str reduction, bool bf16_operands"
+    "bool normalize, str reduction"
 )
 define(
     f"contrastive({_SHARED}, bool want_rank) "
@@ -99,7 +99,13 @@ class _Rows(NamedTuple):
 
     @classmethod
     def make(
-        cls, layout: str, a: Tensor, b: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, inv: Tensor
+        cls,
+        layout: str,
+        a: Tensor,
+        b: Tensor,
+        ids_q: Tensor | None,
+        ids_k: Tensor | None,
+        inv: Tensor,
     ) -> _Rows:
         n = a.shape[0]
         a = _unit(a, inv[:n] if len(inv) or not n else None)
@@ -223,14 +229,12 @@ def _normalize_backward(x_hat: Tensor, inv: Tensor, g: Tensor) -> Tensor:
 
 def _forward(
     layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str, bf16_operands: bool, want_rank: bool,
+    ids_k: Tensor | None, normalize: bool, reduction: str, want_rank: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     backend = registry.resolve(a.device)
     fused = getattr(backend, "contrastive_forward", None)
     if fused is not None:
-        return fused(
-            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, want_rank
-        )
+        return fused(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank)
     with no_autocast(a.device):
         return tuple(
             _composed_forward(
@@ -241,7 +245,7 @@ def _forward(
 
 def _backward(
     layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str, bf16_operands: bool, lse: Tensor,
+    ids_k: Tensor | None, normalize: bool, reduction: str, lse: Tensor,
     positive: Tensor, inv: Tensor, mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool,
     want_dscale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -249,7 +253,7 @@ def _backward(
     fused = getattr(backend, "contrastive_backward", None)
     if fused is not None:
         return fused(
-            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, lse,
+            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, lse,
             positive, inv, mean_key, dloss, want_da, want_db, want_dscale,
         )  # fmt: skip
     with no_autocast(a.device):
@@ -259,9 +263,7 @@ def _backward(
         )  # fmt: skip
 
 
-def _forward_fake(
-    layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, want_rank
-):  # type: ignore[no-untyped-def]
+def _forward_fake(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank):  # type: ignore[no-untyped-def]
     acc = accumulation_dtype(a.dtype)
     n = a.shape[0]
     rows = 2 * n if layout in ("joint", "both") else n
@@ -279,7 +281,7 @@ def _forward_fake(
 
 
 def _backward_fake(
-    layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, lse, positive, inv,
+    layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, lse, positive, inv,
     mean_key, dloss, want_da, want_db, want_dscale,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     return (
@@ -297,8 +299,8 @@ class _ContrastiveFunction(torch.autograd.Function):
     def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
         with below_autograd():
             out = torch.ops.sslkernels.contrastive.default(*args)
-        layout, a, b, _, scale, ids_q, ids_k, normalize, reduction, bf16_operands, _ = args
-        ctx.plain = (layout, normalize, reduction, bf16_operands, registry.override())
+        layout, a, b, _, scale, ids_q, ids_k, normalize, reduction, _ = args
+        ctx.plain = (layout, normalize, reduction, registry.override())
         loss, *state, rank = out
         # Of the bank nothing is kept: it may be overwritten before backward.
         ctx.save_for_backward(a, b, scale, ids_q, None if layout == "bank" else ids_k, *state)
@@ -310,13 +312,13 @@ class _ContrastiveFunction(torch.autograd.Function):
     @once_differentiable("sslkernels::contrastive")
     def backward(ctx: Any, dloss, *_):  # type: ignore[no-untyped-def]
         if dloss is None:
-            return (None,) * 11
-        layout, normalize, reduction, bf16_operands, backend = ctx.plain
+            return (None,) * 10
+        layout, normalize, reduction, backend = ctx.plain
         a, b, scale, ids_q, ids_k, lse, positive, inv, mean_key = ctx.saved_tensors
         _, need_a, need_b, _, need_scale, *_ = ctx.needs_input_grad
         with below_autograd(), registry.backend(backend):
             da, db, dscale = torch.ops.sslkernels.contrastive_backward.default(
-                layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, bf16_operands, lse,
+                layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, lse,
                 positive, inv, mean_key, dloss, need_a, need_b, need_scale,
             )  # fmt: skip
         return (
@@ -325,7 +327,7 @@ class _ContrastiveFunction(torch.autograd.Function):
             db if need_b else None,
             None,
             dscale if need_scale else None,
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 
@@ -354,7 +356,6 @@ def contrastive(
     ids_k: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
-    bf16_operands: bool = False,
     want_rank: bool = False,
 ) -> Contrastive:
     """One op for a whole loss; see the module for the layouts and the formula.
@@ -372,11 +373,10 @@ def contrastive(
         ids_k: [K] int64, layout "bank" with ids_q only.
         normalize: Whether rows (of the bank too) are divided by max(norm, 1e-12) first.
         reduction: "mean", "sum" or "none".
-        bf16_operands: Whether products may round their operands to bfloat16.
         want_rank: Whether to count the negatives above each positive.
     """
     return Contrastive(
         *torch.ops.sslkernels.contrastive.default(
-            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16_operands, want_rank
+            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank
         )
     )
