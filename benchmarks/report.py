@@ -94,13 +94,12 @@ def _comparison(rows: list[Row], metric: str, show: Callable[[Row], str]) -> str
     providers = _unique(row["provider"] for row in measured)
     providers.sort(key=lambda name: name != OURS)
     lines = []
-    several = len({row["allocator"] for row in measured}) > 1
     for shape, dtype, allocator in _cases(measured):
         here = _pick(rows, shape=shape, dtype=dtype, allocator=allocator)
         values = {row["provider"]: row for row in here if row["metric"] == metric}
         reasons = {row["provider"]: row["metric"] for row in here if row["metric"] in NOT_MEASURED}
         label = shape if dtype == "float32" else f"{shape} {dtype}"
-        cells = [f"{label}, malloc {allocator}" if several and allocator != DEFAULT else label]
+        cells = [label if allocator == DEFAULT else f"{label}, malloc {allocator}"]
         ours = values.get(OURS)
         for name in providers:
             if name not in values:
@@ -135,8 +134,8 @@ def _losses(rows: list[Row]) -> list[str]:
         for row in _pick(times, **same):
             if not row["provider"].startswith(OURS) and row["p50"] < 0.99 * ours["p50"]:
                 lines.append(
-                    f"- {row['op']} {row['shape']}: {row['provider']} takes {_seconds(row['p50'])}, "
-                    f"ours {_seconds(ours['p50'])}"
+                    f"- {row['op']} {row['shape']}: {row['provider']} takes "
+                    f"{_seconds(row['p50'])}, ours {_seconds(ours['p50'])}"
                 )
     return lines
 
@@ -170,10 +169,10 @@ def _heading(rows: list[Row]) -> str:
 
 
 NOTE = (
-    "Medians; ± is half the distance of the quartiles. (2x): that contender takes twice as long, or "
-    "twice as much memory, as ours. Every contender was checked against float64 before it was timed, "
-    "and all took turns in one process. malloc: `default`, or `pages kept`: glibc told to keep freed "
-    "memory, which spares eager PyTorch the page faults of its large buffers."
+    "Medians; ± is half the distance of the quartiles. (2x): that contender takes twice as long, "
+    "or twice as much memory, as ours. Every contender was checked against float64 before it was "
+    "timed, and all took turns in one process. malloc: `default`, or `pages kept`: glibc told to "
+    "keep freed memory, which spares eager PyTorch the page faults of its large buffers."
 )
 
 
