@@ -73,7 +73,7 @@ def test_the_file_may_name_the_data(tmp_path: Path) -> None:
         (["simclr", "--batch-size", "5000"], "--batch-size 5000 is larger than the 1437"),
         (["simclr", "--optimizer", "magic"], "--optimizer: expected one of 'sgd', 'adamw', 'lars'"),
         (["simclr", "--temperature", "0"], "--temperature must be greater than 0, got 0"),
-        (["simclr", "--micro-batch", "64"], "--micro-batch cannot be used with simclr"),
+        (["simclr", "--micro-batch", "-1"], "--micro-batch must be at least 0, got -1"),
         (["simclr", "--data", "/no/where"], "no such file or folder: /no/where"),
         (["simclr", "--config", "/no/where.yaml"], "File does not exist: '/no/where.yaml'"),
         (["simclr", "--resume", "/no/where"], "is not a run folder"),

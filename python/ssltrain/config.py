@@ -78,7 +78,7 @@ class TrainConfig:
     epochs: int = _option(100, "optimisation", "passes over the training images")
     batch_size: int = _option(256, "optimisation", "images a step, over all processes")
     micro_batch: int = _option(
-        0, "optimisation", "images a forward pass and process; 0 is the whole batch (byol, moco)"
+        0, "optimisation", "images a forward pass and process; 0 is the whole batch"
     )
     optimizer: Literal["sgd", "adamw", "lars"] = _option("sgd", "optimisation", "optimiser")
     base_lr: float = _option(0.06, "optimisation", "learning rate for 256 images a step")
@@ -122,11 +122,6 @@ class TrainConfig:
         self._check("crop_min", 0 < self.crop_min <= 1, "greater than 0 and at most 1")
         self._check("zoom", self.zoom < 1, "less than 1")
         self._check("batch_size", self.batch_size >= 2, "at least 2 (a loss needs negatives)")
-        if self.micro_batch and self.method == "simclr":
-            raise UserError(
-                "--micro-batch cannot be used with simclr: every image of the batch is a negative "
-                "of every other, so splitting it changes the loss; lower --batch-size instead"
-            )
         return self
 
     def _check(self, name: str, holds: bool, what: str) -> None:

@@ -8,15 +8,14 @@ losses, the queue and the moving average are those of ``sslkernels``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from inspect import signature
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 import sslkernels
+from sslkernels.grad_cache import cached_step
 from ssltrain.config import TrainConfig
-from ssltrain.errors import UserError
 from ssltrain.models import Encoder, Network, mlp_head
 from ssltrain.parallel import World, unwrap
 
@@ -91,13 +90,6 @@ class SimCLR(Method):
         super().__init__(config, world, total_steps)
         projector = mlp_head(encoder.dim, config.projector_hidden, config.projector_dim)
         self.online = world.wrap(Network(encoder, projector))
-        # Negatives come from every process.
-        self.across: dict[str, Any] = {"group": True} if world.size > 1 else {}
-        if self.across and "group" not in signature(sslkernels.nt_xent_loss).parameters:
-            raise UserError(
-                "simclr on several processes needs sslkernels.nt_xent_loss(group=...), which this "
-                "version lacks; use one process, or byol or moco"
-            )
 
     @property
     def network(self) -> Network:
@@ -107,13 +99,37 @@ class SimCLR(Method):
 
     def train_step(self, view_1: Tensor, view_2: Tensor) -> StepMetrics:
         """Every view must find its partner among all views of the batch."""
+        if self.config.micro_batch:
+            return self._train_step_in_parts(view_1, view_2)
         with self.autocast():
             z1, z2 = self.online(torch.cat([view_1, view_2])).chunk(2)
-        loss, metrics = sslkernels.nt_xent_loss(
-            z1, z2, self.config.temperature, return_metrics=True, **self.across
-        )
+        loss, metrics = self._loss(z1, z2)
         loss.backward()
         return StepMetrics(loss.detach(), *metrics)
+
+    def _loss(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, sslkernels.ContrastiveMetrics]:
+        """NT-Xent over the batch of all processes, and metrics over that of this one."""
+        temperature = self.config.temperature
+        with torch.set_grad_enabled(self.world.size == 1):
+            here = sslkernels.nt_xent_loss(z1, z2, temperature, return_metrics=True)
+        loss, metrics = cast(tuple[Tensor, sslkernels.ContrastiveMetrics], here)
+        if self.world.size > 1:
+            everywhere = sslkernels.nt_xent_loss(z1, z2, temperature, group=True)
+            loss = cast(Tensor, everywhere)
+        return loss, metrics
+
+    def _train_step_in_parts(self, view_1: Tensor, view_2: Tensor) -> StepMetrics:
+        """The same gradient with the activations of one micro-batch at a time."""
+        metrics: list[Tensor] = []
+
+        def loss_fn(z1: Tensor, z2: Tensor) -> Tensor:
+            loss, found = self._loss(z1, z2)
+            metrics.extend(found)
+            return loss
+
+        with self.autocast():
+            loss = cached_step(self.online, (view_1, view_2), loss_fn, self.config.micro_batch)
+        return StepMetrics(loss, *metrics)
 
 
 class Predicting(nn.Module):
