@@ -92,6 +92,18 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+@pytest.mark.parametrize("name", [name for name in engines() if name != "chunked"])
+def test_the_sum_is_rounded_once(name: str) -> None:
+    """decay * t + (1 - decay) * s lies 2^-54 below a tie of float32, which float64 can't hold."""
+    t = torch.full((40,), 2**-24 * (1 + 2**-15))
+    s = torch.full((40,), 2**15 * (1 + 2**-23))
+    for sign in (1, -1):
+        target = sign * t
+        with engine(name):
+            ema_update_([target], [sign * s], 1 - 2**-15)
+        assert (target == sign * (1 + 2**-23)).all(), target[0].item()
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_same_bits_for_any_number_of_threads(stochastic: bool) -> None:
     sizes = [1, 100_003, 3, 70_000, 0, 65_536]
@@ -130,6 +142,12 @@ def test_infinities_and_nan(dtype: torch.dtype, name: str) -> None:
             ema_update_([got], [s], 0.9, stochastic_rounding=stochastic, seed=3)
         assert torch.equal(got[[0, 1, 4]].float(), torch.tensor([inf, inf, -inf]))
         assert got[[2, 3, 5]].isnan().all()
+        # NaNs whose payload would carry into the sign, or be cut off to an infinity.
+        payloads = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+        got = torch.zeros(300, dtype=dtype)
+        with engine(name):
+            ema_update_([got], [payloads.repeat(100)], 0.9, stochastic_rounding=stochastic, seed=3)
+        assert got.isnan().all()
 
 
 @pytest.mark.parametrize("name", engines())
@@ -566,7 +584,8 @@ def test_moved_tensors_are_noticed(how: str, move: str) -> None:
                 linear.bias.data.resize_(0)
                 linear.bias.data = torch.randn(6)
         elif how == "in place":  # the same address, other strides
-            linear.weight.data.t_()
+            with torch.no_grad():
+                linear.weight.t_()
 
     online = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
     ema = EMA(online, 0.5)

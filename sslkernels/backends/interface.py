@@ -40,8 +40,12 @@ class PairwiseForward(NamedTuple):
 
     row: Tensor  # [N] acc: kind "lse": log sum_j exp(S_ij); "softplus": sum_j softplus(S_ij)
     col: Tensor  # [M] acc: the same over i for each column; empty [0] unless want_col
-    rank_row: Tensor  # [N] int64: how many allowed j have S_ij > threshold_row[i]; [0] without threshold
-    rank_col: Tensor  # [M] int64: how many allowed i have S_ij > threshold_col[j]; [0] without threshold
+    rank_row: (
+        Tensor  # [N] int64: how many allowed j have S_ij > threshold_row[i]; [0] without threshold
+    )
+    rank_col: (
+        Tensor  # [M] int64: how many allowed i have S_ij > threshold_col[j]; [0] without threshold
+    )
 
 
 class PairwiseBackward(NamedTuple):
@@ -63,7 +67,9 @@ class Attend(NamedTuple):
 class Extremes(NamedTuple):
     """Hard positives and negatives: indices, ties to the smallest index, -1 where there is none."""
 
-    max_same: Tensor  # [N] int64: argmax_j of S_ij + bias_k[j] over ids equal (self mode: and j != i)
+    max_same: (
+        Tensor  # [N] int64: argmax_j of S_ij + bias_k[j] over ids equal (self mode: and j != i)
+    )
     min_other: Tensor  # [N] int64: argmin_j of S_ij + bias_k[j] over ids different
 
 

@@ -281,9 +281,10 @@ def _forward_fake(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction,
 
 
 def _backward_fake(
-    layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, lse, positive, inv,
-    mean_key, dloss, want_da, want_db, want_dscale,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
+    ids_k: Tensor | None, normalize: bool, reduction: str, lse: Tensor, positive: Tensor,
+    inv: Tensor, mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         a.new_empty(a.shape if want_da else (0,)),
         b.new_empty(b.shape if want_db else (0,)),

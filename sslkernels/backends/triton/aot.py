@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the tile kernels for a named architecture without a device and read what they use.
+"""Compile the tile kernels for a named architecture, without a device, and read what they use.
 
 ``compile_kernel`` builds the same specialisation that a launch with the same flags would build
 (pointers and feature strides divisible by 16, unit feature stride) and parses the binary: registers,
@@ -8,19 +8,25 @@ stack and spill bytes, shared and tensor memory, tensor-core instructions, 64-bi
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import multiprocessing
 import re
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import kernels, kernels_rows
-from .configs import Config, chunks, limits
+from . import configs, kernels, kernels_rows, tiles
+from .configs import Config, chunks, compiler_options, limits
 
 TRITON_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -92,7 +98,7 @@ class Usage:
     """What one compiled kernel uses on one architecture."""
 
     registers: int
-    spill_bytes: int  # NVIDIA: stack + local bytes a thread; AMD: spilled registers * 4
+    spill_bytes: int  # NVIDIA: stores + loads as ptxas counts them; AMD: scratch or 4 a register
     shared_bytes: int
     shared_limit: int
     tensor_memory: int  # columns of 512; 0 where the architecture has none
@@ -114,7 +120,7 @@ class Usage:
 
 
 def target_of(arch: str) -> GPUTarget:
-    """ "sm_90" or "gfx942" as Triton's target."""
+    """Triton's target of an architecture such as "sm_90" or "gfx942"."""
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch[3:]), 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
@@ -185,7 +191,7 @@ def compile_kernel(
     options = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        **compiler_options(arch),
     }
     compiled = triton.compile(_source(fn, dtype, D, constants), target=target, options=options)
     if target.backend == "cuda":
@@ -198,22 +204,38 @@ def _wide_divisions(llir: str) -> int:
     return len(re.findall(r"\b[su](?:div|rem) (?:exact )?i64 [^,]+, %", llir))
 
 
+def _run(*command: str) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
 def _nvidia_usage(compiled: Any, arch: str) -> Usage:
-    tool = triton.knobs.nvidia.cuobjdump.path
+    nvidia = triton.knobs.nvidia
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        text = subprocess.run(
-            [tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"aot: cuobjdump printed no resource usage for {arch}: {text!r}")
-    ptx = compiled.asm["ptx"]
+        text = _run(nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        found = re.search(r"REG:(\d+) STACK:(\d+) ", text)
+        if found is None:
+            raise RuntimeError(f"aot: cuobjdump printed no resource usage for {arch}: {text!r}")
+        spilled = 0
+        if int(found[2]):
+            # A stack frame may hold spills or variables; only ptxas says which.
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(ptx)
+            number = int(arch[3:])
+            tool = nvidia.ptxas if number < 90 else nvidia.ptxas_blackwell
+            name = arch if number < 90 else arch + "a"
+            text = _run(
+                tool.path, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={name}",
+                str(source), "-o", str(cubin),
+            )  # fmt: skip
+            spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
     families = [w for w in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if w in ptx]
     return Usage(
         registers=int(found[1]),
-        spill_bytes=int(found[2]) + int(found[3]),
+        spill_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
         shared_limit=limits(arch).shared_bytes,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
@@ -242,3 +264,90 @@ def _amd_usage(compiled: Any, arch: str) -> Usage:
         tensor_core="mfma" if "v_mfma" in text else ("wmma" if "v_wmma" in text else ""),
         wide_divisions=_wide_divisions(compiled.asm["llir"]),
     )
+
+
+# ---- the grid ------------------------------------------------------------------------------------
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DIMS = (32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile, with the configuration a launch would choose."""
+
+    variant: str
+    arch: str
+    dtype: str
+    D: int
+    config: Config
+
+
+def cases(
+    archs: Iterable[str] = ARCHS,
+    dims: Iterable[int] = DIMS,
+    dtypes: Iterable[str] = tuple(TRITON_DTYPES),
+    variants: Iterable[str] = tuple(VARIANTS),
+) -> list[Case]:
+    """Every kernel that a launch could choose; panels only where the fused kernels do not fit."""
+    found = []
+    dims, dtypes, variants = tuple(dims), tuple(dtypes), tuple(variants)
+    for arch in archs:
+        for dtype in dtypes:
+            torch_dtype = getattr(torch, dtype)
+            for D in dims:
+                fused = configs.lookup("fused", arch, D, torch_dtype) is not None
+                for variant in variants:
+                    table = VARIANTS[variant][1]
+                    config = configs.lookup(table, arch, D, torch_dtype)
+                    if config is not None and not (fused and table in ("panel", "product")):
+                        found.append(Case(variant, arch, dtype, D, config))
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What compiling a case gave."""
+
+    case: Case
+    usage: Usage | None
+    problems: tuple[str, ...]
+    seconds: float
+
+
+def compile_case(case: Case) -> Result:
+    """Compile one case; a failure of the compiler is a problem like any other."""
+    begin = time.perf_counter()
+    try:
+        usage, _ = compile_kernel(case.variant, case.arch, case.dtype, case.D, case.config)
+    except Exception as error:  # every way of failing belongs into the table
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Result(case, None, (reason,), time.perf_counter() - begin)
+    problems = tuple(usage.problems(case.dtype))
+    return Result(case, usage, problems, time.perf_counter() - begin)
+
+
+def compile_cases(
+    todo: list[Case], jobs: int = 2, progress: Callable[[Result], None] | None = None
+) -> list[Result]:
+    """Compile cases in several processes, in order."""
+    results = []
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for result in pool.imap(compile_case, todo, chunksize=4):
+            if progress is not None:
+                progress(result)
+            results.append(result)
+    return results
+
+
+def fingerprint() -> str:
+    """Changes when the code of a tile kernel or an entry of the configuration table does."""
+    digest = hashlib.sha256()
+    for module in (tiles, kernels, kernels_rows):
+        tree = ast.parse(Path(module.__file__ or "").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.Module) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    digest.update(repr(sorted(configs.TABLE.items(), key=repr)).encode())
+    return digest.hexdigest()[:16]

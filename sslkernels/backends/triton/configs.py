@@ -42,7 +42,7 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
-    hold_x: bool = True  # forward table only: keep the block of x on chip (else stream by chunks)
+    hold_x: bool = True  # forward and extremes only: keep x on chip (else stream by chunks)
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ _LIMITS = {
     "sm_121": Limits(101_376, "99 KB"),
     "gfx950": Limits(163_840, "160 KB"),
 }
-_SMALLEST = Limits(65_536, "64 KB, the smallest of any supported device")
 
 
 def limits(arch: str) -> Limits:
-    """Limits of an architecture; an unknown one gets the smallest."""
-    return _LIMITS.get(arch, _SMALLEST)
+    """Limits of an architecture; an unknown one gets the smallest of its vendor."""
+    if arch in _LIMITS:
+        return _LIMITS[arch]
+    return Limits(101_376, "99 KB") if arch.startswith("sm_") else Limits(65_536, "64 KB")
 
 
 def family(arch: str) -> str:
@@ -88,6 +89,17 @@ def family(arch: str) -> str:
     return "cdna"  # mfma, 64 KB; wave64
 
 
+def compiler_options(arch: str) -> dict[str, int | bool]:
+    """Options every kernel is compiled with on an architecture."""
+    # Contraction to fma is on by request: Triton's own default is about to change.
+    options: dict[str, int | bool] = {"enable_fp_fusion": True}
+    if arch.startswith("gfx9"):
+        # 16 x 16 MFMA: with the 32 x 32 form each lane holds four times as many rows of a tile, and
+        # their comparison masks (a scalar register pair each) run out of scalar registers.
+        options["matrix_instr_nonkdim"] = 16
+    return options
+
+
 @functools.cache
 def _cuda_arch(index: int) -> str:
     if torch.version.hip:
@@ -97,7 +109,7 @@ def _cuda_arch(index: int) -> str:
 
 
 def arch_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "interpreter" for a CPU tensor."""
+    """The architecture, such as "sm_90" or "gfx942"; "interpreter" for a CPU tensor."""
     if device.type != "cuda":
         return "interpreter"
     return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
@@ -146,14 +158,65 @@ def chunks(config: Config, D: int) -> tuple[int, int]:
 # (family, table, "half" | "float32") -> rows of (largest D, configuration or None)
 _Rows = list[tuple[int, Config | None]]
 TABLE: dict[tuple[str, str, str], _Rows] = {}
-for _dtype in ("half", "float32"):
-    TABLE["interpreter", "extremes", _dtype] = TABLE["interpreter", "forward", _dtype] = [
-        (64, Config(32, 16, 32, 4, 1)),
-        (ANY_D, Config(32, 16, 64, 4, 1, False)),
+
+# float32 on NVIDIA is FMA, not tensor cores: operands of a step sit in registers, so the step over the
+# summed side is short (16).  128 x 64 with 8 warps is 32 sums a thread, the most that compiles clean.
+_FP32_TILE: _Rows = [(ANY_D, Config(128, 64, 16, 8, 2, hold_x=False))]
+for _family in ("ampere", "small", "hopper", "blackwell"):
+    # x stays on chip to D = 256, which saves half of the reads; above, both sides stream by chunks of
+    # 64 (128 bytes, a full swizzle row).  128 x 128 would read less but spills in the row epilogue.
+    # The 99 KB of the small family end holding x at D = 128.
+    _held = 128 if _family == "small" else 256
+    TABLE[_family, "forward", "half"] = [
+        (_held, Config(128, 64, 128, 8, 3)),
+        (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
     ]
-    TABLE["interpreter", "fused", _dtype] = [(256, Config(32, 16, 64, 4, 1)), (ANY_D, None)]
-    TABLE["interpreter", "panel", _dtype] = [(ANY_D, Config(32, 32, 64, 4, 1))]
-    TABLE["interpreter", "product", _dtype] = [(ANY_D, Config(32, 16, 64, 4, 1))]
+    TABLE[_family, "extremes", "half"] = TABLE[_family, "forward", "half"]
+    TABLE[_family, "forward", "float32"] = _FP32_TILE
+    TABLE[_family, "extremes", "float32"] = _FP32_TILE
+    # [128, D] float32 sums: 128 registers a thread at D = 256 with 8 warps.  wgmma and tcgen05 read
+    # their operands from shared memory and leave room for that; mma.sync holds them in registers, so
+    # it gets 64 rows at D = 256.  Above 256 panels read less than the narrow tiles that would fit.
+    _wide = Config(128, 64, 128, 8, 2)
+    TABLE[_family, "fused", "half"] = (
+        [(256, _wide), (ANY_D, None)]
+        if _family in ("hopper", "blackwell")
+        else [(128, _wide), (256, Config(64, 64, 128, 8, 1)), (ANY_D, None)]
+    )
+    TABLE[_family, "fused", "float32"] = [(64, Config(64, 32, 32, 8, 1)), (ANY_D, None)]
+    # One tile a program and a short epilogue: 128 x 128 fits everywhere.
+    TABLE[_family, "panel", "half"] = [(ANY_D, Config(128, 128, 64, 8, 3))]
+    TABLE[_family, "panel", "float32"] = [(ANY_D, Config(128, 64, 16, 8, 2))]
+    TABLE[_family, "product", "half"] = [(ANY_D, Config(128, 64, 128, 8, 3))]
+    TABLE[_family, "product", "float32"] = [(ANY_D, Config(128, 16, 64, 8, 2))]
+
+# CDNA: 64 KB of LDS and operands in registers.  One stage: the second one of Triton's pipeline keeps a
+# second tile of y in registers and spills.  float32 has MFMA instructions too, hence fused to 128.
+TABLE["cdna", "forward", "half"] = [
+    (128, Config(64, 64, 128, 4, 1)),
+    (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
+]
+TABLE["cdna", "forward", "float32"] = [(ANY_D, Config(64, 32, 32, 4, 1, hold_x=False))]
+TABLE["cdna", "extremes", "half"] = [
+    (128, Config(64, 32, 128, 4, 1)),
+    (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
+]
+TABLE["cdna", "extremes", "float32"] = TABLE["cdna", "forward", "float32"]
+TABLE["cdna", "fused", "half"] = [(256, Config(64, 64, 128, 4, 1)), (ANY_D, None)]
+TABLE["cdna", "fused", "float32"] = [(128, Config(64, 64, 32, 4, 1)), (ANY_D, None)]
+TABLE["cdna", "panel", "half"] = [(ANY_D, Config(128, 128, 64, 8, 2))]
+TABLE["cdna", "panel", "float32"] = [(ANY_D, Config(128, 64, 32, 8, 2))]
+TABLE["cdna", "product", "half"] = [(ANY_D, Config(128, 64, 128, 4, 2))]
+TABLE["cdna", "product", "float32"] = [(ANY_D, Config(128, 32, 64, 4, 2))]
+
+# Small enough that the sizes of the tests make several tiles, large enough to be quick in NumPy.
+for _class in ("half", "float32"):
+    _rows: _Rows = [(64, Config(64, 32, 64, 4, 1)), (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False))]
+    TABLE["interpreter", "forward", _class] = _rows
+    TABLE["interpreter", "extremes", _class] = _rows
+    TABLE["interpreter", "fused", _class] = [(256, Config(64, 32, 64, 4, 1)), (ANY_D, None)]
+    TABLE["interpreter", "panel", _class] = [(ANY_D, Config(64, 64, 64, 4, 1))]
+    TABLE["interpreter", "product", _class] = [(ANY_D, Config(64, 32, 128, 4, 1))]
 
 
 def _dtype_class(dtype: torch.dtype) -> str:

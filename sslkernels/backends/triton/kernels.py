@@ -12,9 +12,9 @@ from .tiles import (
     HALF_LIFT,
     KIND_LSE,
     LN_2,
-    LOG2_E,
     dot_chunks,
     dot_streamed,
+    exp,
     finite_or_zero,
     load_chunks,
     sigmoid,
@@ -28,7 +28,7 @@ from .tiles import (
 
 @triton.jit
 def forward_kernel(
-    row_m_ptr,  # [SPLITS, N] running maximum in base 2 (kind lse)
+    row_m_ptr,  # [SPLITS, N] running maximum (kind lse)
     row_s_ptr,  # [SPLITS, N] running sum
     row_rank_ptr,  # [SPLITS, N] int32
     col_m_ptr,  # [G, M] one slot for each row block of this launch
@@ -69,7 +69,7 @@ def forward_kernel(
 ):
     """Row (and column) reductions over the tiles: log-sum-exp or sum of softplus, and ranks."""
     row_start = (first_block + tl.program_id(0)) * BLOCK_N
-    rows = tl.cast(row_start, tl.int64) + tl.arange(0, BLOCK_N)  # int64: times a stride next
+    rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     scale = tl.load(scale_ptr)
     if HAS_BIAS:
@@ -86,7 +86,7 @@ def forward_kernel(
     row_rank = tl.zeros((BLOCK_N,), tl.int32)
     lo, hi = tile_range(row_start, tl.cdiv(M, BLOCK_M), tiles_per_split, BLOCK_M, TRIANGLE)
     for tile in range(lo, hi):
-        cols = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         col_ok = cols < M
         if HOLD_X:
             ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)
@@ -111,10 +111,10 @@ def forward_kernel(
             s_row = s
 
         if KIND == KIND_LSE:
-            m_new = tl.maximum(row_m, tl.max(s_row, 1) * LOG2_E)
+            m_new = tl.maximum(row_m, tl.max(s_row, 1))
             shift = finite_or_zero(m_new)
-            p = tl.exp2(s_row * LOG2_E - shift[:, None])
-            row_s = row_s * tl.exp2(row_m - shift) + tl.sum(p, 1)
+            p = exp(s_row - shift[:, None])
+            row_s = row_s * exp(row_m - shift) + tl.sum(p, 1)
             row_m = m_new
         else:
             row_s += tl.sum(softplus(s_row), 1)
@@ -130,8 +130,8 @@ def forward_kernel(
             else:
                 s_col = tl.where(row_ok[:, None], s, float("-inf"))
             if KIND == KIND_LSE:
-                col_m = tl.max(s_col, 0) * LOG2_E
-                p = tl.exp2(s_col * LOG2_E - finite_or_zero(col_m)[None, :])
+                col_m = tl.max(s_col, 0)
+                p = exp(s_col - finite_or_zero(col_m)[None, :])
                 tl.store(col_m_ptr + slot + cols, col_m, mask=col_ok)
                 tl.store(col_s_ptr + slot + cols, tl.sum(p, 0), mask=col_ok)
             else:
@@ -186,7 +186,7 @@ def combine_kernel(
             m_part = tl.load(m_ptr + offset, mask=written, other=float("-inf"))
             m_new = tl.maximum(m, m_part)
             shift = finite_or_zero(m_new)
-            s = s * tl.exp2(m - shift) + s_part * tl.exp2(m_part - shift)
+            s = s * exp(m - shift) + s_part * exp(m_part - shift)
             m = m_new
         else:
             s += s_part
@@ -194,7 +194,7 @@ def combine_kernel(
             rank += tl.load(part_rank_ptr + offset, mask=written, other=0).to(tl.int64)
     if FINAL:
         if KIND == KIND_LSE:
-            s = (m + tl.log2(s)) * LN_2  # -inf where nothing was allowed: log2(0)
+            s = m + tl.log2(s) * LN_2  # -inf where nothing was allowed: log2(0)
         tl.store(out_ptr + index, s, mask=ok)
         if HAS_RANK:
             tl.store(rank_ptr + index, rank, mask=ok)
@@ -225,13 +225,13 @@ def combine_kernel(
 
 @triton.jit
 def _load_side(lse_ptr, grad_ptr, index, ok, lift, KIND: tl.constexpr):
-    """(lse in base 2, lifted gradient) of rows or columns; neutral where not ok."""
+    """(lse, lifted gradient) of rows or columns; neutral where not ok."""
     grad = tl.load(grad_ptr + index, mask=ok, other=0.0) * lift
     lse = grad
     if KIND == KIND_LSE:
         lse = tl.load(lse_ptr + index, mask=ok, other=float("inf"))
-        # Nothing allowed: exp2(S - inf) = 0, where exp2(S + inf) would be inf.
-        lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+        # Nothing allowed: exp(S - inf) = 0, where exp(S + inf) would be inf.
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
     return lse, grad
 
 
@@ -243,13 +243,12 @@ def _gradient_tile(
 ):  # fmt: skip
     """G of one tile; excluded and padded pairs are 0."""
     if KIND == KIND_LSE:
-        s2 = s * LOG2_E
         if HAS_ROW:
-            g = drow[:, None] * tl.exp2(s2 - row[:, None])
+            g = drow[:, None] * exp(s - row[:, None])
             if HAS_COL:
-                g += dcol[None, :] * tl.exp2(s2 - col[None, :])
+                g += dcol[None, :] * exp(s - col[None, :])
         else:
-            g = dcol[None, :] * tl.exp2(s2 - col[None, :])
+            g = dcol[None, :] * exp(s - col[None, :])
     else:
         if HAS_ROW:
             g = drow[:, None] * sigmoid(s)
@@ -257,7 +256,7 @@ def _gradient_tile(
                 g = (drow[:, None] + dcol[None, :]) * sigmoid(s)
         else:
             g = dcol[None, :] * sigmoid(s)
-    # Last of all, so that such a pair has G = 0 whatever exp2 made of it.
+    # Last of all, so that such a pair has G = 0 whatever exp made of it.
     if HAS_IDS:
         g = tl.where(ids_x[:, None] == ids_y[None, :], 0.0, g)
     if not EVEN_M:
@@ -305,7 +304,7 @@ def backward_kernel(
 ):
     """The fused way: dx of BLOCK_N rows stays on chip while the program sweeps y."""
     row_start = tl.program_id(0) * BLOCK_N
-    rows = tl.cast(row_start, tl.int64) + tl.arange(0, BLOCK_N)  # int64: times a stride next
+    rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     scale = tl.load(scale_ptr)
     if HAS_BIAS:
@@ -329,7 +328,7 @@ def backward_kernel(
     g_sum = tl.zeros((BLOCK_N,), tl.float32)
     lo, hi = tile_range(row_start, tl.cdiv(M, BLOCK_M), tiles_per_split, BLOCK_M, False)
     for tile in range(lo, hi):
-        cols = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         col_ok = cols < M
         ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)
         s = dot_chunks(xs, ys, NUM_D, PRECISION) * scale
@@ -415,9 +414,9 @@ def panel_kernel(
     block = tl.program_id(0) % row_blocks
     tile = tl.program_id(0) // row_blocks
     row_start = (first_block + block) * BLOCK_N
-    rows = tl.cast(row_start, tl.int64) + tl.arange(0, BLOCK_N)  # int64: times a stride next
+    rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
-    cols = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     col_ok = cols < M
     scale = tl.load(scale_ptr)
     s = dot_streamed(
@@ -481,7 +480,7 @@ def product_kernel(
 
     Program axes: feature blocks (fastest, so that neighbours share rows of G), row blocks, splits.
     """
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: times a stride
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     features = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     feature_ok = features < D
@@ -489,19 +488,25 @@ def product_kernel(
     lo = tl.program_id(2) * tiles_per_split
     hi = tl.minimum(lo + tiles_per_split, tl.cdiv(M, BLOCK_M))
     for tile in range(lo, hi):
-        cols = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         col_ok = cols < M
         # Both sides are masked: a 0 on one side does not undo a NaN on the other.
         g_mask = row_ok[:, None]
         if not EVEN_M:
             g_mask = row_ok[:, None] & col_ok[None, :]
-        g = tl.load(g_ptr + rows[:, None] * stride_gn + cols[None, :], mask=g_mask, other=0.0)
-        ptrs = y_ptr + cols[:, None] * stride_yn + features[None, :] * stride_yd
+        g = tl.load(
+            g_ptr + rows.to(tl.int64)[:, None] * stride_gn + cols[None, :], mask=g_mask, other=0.0
+        )
+        ptrs = (
+            y_ptr
+            + cols.to(tl.int64)[:, None] * stride_yn
+            + features.to(tl.int64)[None, :] * stride_yd
+        )
         y = tl.load(ptrs, mask=col_ok[:, None] & feature_ok[None, :], other=0.0)
         acc = tile_dot(g, y, acc, PRECISION)
     factor = tl.load(factor_ptr)
     if HAS_LIFT:
         factor = factor / (tl.load(lift_ptr) * HALF_LIFT)  # a power of two: exact
-    slot = tl.program_id(2).to(tl.int64) * split_stride + rows * D
+    slot = tl.program_id(2).to(tl.int64) * split_stride + rows.to(tl.int64) * D
     mask = row_ok[:, None] & feature_ok[None, :]
     tl.store(dx_ptr + slot[:, None] + features[None, :], acc * factor, mask=mask)

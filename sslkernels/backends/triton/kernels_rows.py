@@ -10,10 +10,10 @@ import triton.language as tl
 from .tiles import (
     HALF_LIFT,
     LARGEST,
-    LOG2_E,
     NO_INDEX,
     dot_chunks,
     dot_streamed,
+    exp,
     finite_or_zero,
     load_chunks,
     tile_dot,
@@ -28,7 +28,7 @@ def attend_kernel(
     m_ptr,  # [SPLITS, N]
     s_ptr,  # [SPLITS, N]
     part_rank_ptr,  # [SPLITS, N] int32
-    acc_ptr,  # [SPLITS, N, D] float32: sum_j exp2(S_ij - m_i) y_j
+    acc_ptr,  # [SPLITS, N, D] float32: sum_j exp(S_ij - m_i) y_j
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
     scale_ptr,  # 0-d
@@ -56,7 +56,7 @@ def attend_kernel(
 ):
     """Log-sum-exp of the rows and the softmax-weighted sum of y in one pass (online softmax)."""
     row_start = tl.program_id(0) * BLOCK_N
-    rows = tl.cast(row_start, tl.int64) + tl.arange(0, BLOCK_N)  # int64: times a stride next
+    rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     scale = tl.load(scale_ptr)
     if HAS_IDS:
@@ -73,7 +73,7 @@ def attend_kernel(
     rank = tl.zeros((BLOCK_N,), tl.int32)
     lo, hi = tile_range(row_start, tl.cdiv(M, BLOCK_M), tiles_per_split, BLOCK_M, False)
     for tile in range(lo, hi):
-        cols = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         col_ok = cols < M
         ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)
         s = dot_chunks(xs, ys, NUM_D, PRECISION) * scale
@@ -85,10 +85,10 @@ def attend_kernel(
         if HAS_RANK:
             rank += tl.sum((s > threshold[:, None]).to(tl.int32), 1)
 
-        m_new = tl.maximum(m, tl.max(s, 1) * LOG2_E)
+        m_new = tl.maximum(m, tl.max(s, 1))
         shift = finite_or_zero(m_new)
-        p = tl.exp2(s * LOG2_E - shift[:, None])
-        rescale = tl.exp2(m - shift)
+        p = exp(s - shift[:, None])
+        rescale = exp(m - shift)
         total = total * rescale + tl.sum(p, 1)
         m = m_new
         if HAS_LIFT:
@@ -125,7 +125,7 @@ def attend_combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """mean_i = sum_p w_ip acc_ip / sum_p w_ip s_ip with w_ip = exp2(m_ip - max_p m_ip)."""
+    """mean_i = sum_p w_ip acc_ip / sum_p w_ip s_ip with w_ip = exp(m_ip - max_p m_ip)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -140,8 +140,8 @@ def attend_combine_kernel(
         a_part = tl.load(acc_ptr + slot[:, None] * D + features[None, :], mask=mask, other=0.0)
         m_new = tl.maximum(m, m_part)
         shift = finite_or_zero(m_new)
-        old = tl.exp2(m - shift)
-        new = tl.exp2(m_part - shift)
+        old = exp(m - shift)
+        new = exp(m_part - shift)
         total = total * old + s_part * new
         acc = acc * old[:, None] + a_part * new[:, None]
         m = m_new
@@ -206,7 +206,7 @@ def extremes_kernel(
 ):
     """Arg-max of S over equal ids and arg-min over different ids, for each row."""
     row_start = tl.program_id(0) * BLOCK_N
-    rows = tl.cast(row_start, tl.int64) + tl.arange(0, BLOCK_N)  # int64: times a stride next
+    rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     scale = tl.load(scale_ptr)
     ids_x = tl.load(ids_x_ptr + rows, mask=row_ok, other=0)
@@ -219,7 +219,7 @@ def extremes_kernel(
     other_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
     lo, hi = tile_range(row_start, tl.cdiv(M, BLOCK_M), tiles_per_split, BLOCK_M, False)
     for tile in range(lo, hi):
-        cols = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         col_ok = cols < M
         if HOLD_X:
             ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)

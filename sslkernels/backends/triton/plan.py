@@ -15,12 +15,12 @@ from .runtime import launch
 
 # The floor of the slot bounds, in 4-byte words: 64 MiB.  Without it a small problem could not be
 # split over a whole device.
-_SLOT_WORDS = 1 << 24
+SLOT_WORDS = 1 << 24
 # The most elements of a panel of G, 128 MiB of bfloat16: a few hundred rows for M = 256k, enough for
 # the product's tiles.  More would only be read back from further away.
 PANEL_WORDS = 1 << 26
 # Column tiles a program should at least visit, so that loading its rows pays.
-_MIN_TILES = 4
+MIN_TILES = 4
 COMBINE_BLOCK = 256
 
 
@@ -30,6 +30,7 @@ def vector(t: Tensor | None) -> Tensor | None:
 
 
 def check(name: str, q: Tensor, k: Tensor | None) -> None:
+    """Raise a TypeError or ValueError for operands that the kernels do not serve."""
     if q.dtype not in configs.DTYPES:
         raise TypeError(
             f"{name}: the triton backend computes float32, bfloat16 and float16, got {q.dtype}; "
@@ -67,18 +68,19 @@ def tile_flags(config: Config, x: Tensor, y: Tensor) -> dict[str, Any]:
 def splits_for(device: torch.device, row_blocks: int, tiles: int, most: int) -> tuple[int, int]:
     """How many programs share one row block, and the column tiles each of them visits.
 
-    Enough to give every multiprocessor a few programs, but never fewer than ``_MIN_TILES`` tiles a
+    Enough to give every multiprocessor a few programs, but never fewer than ``MIN_TILES`` tiles a
     program nor more than ``most`` splits (the memory bound).  Depends on shapes and the device
     model only: the same machine gives the same bits.
     """
     wanted = triton.cdiv(configs.target_programs(device), max(row_blocks, 1))
-    splits = max(1, min(wanted, tiles // _MIN_TILES, most))
+    splits = max(1, min(wanted, tiles // MIN_TILES, most))
     per_split = max(1, triton.cdiv(tiles, splits))
     return max(1, triton.cdiv(tiles, per_split)), per_split
 
 
 def slot_words(N: int, M: int, D: int) -> int:
-    return max((N + M) * D, _SLOT_WORDS)
+    """Words of partial results that a call may hold: O((N + M) * D)."""
+    return max((N + M) * D, SLOT_WORDS)
 
 
 class Slots:
@@ -99,13 +101,14 @@ class Slots:
             self.rank[slot].zero_()
 
     def pointers(self, slot: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Maxima, sums and ranks of one slot."""
         return (
             None if self.m is None else self.m[slot],
             self.s[slot],
             None if self.rank is None else self.rank[slot],
         )
 
-    def combine(
+    def combine(  # noqa: D102
         self,
         out: Tensor | None,  # None: fold into slot ``first``
         rank: Tensor | None,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from . import configs
+
 
 @dataclass
 class Launch:
@@ -42,5 +44,4 @@ def launch(
         _recording.append(Launch(kernel.__name__, grid, dict(flags)))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        # Contraction to fma is on by request: Triton's default is about to change.
-        kernel[grid](*args, enable_fp_fusion=True, **flags)
+        kernel[grid](*args, **configs.compiler_options(configs.arch_of(device)), **flags)

@@ -6,15 +6,15 @@ gradient of k the launcher swaps the roles, so there is one backward kernel and 
 
 What all kernels share, and why:
 
-* A row index is int64 before it is multiplied by a stride: rows * D passes 2^31 long before memory
-  ends.  Within a tile the feature offset stays int32.
+* A row index becomes int64 where it is multiplied by a stride or D, and stays int32 where it is only
+  compared: there are fewer than 2^31 rows, and masks in int64 would cost twice the registers.
 * D is swept in ``NUM_D`` chunks of ``BLOCK_D``, the last one masked.  D = 768 is three chunks of
   256 and wastes nothing, where padding to the next power of two would waste a quarter.
 * Loads are masked with 0 and *S* is masked with -inf before any maximum or exponential, so neither
   padded columns nor whatever lies behind a buffer can enter a reduction.
-* Exponentials are base 2 (one hardware instruction): exp(S - m) = exp2(S * LOG2_E - m2) with
-  m2 = m * LOG2_E rounded once a row.  Running state is the pair (m2, sum), and
-  lse = (m2 + log2(sum)) * LN_2, so the rounding of m2 cancels.
+* exp(S - m) = exp2((S - m) * LOG2_E), one hardware instruction.  The difference comes first: where the
+  result matters it is small, so the product with LOG2_E adds no error to that of S itself, also for
+  logits of 1e4.  Running state is the pair (m, sum), and lse = m + log2(sum) * LN_2.
 * No atomics: every partial result has a slot of its own and the combine kernels read the slots in
   ascending order.
 """
@@ -27,7 +27,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# exp2 weights of float16 operands are multiplied by 2^14: the smallest weight that keeps full
+# Softmax weights of float16 operands are multiplied by 2^14: the smallest weight that keeps full
 # precision falls from 6e-5 to 4e-9 and the largest (two sides of G: 2 * 2^14) is below 65504.
 HALF_LIFT = tl.constexpr(16384.0)
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
@@ -49,7 +49,8 @@ def load_chunk(
 ):
     """Block [rows, BLOCK_D] of a matrix from feature ``start`` on; outside the matrix it is 0."""
     features = start + tl.arange(0, BLOCK_D)
-    ptrs = ptr + rows[:, None] * stride_n + features[None, :] * stride_d
+    # int64 before the products: rows * D, and D * rows of a transposed operand, pass 2^31 early.
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
     if EVEN_D:
         mask = row_ok[:, None]
     else:
@@ -113,8 +114,14 @@ def dot_streamed(
 
 
 @triton.jit
+def exp(x):
+    """Exponential of a difference of logits."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def finite_or_zero(m):
-    """The shift for exp2: m, or 0 where m is +-inf, so that no inf - inf appears."""
+    """The shift before exp: m, or 0 where m is +-inf, so that no inf - inf appears."""
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 

@@ -56,7 +56,7 @@ def normalize_kernel(
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
-        ptrs = x_ptr + rows[:, None] * stride_n + features[None, :] * stride_d
+        ptrs = x_ptr + rows[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
         x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         square += tl.sum(x * x, 1)
     norm = tl.sqrt(square)
@@ -66,7 +66,7 @@ def normalize_kernel(
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
-        ptrs = x_ptr + rows[:, None] * stride_n + features[None, :] * stride_d
+        ptrs = x_ptr + rows[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
         x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         unit = (x / divisor[:, None]).to(unit_ptr.dtype.element_ty)
         tl.store(unit_ptr + rows[:, None] * D + features[None, :], unit, mask=mask)
@@ -99,16 +99,16 @@ def normalize_backward_kernel(
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
-        x_ptrs = x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd
-        g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features[None, :] * stride_gd
+        x_ptrs = x_ptr + rows[:, None] * stride_xn + features.to(tl.int64)[None, :] * stride_xd
+        g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features.to(tl.int64)[None, :] * stride_gd
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
         along += tl.sum(x * tl.load(g_ptrs, mask=mask, other=0.0).to(ACC), 1)
     along = tl.where(tiny, 0.0, along / (divisor * divisor))
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
-        x_ptrs = x_ptr + rows[:, None] * stride_xn + features[None, :] * stride_xd
-        g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features[None, :] * stride_gd
+        x_ptrs = x_ptr + rows[:, None] * stride_xn + features.to(tl.int64)[None, :] * stride_xd
+        g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features.to(tl.int64)[None, :] * stride_gd
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
         dunit = tl.load(g_ptrs, mask=mask, other=0.0).to(ACC)
         dx = ((dunit - x * along[:, None]) / divisor[:, None]).to(dx_ptr.dtype.element_ty)
@@ -353,7 +353,7 @@ def enqueue_kernel(
         for start in range(0, D, BLOCK_D):
             features = start + tl.arange(0, BLOCK_D)
             mask = key_ok[:, None] & (features < D)[None, :]
-            ptrs = keys_ptr + keys[:, None] * stride_n + features[None, :] * stride_d
+            ptrs = keys_ptr + keys[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
             x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
             square += tl.sum(x * x, 1)
         norm = tl.sqrt(square)
@@ -361,7 +361,7 @@ def enqueue_kernel(
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = key_ok[:, None] & (features < D)[None, :]
-        ptrs = keys_ptr + keys[:, None] * stride_n + features[None, :] * stride_d
+        ptrs = keys_ptr + keys[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
         x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         if NORMALIZE:
             x = x / divisor[:, None]
