@@ -32,6 +32,14 @@ _EMA_BLOCK = 4096
 _ROW_BLOCK_D = 1024
 
 
+@triton.jit
+def _convert(x, DTYPE: tl.constexpr):
+    """x in another dtype; between float64 and bfloat16 by way of float32, which both sides know."""
+    if x.dtype == tl.bfloat16 or DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
 # ---- row normalisation ---------------------------------------------------------------------------
 
 
@@ -57,7 +65,7 @@ def normalize_kernel(
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
         ptrs = x_ptr + rows[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
-        x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+        x = _convert(tl.load(ptrs, mask=mask, other=0.0), ACC)
         square += tl.sum(x * x, 1)
     norm = tl.sqrt(square)
     tl.store(norm_ptr + rows, norm, mask=row_ok)
@@ -67,8 +75,8 @@ def normalize_kernel(
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
         ptrs = x_ptr + rows[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
-        x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
-        unit = (x / divisor[:, None]).to(unit_ptr.dtype.element_ty)
+        x = _convert(tl.load(ptrs, mask=mask, other=0.0), ACC)
+        unit = _convert(x / divisor[:, None], unit_ptr.dtype.element_ty)
         tl.store(unit_ptr + rows[:, None] * D + features[None, :], unit, mask=mask)
 
 
@@ -101,17 +109,17 @@ def normalize_backward_kernel(
         mask = row_ok[:, None] & (features < D)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + features.to(tl.int64)[None, :] * stride_xd
         g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features.to(tl.int64)[None, :] * stride_gd
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-        along += tl.sum(x * tl.load(g_ptrs, mask=mask, other=0.0).to(ACC), 1)
+        x = _convert(tl.load(x_ptrs, mask=mask, other=0.0), ACC)
+        along += tl.sum(x * _convert(tl.load(g_ptrs, mask=mask, other=0.0), ACC), 1)
     along = tl.where(tiny, 0.0, along / (divisor * divisor))
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + features.to(tl.int64)[None, :] * stride_xd
         g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features.to(tl.int64)[None, :] * stride_gd
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-        dunit = tl.load(g_ptrs, mask=mask, other=0.0).to(ACC)
-        dx = ((dunit - x * along[:, None]) / divisor[:, None]).to(dx_ptr.dtype.element_ty)
+        x = _convert(tl.load(x_ptrs, mask=mask, other=0.0), ACC)
+        dunit = _convert(tl.load(g_ptrs, mask=mask, other=0.0), ACC)
+        dx = _convert((dunit - x * along[:, None]) / divisor[:, None], dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + rows[:, None] * D + features[None, :], dx, mask=mask)
 
 
@@ -212,10 +220,10 @@ def ema_kernel(
         rest = tl.cast(rest_bits, tl.int64).to(tl.float64, bitcast=True).to(ACC)
     offsets = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
     mask = offsets < tl.load(numel_ptr + tensor)
-    target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    source = tl.load(source_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    target = _convert(tl.load(target_ptr + offsets, mask=mask, other=0.0), ACC)
+    source = _convert(tl.load(source_ptr + offsets, mask=mask, other=0.0), ACC)
     mixed = tl.fma(tl.zeros((BLOCK,), ACC) + decay, target, rest * source)
-    tl.store(target_ptr + offsets, mixed.to(TARGET), mask=mask)
+    tl.store(target_ptr + offsets, _convert(mixed, TARGET), mask=mask)
 
 
 def _bits(value: float) -> int:
@@ -354,7 +362,7 @@ def enqueue_kernel(
             features = start + tl.arange(0, BLOCK_D)
             mask = key_ok[:, None] & (features < D)[None, :]
             ptrs = keys_ptr + keys[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
-            x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+            x = _convert(tl.load(ptrs, mask=mask, other=0.0), ACC)
             square += tl.sum(x * x, 1)
         norm = tl.sqrt(square)
         divisor = tl.where(norm < eps, tl.full((BLOCK_N,), 0.0, ACC) + eps, norm)
@@ -362,11 +370,11 @@ def enqueue_kernel(
         features = start + tl.arange(0, BLOCK_D)
         mask = key_ok[:, None] & (features < D)[None, :]
         ptrs = keys_ptr + keys[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
-        x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+        x = _convert(tl.load(ptrs, mask=mask, other=0.0), ACC)
         if NORMALIZE:
             x = x / divisor[:, None]
         out = queue_ptr + slots[:, None] * D + features[None, :]
-        tl.store(out, x.to(queue_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, _convert(x, queue_ptr.dtype.element_ty), mask=mask)
     if HAS_LABELS:
         tl.store(
             labels_ptr + slots, tl.load(new_labels_ptr + keys, mask=key_ok, other=0), mask=key_ok

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU kernels compiled without a GPU: spills, shared memory, tensor cores, 64-bit divisions.
+
+A covering part of the grid of ``make gpu-report``: every kernel on every architecture, with the
+configuration that a launch would choose, at dimensions and dtypes that reach every table entry.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
+
+from sslkernels.backends.triton import aot, configs  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
+
+
+def _covering() -> list[aot.Case]:
+    found = aot.cases(dims=[128], dtypes=["bfloat16"])  # held x, fused
+    found += aot.cases(
+        dims=[200], dtypes=["float16"], variants=["forward lse self", "backward lse"]
+    )
+    found += aot.cases(dims=[1024], dtypes=["float16"], variants=[
+        "forward lse self", "forward softplus", "extremes", "panel lse", "panel softplus", "product",
+    ])  # fmt: skip
+    found += aot.cases(dims=[64], dtypes=["float32"], variants=["forward lse self", "attend"])
+    found += aot.cases(dims=[768], dtypes=["float32"], variants=["panel lse", "product"])
+    return found
+
+
+def test_the_covering_part_covers() -> None:
+    """Each kernel on each architecture, and each configuration of their tables."""
+    found = _covering()
+    assert {(c.variant, c.arch) for c in found} == {(v, a) for v in aot.VARIANTS for a in aot.ARCHS}
+    compiled = {(c.arch, aot.VARIANTS[c.variant][1], c.config) for c in found}
+    for arch in aot.ARCHS:
+        for table in configs.TABLES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for D in (64, 128, 256, 1024):
+                    config = configs.lookup(table, arch, D, dtype)
+                    if config is not None and dtype == torch.bfloat16 and table != "extremes":
+                        assert (arch, table, config) in compiled, (arch, table, D)
+
+
+@pytest.mark.slow
+def test_budgets() -> None:
+    """No spills, shared memory within the limit, tensor cores for 16 bits, no 64-bit division."""
+    results = aot.compile_cases(_covering(), jobs=2)
+    bad = [f"{r.case}: {'; '.join(r.problems)}" for r in results if r.problems]
+    assert not bad, "\n".join(bad)
+    families = {r.case.arch: set() for r in results}
+    for r in results:
+        if r.case.dtype != "float32":
+            families[r.case.arch].add(r.usage.tensor_core)
+    assert families == {
+        "sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05"}, "gfx942": {"mfma"},
+    }  # fmt: skip
+
+
+def test_a_kernel_over_its_budget_is_reported() -> None:
+    """The checks see a spill, a lack of shared memory and a missing tensor core."""
+    wide = aot.Case("backward lse", "sm_80", "bfloat16", 512, configs.Config(128, 64, 128, 8, 2))
+    result = aot.compile_case(wide)
+    assert any("spilled" in problem for problem in result.problems)
+    usage = aot.Usage(64, 0, 200_000, 101_376, 0, "", 2)
+    assert [p.split()[0] for p in usage.problems("bfloat16")] == ["shared", "no", "2"]
+    assert len(usage.problems("float32")) == 2
+
+
+def test_wide_divisions_are_counted() -> None:
+    """By a run-time value only: a constant divisor is compiled to shifts or a product."""
+    llir = "%1 = sdiv i64 %a, %b\n%2 = urem i64 %a, %c\n%3 = sdiv i64 %a, 128\n%4 = sdiv i32 %d, %e"
+    assert aot._wide_divisions(llir) == 2
+
+
+def test_the_committed_table_is_of_these_kernels() -> None:
+    """docs/gpu.md was generated from the code as it is: else run `make gpu-report`."""
+    found = re.search(r"kernels and configurations `([0-9a-f]{16})`", DOCS.read_text())
+    assert found is not None and found[1] == aot.fingerprint(), "run `make gpu-report`"
+
+
+def test_chunks_waste_little() -> None:
+    """Widths and counts that cover D; half a chunk where that is less."""
+    config = configs.Config(64, 64, 128, 4, 1)
+    expected = {1: (16, 1), 16: (16, 1), 24: (32, 1), 64: (64, 1), 96: (32, 3), 100: (128, 1),
+                128: (128, 1), 129: (64, 3), 200: (128, 2), 768: (128, 6)}  # fmt: skip
+    for D, wanted in expected.items():
+        assert configs.chunks(config, D) == wanted
+        width, count = wanted
+        assert width * (count - 1) < D <= width * count

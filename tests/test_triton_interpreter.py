@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the tests of ``tests/triton_interpreter`` in processes of their own.
+
+Triton decides when it is imported whether its kernels run in the interpreter, and other tests of this
+process import it without.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
+
+TESTS = Path(__file__).parent
+# Two processes at a time, of about the same length.
+GROUPS = {
+    "engine": ["test_engine.py"],
+    "order, updates, losses": ["test_order.py", "test_updates.py", "test_losses.py"],
+}
+LIMIT_S = 900
+
+
+def test_every_file_is_in_a_group() -> None:
+    files = {path.name for path in (TESTS / "triton_interpreter").glob("test_*.py")}
+    assert files == {name for names in GROUPS.values() for name in names}
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
+    """Both groups side by side; the output of a group that failed is shown."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("SSLKERNELS_BACKEND", None)
+    running = {}
+    for group, names in GROUPS.items():
+        files = [str(TESTS / "triton_interpreter" / name) for name in names]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        running[group] = subprocess.Popen(
+            command, cwd=TESTS.parent, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    failed = []
+    try:
+        for group, process in running.items():
+            output, _ = process.communicate(timeout=LIMIT_S)
+            if process.returncode or " passed" not in output:
+                failed.append(f"--- {group} (exit {process.returncode})\n{output[-6000:]}")
+    finally:
+        for process in running.values():
+            process.kill()
+    assert not failed, "\n".join(failed)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every loss of the library through its ops on the Triton backend, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from helpers import check_loss
+from torch import Tensor
+
+import sslkernels
+from sslkernels import reference
+from sslkernels.backends.triton.runtime import recorded_launches
+
+LABELS = torch.arange(66) // 3 % 11
+
+
+def _loss(module: object, name: str) -> Callable[..., Tensor]:
+    function = getattr(module, name)
+    return {
+        "nt_xent_loss": partial(function, temperature=0.07),
+        "info_nce_loss": partial(function, temperature=0.07),
+        "clip_loss": function,
+        "siglip_loss": function,
+        "dcl_loss": partial(function, temperature=0.1),
+        "sup_con_loss": lambda z: function(z, LABELS, 0.1),
+        "triplet_loss": lambda z: function(z, LABELS, 0.5, mining="hard"),
+    }[name]
+
+
+def _inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    z1, z2, bank = (torch.randn(n, 40, generator=generator) for n in (66, 66, 50))
+    z2 = z1 + 0.5 * z2
+    if name in ("clip_loss", "siglip_loss"):
+        z1, z2 = (torch.nn.functional.normalize(z, dim=1) for z in (z1, z2))
+    z1, z2, bank = z1.to(dtype), z2.to(dtype), bank.to(dtype)
+    return {
+        "info_nce_loss": [z1, z2, bank],
+        "clip_loss": [z1, z2, torch.tensor(14.0)],
+        "siglip_loss": [z1, z2, torch.tensor(10.0), torch.tensor(-10.0)],
+        "sup_con_loss": [z1],
+        "triplet_loss": [z1],
+    }.get(name, [z1, z2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("nt_xent_loss", {"forward_kernel", "backward_kernel"}),
+        ("info_nce_loss", {"forward_kernel", "backward_kernel"}),
+        ("clip_loss", {"forward_kernel", "backward_kernel"}),
+        ("siglip_loss", {"forward_kernel", "backward_kernel"}),
+        ("dcl_loss", {"forward_kernel", "backward_kernel"}),
+        ("sup_con_loss", {"forward_kernel", "backward_kernel"}),
+        ("triplet_loss", {"extremes_kernel"}),
+    ],
+)
+def test_loss(name: str, kernels: set[str], dtype: torch.dtype) -> None:
+    """Loss and gradients within the budget, by the kernels that the loss is made of."""
+    inputs = _inputs(name, dtype)
+    with sslkernels.backend("triton"), recorded_launches() as log:
+        check_loss(_loss(sslkernels, name), _loss(reference, name), inputs, name=name)
+    assert kernels <= {entry.kernel for entry in log}
+
+
+def test_moco_step() -> None:
+    """A loss against the queue, then enqueue: keys without gradient go through attend."""
+    generator = torch.Generator().manual_seed(12)
+    query, key, bank = (torch.randn(n, 24, generator=generator) for n in (20, 20, 70))
+    with sslkernels.backend("triton"), recorded_launches() as log:
+        leaf = query.clone().requires_grad_()
+        queue = sslkernels.KeyQueue(100, 24)
+        queue.enqueue(bank)
+        loss = sslkernels.info_nce_loss(leaf, key, queue.keys, 0.07)
+        queue.enqueue(key)  # before backward: nothing of the queue is kept
+        loss.backward()
+    assert "attend_kernel" in {entry.kernel for entry in log}
+    truth = query.double().requires_grad_()
+    unit_bank = torch.nn.functional.normalize(bank.double(), dim=1)
+    true_loss = reference.info_nce_loss(truth, key.double(), unit_bank, 0.07)
+    true_loss.backward()
+    assert torch.allclose(loss.double(), true_loss, rtol=1e-6)
+    assert torch.allclose(leaf.grad.double(), truth.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_metrics_and_info() -> None:
+    """Ranks from the same pass; info() names the backend."""
+    z1, z2 = _inputs("nt_xent_loss", torch.float32)
+    with sslkernels.backend("triton"):
+        assert sslkernels.info().backends["cpu/tiles"].startswith("triton")
+        _, metrics = sslkernels.nt_xent_loss(z1, z2, return_metrics=True)
+    _, true_metrics = reference.nt_xent_loss(z1.double(), z2.double(), return_metrics=True)
+    for ours, truth in zip(metrics, true_metrics, strict=True):
+        assert torch.allclose(ours.double(), truth, rtol=1e-5)
