@@ -19,7 +19,7 @@ import torch
 
 import sslkernels
 from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
@@ -52,7 +52,9 @@ class Job:
 def times(case: Case, only: Iterable[str] | None, skip: dict[str, str], **kwargs: Any) -> Job:
     """A job with every contender of the op, or with those of ``only``."""
     table = CONTENDERS[case.op]
-    names = [n for n in (only if only is not None else table) if n not in skip]
+    elsewhere = {n for other in CONTENDERS.values() for n in other} - set(table)
+    asked = table if only is None else [n for n in only if n not in elsewhere]
+    names = [n for n in asked if n not in skip]
     left_out = {n: skip[n] for n in table if n in skip and (only is None or n in only)}
     return Job(case, names, left_out=left_out, **kwargs)
 
@@ -90,8 +92,8 @@ def headline_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     jobs += [times(case(op, 1024), only, compiled | slow)
              for op in ("clip", "siglip", "sup_con", "triplet")]  # fmt: skip
     jobs += [Job(case("nt_xent", 8192), [name], "memory") for name in wanted(BIG)]
-    jobs += [Job(case("moco", 65536), [name], "memory") for name in wanted(CONTENDERS["moco"])
-             if name != "torch.compile"]  # fmt: skip
+    moco = (OURS, "eager", "MoCo [D, K]")
+    jobs += [Job(case("moco", 65536), [name], "memory") for name in wanted(moco)]
     return jobs
 
 
