@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that run Triton kernels in its interpreter.
+"""Tests of the Triton kernels: in Triton's interpreter, or on a GPU.
 
 The interpreter is chosen when Triton is first imported, so these files are collected only in a process
-that was started with TRITON_INTERPRET=1: ``tests/test_triton_interpreter.py`` starts it.
+that was started with TRITON_INTERPRET=1 (``tests/test_triton_interpreter.py`` starts it) or with
+SSLKERNELS_TEST_DEVICE=cuda (``make gpu-check`` does).
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+DEVICE = os.environ.get("SSLKERNELS_TEST_DEVICE", "cpu")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETING or DEVICE == "cuda" else ["test_*.py"]
+if DEVICE == "cuda" and not INTERPRETING:
+    collect_ignore_glob = ["test_order.py"]  # it drives the interpreter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,8 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _poisoned_allocations() -> Iterator[None]:
     """torch.empty returns NaN (and the largest integer): what no kernel wrote must not be read."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
     try:
-        yield
+        with torch.device(DEVICE):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)

@@ -11,6 +11,12 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
+def randn(*size: int, seed: int) -> Tensor:
+    """Normal numbers that are the same on every device, on the default device."""
+    x = torch.randn(*size, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device())
+
+
 @dataclass
 class Case:
     """Arguments of the primitives."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from dense import randn
 from helpers import check_loss
 from torch import Tensor
 
@@ -15,7 +16,9 @@ import sslkernels
 from sslkernels import reference
 from sslkernels.backends.triton.runtime import recorded_launches
 
-LABELS = torch.arange(66) // 3 % 11
+
+def _labels() -> Tensor:
+    return torch.arange(66) // 3 % 11
 
 
 def _loss(module: object, name: str) -> Callable[..., Tensor]:
@@ -26,14 +29,13 @@ def _loss(module: object, name: str) -> Callable[..., Tensor]:
         "clip_loss": function,
         "siglip_loss": function,
         "dcl_loss": partial(function, temperature=0.1),
-        "sup_con_loss": lambda z: function(z, LABELS, 0.1),
-        "triplet_loss": lambda z: function(z, LABELS, 0.5, mining="hard"),
+        "sup_con_loss": lambda z: function(z, _labels(), 0.1),
+        "triplet_loss": lambda z: function(z, _labels(), 0.5, mining="hard"),
     }[name]
 
 
 def _inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(11)
-    z1, z2, bank = (torch.randn(n, 40, generator=generator) for n in (66, 66, 50))
+    z1, z2, bank = (randn(n, 40, seed=i) for i, n in enumerate((66, 66, 50)))
     z2 = z1 + 0.5 * z2
     if name in ("clip_loss", "siglip_loss"):
         z1, z2 = (torch.nn.functional.normalize(z, dim=1) for z in (z1, z2))
@@ -70,11 +72,10 @@ def test_loss(name: str, kernels: set[str], dtype: torch.dtype) -> None:
 
 def test_moco_step() -> None:
     """A loss against the queue, then enqueue: keys without gradient go through attend."""
-    generator = torch.Generator().manual_seed(12)
-    query, key, bank = (torch.randn(n, 24, generator=generator) for n in (20, 20, 70))
+    query, key, bank = (randn(n, 24, seed=i) for i, n in enumerate((20, 20, 70)))
     with sslkernels.backend("triton"), recorded_launches() as log:
         leaf = query.clone().requires_grad_()
-        queue = sslkernels.KeyQueue(100, 24)
+        queue = sslkernels.KeyQueue(100, 24).to(query.device)
         queue.enqueue(bank)
         loss = sslkernels.info_nce_loss(leaf, key, queue.keys, 0.07)
         queue.enqueue(key)  # before backward: nothing of the queue is kept
@@ -92,7 +93,7 @@ def test_metrics_and_info() -> None:
     """Ranks from the same pass; info() names the backend."""
     z1, z2 = _inputs("nt_xent_loss", torch.float32)
     with sslkernels.backend("triton"):
-        assert sslkernels.info().backends["cpu/tiles"].startswith("triton")
+        assert sslkernels.info().backends[f"{z1.device.type}/tiles"].startswith("triton")
         _, metrics = sslkernels.nt_xent_loss(z1, z2, return_metrics=True)
     _, true_metrics = reference.nt_xent_loss(z1.double(), z2.double(), return_metrics=True)
     for ours, truth in zip(metrics, true_metrics, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense import randn
 from helpers import SLACK, check_budget, poisoned
 
 from sslkernels.backends import triton as backend
@@ -18,7 +19,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("size", [(1, 1), (3, 8), (65, 100), (5, 129), (9, 1500)], ids=str)
 def test_normalize_rows(size, dtype: torch.dtype) -> None:
     """Values and gradients of F.normalize; a zero row stays zero and its gradient is dunit / eps."""
-    x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = randn(*size, seed=1).to(dtype)
     if size[0] > 1:
         x[1] = 0.0
     dunit = torch.linspace(-1.0, 2.0, size[0] * size[1]).view(size).to(dtype)
@@ -41,7 +42,7 @@ def test_normalize_rows(size, dtype: torch.dtype) -> None:
 
 def test_normalize_takes_stride_0_and_nan() -> None:
     """An expanded gradient, and a NaN that stays in its row."""
-    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(2))
+    x = randn(4, 7, seed=2)
     _, norm = backend.normalize_rows(x)
     one = torch.tensor(0.5)
     dense = backend.normalize_rows_backward(one.repeat(4, 7), x, norm)
@@ -55,11 +56,10 @@ def test_normalize_takes_stride_0_and_nan() -> None:
 @pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
 def test_ema(target_dtype: torch.dtype, source_dtype: torch.dtype) -> None:
     """fma(decay, t, (1 - decay) s) in float32 (float64 if either is), rounded once."""
-    generator = torch.Generator().manual_seed(3)
     sizes = [1, 7, 4095, 4096, 4097, 0, 9000]
-    sources = [torch.randn(n, generator=generator).to(source_dtype) for n in sizes]
+    sources = [randn(n, seed=n).to(source_dtype) for n in sizes]
     # Views that begin at an odd element: no address may be taken as aligned.
-    buffers = [torch.randn(n + 6, generator=generator).to(target_dtype) for n in sizes]
+    buffers = [randn(n + 6, seed=n + 6).to(target_dtype) for n in sizes]
     targets = [buffer[3 : n + 3] for buffer, n in zip(buffers, sizes, strict=True)]
     before = [buffer.clone() for buffer in buffers]
     plan = backend.EmaPlan(targets, sources)
@@ -111,7 +111,7 @@ def test_enqueue(n_keys: int, start: int, normalize: bool) -> None:
         queue = torch.arange(K * D, dtype=torch.float32).view(K, D).to(queue_dtype)
         labels = -torch.arange(K)
         position, fill = torch.tensor([start]), torch.tensor([4])
-        keys = torch.randn(n_keys, D, generator=torch.Generator().manual_seed(4)).to(key_dtype)
+        keys = randn(n_keys, D, seed=4).to(key_dtype)
         new_labels = torch.arange(n_keys) + 100
         expected, expected_labels = queue.clone(), labels.clone()
         rows = torch.nn.functional.normalize(keys.float(), dim=1) if normalize else keys.float()

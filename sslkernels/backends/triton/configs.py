@@ -319,3 +319,8 @@ def precision() -> str:
     if asked not in PRECISIONS:
         raise ValueError(f"SSLKERNELS_TRITON_FP32 must be one of {PRECISIONS}, got {asked!r}")
     return asked
+
+
+def forget_tuned() -> None:
+    """Drop what ``remember`` was told."""
+    _tuned.clear()
