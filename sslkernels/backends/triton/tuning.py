@@ -126,7 +126,7 @@ def autotune(
         for config in candidates(table, D, dtype)[:limit]:
             with (
                 contextlib.suppress(triton.TritonError),
-                configs.override(**force, **{table: config}),
+                configs.override(**{**force, table: config}),  # type: ignore[arg-type]
             ):
                 fastest_now = _milliseconds(run, device)
                 tried += 1
