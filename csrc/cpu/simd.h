@@ -73,12 +73,12 @@ inline __attribute__((always_inline)) void store_int(Int<T>* p, IVec<T> v) {
 
 template <class T>
 inline __attribute__((always_inline)) Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // x - 0 is x for every x, which 0 + x is not: the compiler then broadcasts from memory
 }
 
 template <class T>
 inline __attribute__((always_inline)) IVec<T> splat_int(Int<T> x) {
-  return IVec<T>{} + x;
+  return x - IVec<T>{};
 }
 
 template <class V, class U>

@@ -13,9 +13,23 @@
 // AVX-512 has 32 registers (8 x 2 accumulators), AVX2 16 (4 x 3 accumulators, 3 for B, 1 for A).
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 SSLK_BEGIN
+
+// f(0), f(1), ... f(N - 1) with constants for arguments: arrays indexed by them stay in registers,
+// which the compiler does not manage for loops that it unrolls late.
+template <class F, int... I>
+inline __attribute__((always_inline)) void unroll_indices(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+inline __attribute__((always_inline)) void unroll(F&& f) {
+  unroll_indices(f, std::make_integer_sequence<int, N>{});
+}
+#define SSLK_INLINE __attribute__((always_inline))
 
 template <class T>
 struct Tile {
@@ -52,34 +66,25 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // acc[r][v] = sum over k < depth of a[r * a_row + k * a_k] * b[k * NR + v * L ...].
 // kUnitRow: the rows of A are adjacent (a packed panel or G^T), so a_row is 1 at compile time.
 template <class T, int NV, bool kUnitRow>
-inline __attribute__((always_inline)) void dot_tile(const T* __restrict a, int64_t a_row, int64_t a_k,
-                                                    const T* __restrict b, int64_t depth,
-                                                    Vec<T> (&acc)[Tile<T>::MR][NV]) {
+inline SSLK_INLINE void dot_tile(const T* __restrict a, int64_t a_row, int64_t a_k, const T* __restrict b,
+                                 int64_t depth, Vec<T> (&acc)[Tile<T>::MR][NV]) {
   constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, L = Tile<T>::L;
   const int64_t row = kUnitRow ? 1 : a_row;
-#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> bv[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * L);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
+    unroll<NV>([&](auto v) SSLK_INLINE { bv[v] = load<T>(b + v * L); });
+    unroll<MR>([&](auto r) SSLK_INLINE {
       const Vec<T> av = splat<T>(a[r * row]);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
-    }
+      unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] += av * bv[v]; });
+    });
     a += a_k;
     b += NR;
   }
 }
 
 template <class T, int NV>
-inline __attribute__((always_inline)) void zero_tile(Vec<T> (&acc)[Tile<T>::MR][NV]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < Tile<T>::MR; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = Vec<T>{};
-  }
+inline SSLK_INLINE void zero_tile(Vec<T> (&acc)[Tile<T>::MR][NV]) {
+  unroll<Tile<T>::MR>([&](auto r) SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<T>{}; }); });
 }
 
 // One panel of gemm_block: C[0:rows][0:NV*L] += A P for a panel that is NV vectors wide.
@@ -90,17 +95,15 @@ inline void gemm_panel(T* c, int64_t ldc, int64_t rows, const T* a, int64_t a_ro
   for (int64_t i = 0; i < rows; i += MR) {
     T* ci = c + i * ldc;
     Vec<T> acc[MR][NV];
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = load<T>(ci + r * ldc + v * L);
-    }
+    zero_tile<T, NV>(acc);
     dot_tile<T, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store<T>(ci + r * ldc + v * L, acc[r][v]);
-    }
+    // C is added at the end: waiting for it at the start would stall the multiply-adds.
+    unroll<MR>([&](auto r) SSLK_INLINE {
+      unroll<NV>([&](auto v) SSLK_INLINE {
+        T* at = ci + r * ldc + v * L;
+        store<T>(at, load<T>(at) + acc[r][v]);
+      });
+    });
   }
 }
 
