@@ -114,7 +114,8 @@ def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunF
         from ssltrain.runs import RunFolder
 
         folder = RunFolder.open(resume)
-        defaults = TrainConfig.load(folder.config)
+        # Where the run was told to stop is behind it: it goes on to the end, or as far as told now.
+        defaults = dataclasses.replace(TrainConfig.load(folder.config), stop_after=0)
     if asks_help:
         _parser(defaults, prog).print_help()
         raise SystemExit(0)
