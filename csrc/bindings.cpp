@@ -126,6 +126,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(sslk::kernels().isa); });
   m.def("available_isas", &sslk::available_isas);
   m.def("set_isa", &sslk::set_isa);
+  m.def("has_bf16", [] { return sslk::kernels().bf16; });
+  m.def(
+      "peak_flops", [](bool bf16, int n_threads) { return sslk::kernels().peak_flops(bf16, n_threads); },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("pairwise_forward", &sslk::pairwise_forward);
   m.def("pairwise_backward", &sslk::pairwise_backward);
   m.def("attend", &sslk::attend);

@@ -26,7 +26,7 @@ void check(int status) {
 ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
                                  uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
                                  int64_t bank_rows, int64_t stride_bank, uintptr_t scale, uintptr_t ids_q,
-                                 uintptr_t ids_k, int n_threads) {
+                                 uintptr_t ids_k, bool bf16, int n_threads) {
   ContrastiveArgs args;
   args.layout = Layout(layout);
   args.reduction = Reduction(reduction);
@@ -39,35 +39,40 @@ ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool norm
   args.scale = args.dtype == DType::f64 ? *at<const double>(scale) : double(*at<const float>(scale));
   args.ids_q = at<const int64_t>(ids_q);
   args.ids_k = at<const int64_t>(ids_k);
+  args.bf16 = bf16;
   args.n_threads = n_threads;
   return args;
 }
 
+// state: [rows + 3 N] acc, which holds lse, positive and inv one after the other.
+ContrastiveState split_state(const ContrastiveArgs& args, uintptr_t state, uintptr_t mean_key) {
+  const uintptr_t size = args.dtype == DType::f64 ? 8 : 4;
+  const uintptr_t positive = state + uintptr_t(args.rows()) * size, inv = positive + uintptr_t(args.a.n) * size;
+  return {at<void>(state), at<void>(positive), at<void>(inv), at<void>(mean_key)};
+}
+
 void contrastive_forward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
                          int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
-                         int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
-                         uintptr_t lse, uintptr_t positive, uintptr_t inv, uintptr_t mean_key, uintptr_t loss,
-                         uintptr_t rank) {
+                         int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, bool bf16,
+                         int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t loss, uintptr_t rank) {
   py::gil_scoped_release release;
   ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
-                                          bank_rows, stride_bank, scale, ids_q, ids_k, n_threads);
+                                          bank_rows, stride_bank, scale, ids_q, ids_k, bf16, n_threads);
   NarrowIds narrow;
   narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
-  const ContrastiveState state{at<void>(lse), at<void>(positive), at<void>(inv), at<void>(mean_key)};
-  check(kernels().contrastive_forward(args, state, at<void>(loss), at<int64_t>(rank)));
+  check(kernels().contrastive_forward(args, split_state(args, state, mean_key), at<void>(loss), at<int64_t>(rank)));
 }
 
 double contrastive_backward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
                             int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
-                            int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
-                            uintptr_t lse, uintptr_t positive, uintptr_t inv, uintptr_t mean_key, uintptr_t dloss,
-                            int64_t dloss_stride, uintptr_t da, uintptr_t db, bool want_scale) {
+                            int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, bool bf16,
+                            int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t dloss, int64_t dloss_stride,
+                            uintptr_t da, uintptr_t db, bool want_scale) {
   py::gil_scoped_release release;
   ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
-                                          bank_rows, stride_bank, scale, ids_q, ids_k, n_threads);
+                                          bank_rows, stride_bank, scale, ids_q, ids_k, bf16, n_threads);
   NarrowIds narrow;
   narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
-  const ContrastiveState state{at<void>(lse), at<void>(positive), at<void>(inv), at<void>(mean_key)};
   double dscale = 0.0;
   ContrastiveBackwardArgs out;
   out.dloss = at<const void>(dloss);
@@ -75,7 +80,7 @@ double contrastive_backward(int layout, int reduction, int dtype, bool normalize
   out.da = at<void>(da);
   out.db = at<void>(db);
   out.dscale = want_scale ? &dscale : nullptr;
-  check(kernels().contrastive_backward(args, state, out));
+  check(kernels().contrastive_backward(args, split_state(args, state, mean_key), out));
   return dscale;
 }
 

@@ -29,14 +29,16 @@ struct PairwiseArgs {
   bool self = false;  // K = Q: S is symmetric and only one triangle is computed
   // Rows are the concatenation of up to two matrices, so that NT-Xent needs no copy of its views.
   Rows q[2];
-  Rows k[2];                    // unused in self mode
-  const void* inv_q = nullptr;  // [N] acc or null: row i is used as inv_q[i] * q_i (fused normalisation)
+  Rows k[2];  // unused in self mode
+  // [N] acc or null: row i is used as inv_q[i] * q_i, which must not be longer than 1 (fused normalisation).
+  const void* inv_q = nullptr;
   const void* inv_k = nullptr;  // [M] acc or null
   bool normalize_k = false;     // attend only: keys are normalised as they are read
   double scale = 1.0;
   double bias = 0.0;
   const int64_t* ids_q = nullptr;  // [N] or null: (i, j) is excluded when ids_q[i] == ids_k[j]
   const int64_t* ids_k = nullptr;  // [M] or null; self mode: ids_q
+  bool bf16 = false;               // multiply in bfloat16 (not float64; only where kernels().bf16 says so)
   int n_threads = 1;
 
   __attribute__((always_inline)) int64_t rows() const { return q[0].n + q[1].n; }
@@ -96,6 +98,7 @@ struct ContrastiveArgs {
   double scale = 1.0;
   const int64_t* ids_q = nullptr;  // [N] or null; null: the row number (bank: nothing is excluded)
   const int64_t* ids_k = nullptr;  // bank: [K] or null; otherwise ids_q serves both sides
+  bool bf16 = false;               // as in PairwiseArgs; the positives are never rounded
   int n_threads = 1;
 
   // Softmax rows: 2N where both sides count, N where one does.
@@ -179,10 +182,12 @@ struct EnqueueArgs {
 // The kernels of one instruction set.  A function returns 0, or -1 when memory could not be had.
 struct Kernels {
   const char* isa;
+  bool bf16;  // PairwiseArgs::bf16 is implemented
   int (*pairwise_forward)(const PairwiseArgs&, const PairwiseForwardOut&);
   int (*pairwise_backward)(const PairwiseArgs&, const PairwiseBackwardArgs&);
   int (*attend)(const PairwiseArgs&, const AttendOut&);
   int (*extremes)(const PairwiseArgs&, const ExtremesOut&);
+  double (*peak_flops)(bool bf16, int n_threads);
   int (*contrastive_forward)(const ContrastiveArgs&, const ContrastiveState&, void* loss, int64_t* rank);
   int (*contrastive_backward)(const ContrastiveArgs&, const ContrastiveState&, const ContrastiveBackwardArgs&);
   int (*regression_forward)(const RegressionArgs&, void* state, void* loss);

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslkernels import functional
+from sslkernels import distributed, functional
 from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
@@ -65,6 +65,8 @@ class NTXentLoss(_Loss):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        group: distributed.Group = None,
+        compute_dtype: torch.dtype | None = None,
         return_metrics: bool = False,
     ) -> None:
         """See ``nt_xent_loss``."""
@@ -72,6 +74,8 @@ class NTXentLoss(_Loss):
             temperature=temperature,
             normalize=normalize,
             reduction=reduction,
+            group=group,
+            compute_dtype=compute_dtype,
             return_metrics=return_metrics,
         )
 
@@ -90,6 +94,7 @@ class InfoNCELoss(_Loss):
         negative_mode: str = "unpaired",
         *,
         normalize: bool = True,
+        compute_dtype: torch.dtype | None = None,
         return_metrics: bool = False,
     ) -> None:
         """See ``info_nce_loss``."""
@@ -98,6 +103,7 @@ class InfoNCELoss(_Loss):
             reduction=reduction,
             negative_mode=negative_mode,
             normalize=normalize,
+            compute_dtype=compute_dtype,
             return_metrics=return_metrics,
         )
 
@@ -125,10 +131,22 @@ class CLIPLoss(_Loss):
     """``clip_loss``: (image_features, text_features, logit_scale) → loss."""
 
     def __init__(
-        self, *, normalize: bool = False, reduction: str = "mean", return_metrics: bool = False
+        self,
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        group: distributed.Group = None,
+        compute_dtype: torch.dtype | None = None,
+        return_metrics: bool = False,
     ) -> None:
         """See ``clip_loss``."""
-        super().__init__(normalize=normalize, reduction=reduction, return_metrics=return_metrics)
+        super().__init__(
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            compute_dtype=compute_dtype,
+            return_metrics=return_metrics,
+        )
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor

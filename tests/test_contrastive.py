@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from helpers import check_loss
 from torch import Tensor
 
 import sslkernels
 from sslkernels.ops import registry
-from sslkernels.ops.contrastive import contrastive
+from sslkernels.ops.contrastive import State, contrastive
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 
@@ -36,7 +37,8 @@ def run(backend: str, layout: str, reduction: str, *inputs: Tensor | None) -> li
     with registry.backend(backend):
         out = contrastive(layout, a, b, bank, scale=scale, reduction=reduction, want_rank=True)
         out.loss.backward(weight if reduction == "none" else None)
-    return [out.loss.detach(), out.lse.detach(), a.grad, b.grad, scale.grad]
+    lse = State.split(out.state, len(a)).lse
+    return [out.loss.detach(), lse.detach(), a.grad, b.grad, scale.grad]
 
 
 # (2, 3): less than a tile; (33, 24): half a block and one; (65, 129): odd rows, one feature too many;
@@ -72,7 +74,7 @@ def test_opcheck(layout: str) -> None:
     scale = torch.tensor(5.0, requires_grad=True)
     torch.library.opcheck(
         torch.ops.sslkernels.contrastive.default,
-        (layout, a, b, bank, scale, None, None, True, "mean", True),
+        (layout, a, b, bank, scale, None, None, True, "mean", False, True),
     )
 
 
@@ -90,6 +92,103 @@ def test_many_blocks() -> None:
         want = torch.autograd.grad(sslkernels.nt_xent_loss(z1, z2, 0.5), (z1, z2))
     for x, y in zip(got, want, strict=True):
         assert (x - y).abs().max() <= 2e-5 * y.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_halves_are_packed_by_groups(
+    isa: str, layout: str, normalize: bool, dtype: torch.dtype
+) -> None:
+    """16-bit rows are widened group by group: several groups, the last one ragged."""
+    torch.manual_seed(0)
+    n = 1161 if layout == "joint" else 2323
+    size = 1.0 if normalize else 0.2
+    inputs = [size * torch.randn(n, 24) for _ in range(2)]
+    bank = (size * torch.randn(2500, 24)).to(dtype) if layout == "bank" else None
+    inputs = [x.to(dtype) for x in inputs]
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        scale = torch.tensor(
+            5.0, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32
+        )
+        keys = None if bank is None else bank.to(a.dtype)
+        return contrastive(layout, a, b, keys, scale=scale, normalize=normalize).loss
+
+    def chunked(a: Tensor, b: Tensor) -> Tensor:
+        with sslkernels.backend("chunked"):
+            return loss(a, b)
+
+    check_loss(loss, chunked, inputs, name=f"{layout} {isa}")
+
+
+BF16_TOLERANCE = 4e-2
+
+
+@pytest.mark.skipif(not _C.has_bf16(), reason="the processor lacks AVX512-BF16")
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (33, 31), (65, 129), (300, 100)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [5.0, 200.0])
+def test_bfloat16_arithmetic(layout: str, shape, dtype: torch.dtype, scale: float) -> None:
+    """Close to float64, and closer to it than to anything when the operands are bfloat16 already."""
+    torch.manual_seed(0)
+    n, d = shape
+    a, b = (torch.randn(n, d).to(dtype).requires_grad_() for _ in range(2))
+    bank = torch.randn(2 * n + 3, d).to(dtype) if layout == "bank" else None
+    factor = torch.tensor(scale, requires_grad=True)
+    out = contrastive(layout, a, b, bank, scale=factor, bf16=True)
+    grads = torch.autograd.grad(out.loss, (a, b, factor))
+    with sslkernels.backend("chunked"):
+        wide = [x.detach().double().requires_grad_() for x in (a, b, factor)]
+        keys = None if bank is None else bank.double()
+        truth = contrastive(layout, *wide[:2], keys, scale=wide[2])
+        true_grads = torch.autograd.grad(truth.loss, wide)
+    # Rounded similarities are off by 2^-8, which the scale multiplies.
+    assert abs(out.loss.item() - truth.loss.item()) <= 2**-8 * scale
+    if scale > 100:
+        return  # exp(200 * 2^-8) is no small error: only finite
+    for name, x, y in zip(("da", "db", "dscale"), grads, true_grads, strict=True):
+        assert x.isfinite().all(), name
+        error = (x.double() - y).norm().item()
+        floor = 2e-2 if name == "dscale" else 1e-4  # a sum that may cancel
+        assert error <= BF16_TOLERANCE * max(y.norm().item(), floor), (name, error, y.norm().item())
+
+
+@pytest.mark.skipif(not _C.has_bf16(), reason="the processor lacks AVX512-BF16")
+def test_bfloat16_positives_are_exact() -> None:
+    """Aligned views at a small temperature: a rounded positive would be off by tens of percent."""
+    torch.manual_seed(0)
+    z = torch.randn(64, 128)
+    inputs = [z, z + 1e-3 * torch.randn_like(z)]
+    results = []
+    for dtype, compute in ((torch.float32, torch.bfloat16), (torch.float64, None)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        loss = sslkernels.nt_xent_loss(*leaves, 0.07, compute_dtype=compute)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for x, y in zip(*results, strict=True):
+        assert (x.double() - y).norm() <= 0.1 * y.norm()
+
+
+def test_bfloat16_is_refused_where_it_can_not_be() -> None:
+    a = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="compute_dtype must be None or torch.bfloat16"):
+        sslkernels.nt_xent_loss(a, a, compute_dtype=torch.float16)
+    with pytest.raises(ValueError, match="compute_dtype must be None for float64"):
+        sslkernels.nt_xent_loss(a.double(), a.double(), compute_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="compute_dtype works with two views"):
+        sslkernels.nt_xent_loss([a, a, a], compute_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="compute_dtype must be None for paired"):
+        sslkernels.info_nce_loss(
+            a, a, torch.randn(4, 3, 8), negative_mode="paired", compute_dtype=torch.bfloat16
+        )
+    before = _C.isa()
+    _C.set_isa("baseline")
+    try:
+        with pytest.raises(RuntimeError, match="AVX512-BF16"):
+            sslkernels.nt_xent_loss(a, a, compute_dtype=torch.bfloat16)
+    finally:
+        _C.set_isa(before)
 
 
 def test_queue_may_change_before_backward() -> None:
@@ -123,10 +222,11 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 
 PEAK = """
-import torch, sslkernels
-z1, z2 = (torch.randn(4096, 128, requires_grad=True) for _ in range(2))
+import sys, torch, sslkernels
+n, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+z1, z2 = (torch.randn(n, 128).to(dtype).requires_grad_() for _ in range(2))
 sslkernels.nt_xent_loss(z1[:64], z2[:64]).backward()
-z1.grad, z2.grad = torch.zeros(4096, 128), torch.zeros(4096, 128)
+z1.grad, z2.grad = torch.zeros_like(z1), torch.zeros_like(z2)
 def peak():
     text = open("/proc/self/status").read()
     return int(text.split("VmHWM:")[1].split()[0]) / 1024
@@ -136,8 +236,19 @@ print(peak() - before)
 """
 
 
+def _peak(n: int, dtype: str) -> float:
+    """Extra MB of NT-Xent on n pairs."""
+    command = [sys.executable, "-c", PEAK, str(n), dtype]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_peak_memory() -> None:
     """NT-Xent of 8192 rows: N x N floats alone would be 256 MB."""
-    out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(out.stdout) < 40
+    assert _peak(4096, "float32") < 40
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_peak_memory_of_halves() -> None:
+    """The float32 gradient before rounding is 32 MB here; no such copy of the inputs beside it."""
+    assert _peak(32768, "bfloat16") < 32 + 16 + 14

@@ -29,45 +29,94 @@ struct Partial {
   int64_t* rank;  // [n_pad]
 };
 
-template <class T>
+template <class M>
 struct Pass {
-  const Engine<T>& e;  // q: queries (packed), k: keys (read in place)
+  using T = AccOfMath<M>;
+  const Engine<M>& e;  // q: queries, k: keys
   const T* threshold = nullptr;
   int64_t stride = 0;
 };
 
-template <class T>
+template <class M>
 struct Scratch {
-  T* g;       // [kBlock keys][kLdG]: exponentials, one column a query
-  T* keys;    // [kBlock][d_pad] row-major keys of the block
-  T* panels;  // P panels of the block
+  AccOfMath<M>* g;     // [kBlock keys][kLdG]: exponentials, one column a query
+  ElemOf<M>* g_cols;   // the same in Elem, pairs of keys; g where Elem is Acc
+  AccOfMath<M>* rows;  // [kPack][row_size]: keys as they are read
+  ElemOf<M>* keys;     // [kBlock][row_size] row-major keys of the block
+  ElemOf<M>* panels;   // P panels of the block
+  ElemOf<M>* queries;  // T panels of a group of queries
 };
 
+// Reads a block of keys: row-major, for S, and as P panels, for the weighted sum.
+template <class M>
+void read_keys(const Pass<M>& pass, const Scratch<M>& s, int64_t j0, int64_t nj) {
+  using T = AccOfMath<M>;
+  constexpr int NR = Tile<M>::NR, L = Tile<M>::L, kBlock = Tile<M>::kBlock;
+  const Engine<M>& e = pass.e;
+  const int64_t ld = PackBuffer<M>::row_size(e.d), p_rows = kBlock / M::kPack;
+  for (int64_t r = 0; r < round_up(nj, Tile<M>::MR); r += M::kPack) {
+    for (int h = 0; h < M::kPack; ++h) {
+      T* row = s.rows + h * ld;
+      const bool valid = r + h < nj;
+      if (valid) {
+        e.k.source.row(j0 + r + h, row);
+        if (e.args.normalize_k) {
+          const T inverse = inverse_norm(row, e.d);
+          for (int64_t c = 0; c < e.d; ++c) row[c] *= inverse;
+        }
+      }
+      const int64_t filled = valid ? e.d : 0;
+      std::memset(row + filled, 0, size_t(ld - filled) * sizeof(T));
+      ElemOf<M>* key = s.keys + (r + h) * ld;
+      if constexpr (M::kPack == 1) {
+        std::memcpy(key, row, size_t(ld) * sizeof(T));
+      } else {
+#if defined(__AVX512BF16__)
+        for (int64_t k = 0; k < e.d; k += 2 * L) {
+          store<ElemOf<M>>(key + k / 2, pair_along(load<T>(row + k), load<T>(row + k + L)));
+        }
+#endif
+      }
+    }
+    for (int64_t c = 0; c < e.d_pad; c += NR) {
+      for (int v = 0; v < NR; v += L) {
+        ElemOf<M>* to = s.panels + c * p_rows + r / M::kPack * NR + v;
+        if constexpr (M::kPack == 1) {
+          store<T>(to, load<T>(s.rows + c + v));
+        } else {
+#if defined(__AVX512BF16__)
+          store<ElemOf<M>>(to, pair_across(load<T>(s.rows + c + v), load<T>(s.rows + ld + c + v)));
+#endif
+        }
+      }
+    }
+  }
+}
+
 // Exponentials of one block of keys against one panel-aligned block of queries; updates the sums.
-template <class T, Mode M>
-void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int64_t key_stride, int64_t j0, int64_t nj,
-                  int64_t i0, int64_t ni, T* g, bool exclude) {
-  constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, NV = Tile<T>::NV, L = Tile<T>::L, kLdG = Tile<T>::kLdG;
-  const Engine<T>& e = pass.e;
+template <class M, Mode kMode>
+void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const Scratch<M>& s, const ElemOf<M>* t_q,
+                  int64_t j0, int64_t nj, int64_t i0, int64_t ni, bool exclude) {
+  using T = AccOfMath<M>;
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L, kLdG = Tile<M>::kLdG;
+  const Engine<M>& e = pass.e;
+  const int64_t ld = PackBuffer<M>::row_size(e.d);
   for (int64_t i = i0; i < i0 + ni; i += NR) {
-    const T* b = e.q.panels + i * e.d;
+    const ElemOf<M>* b = t_q + (i - i0) * e.depth;
     Vec<T> old[NV], now[NV], sum[NV];
     IVec<T> count[NV];
-    for (int v = 0; v < NV; ++v) {
+    unroll<NV>([&](auto v) SSLK_INLINE {
       old[v] = now[v] = load<T>(out.max + i + v * L);
       sum[v] = load<T>(out.sum + i + v * L);
       count[v] = IVec<T>{};
-    }
+    });
     for (int64_t j = 0; j < nj; j += MR) {
       Vec<T> t[MR][NV];
-      zero_tile<T, NV>(t);
-      dot_tile<T, NV, false>(keys + j * key_stride, key_stride, 1, b, e.d, t);
-      T* to = g + j * kLdG + (i - i0);
+      dot_tile<M, NV, false>(s.keys + j * ld, ld, 1, b, e.depth, t);
+      T* to = s.g + j * kLdG + (i - i0);
       const bool masked = exclude || j + MR > nj;
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
+      unroll<MR>([&](auto r) SSLK_INLINE {
+        unroll<NV>([&](auto v) SSLK_INLINE {
           Vec<T> x = t[r][v] * e.unit + e.offset;
           IVec<T> mask = ~IVec<T>{};
           if (masked) {
@@ -75,10 +124,10 @@ void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int
             if (j + r >= nj) mask = IVec<T>{};
           }
           if (pass.threshold != nullptr) {
-            IVec<T> above = x > load<T>(pass.threshold + i + v * L);
+            const IVec<T> above = x > load<T>(pass.threshold + i + v * L);
             count[v] -= above & mask;
           }
-          if (M == Mode::kOnline) {
+          if constexpr (kMode == Mode::kOnline) {
             x = mask != 0 ? x : splat<T>(Limits<T>::kFloor);
             now[v] = x > now[v] ? x : now[v];
           } else {
@@ -87,15 +136,15 @@ void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int
             sum[v] += x;
           }
           store<T>(to + r * kLdG + v * L, x);
-        }
-      }
+        });
+      });
     }
-    if (M == Mode::kOnline) {
-      for (int v = 0; v < NV; ++v) {
+    if constexpr (kMode == Mode::kOnline) {
+      unroll<NV>([&](auto v) SSLK_INLINE {
         const IVec<T> seen = now[v] > splat<T>(Limits<T>::kFloor);
         sum[v] *= exp2_v(old[v] - now[v]);
         for (int64_t j = 0; j < round_up(nj, MR); ++j) {
-          T* at = g + j * kLdG + (i - i0) + v * L;
+          T* at = s.g + j * kLdG + (i - i0) + v * L;
           const Vec<T> x = load<T>(at);
           // A NaN logit is not above the floor and must stay NaN; a masked one is exactly the floor.
           const IVec<T> allowed = ~(x == splat<T>(Limits<T>::kFloor));
@@ -111,39 +160,25 @@ void exponentials(const Pass<T>& pass, const Partial<T>& out, const T* keys, int
           T* row = out.weighted + (i + v * L + l) * pass.stride;
           for (int64_t c = 0; c < pass.stride; ++c) row[c] *= shrink[l];
         }
-      }
+      });
     }
-    for (int v = 0; v < NV; ++v) {
+    unroll<NV>([&](auto v) SSLK_INLINE {
       store<T>(out.sum + i + v * L, sum[v]);
       for (int l = 0; pass.threshold != nullptr && l < L; ++l) out.rank[i + v * L + l] += count[v][l];
-    }
+    });
   }
 }
 
 // One work item: a group of queries against a range of keys.
-template <class T, Mode M>
-void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& s, int64_t q0, int64_t q1, int64_t k0,
-                  int64_t k1) {
-  constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, kBlock = Tile<T>::kBlock, kLdG = Tile<T>::kLdG;
-  const Engine<T>& e = pass.e;
+template <class M, Mode kMode>
+void attend_range(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const Scratch<M>& s,
+                  const PackBuffer<M>& buffer, int64_t q0, int64_t q1, int64_t k0, int64_t k1) {
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, kBlock = Tile<M>::kBlock, kLdG = Tile<M>::kLdG;
+  const Engine<M>& e = pass.e;
+  pack_t<M>(e.q.source, q0, q1 - q0, s.queries, buffer);
   for (int64_t j0 = k0; j0 < k1; j0 += kBlock) {
     const int64_t nj = min64(kBlock, k1 - j0);
-    for (int64_t r = 0; r < round_up(nj, MR); ++r) {
-      T* row = s.keys + r * e.d_pad;
-      if (r < nj) {
-        e.k.source.row(j0 + r, row);
-        if (e.args.normalize_k) {
-          const T inverse = inverse_norm(row, e.d);
-          for (int64_t c = 0; c < e.d; ++c) row[c] *= inverse;
-        }
-      } else {
-        std::memset(row, 0, size_t(e.d) * sizeof(T));
-      }
-      for (int64_t c = e.d; c < e.d_pad; ++c) row[c] = T(0);
-      for (int64_t c = 0; c < e.d_pad; c += NR) {
-        std::memcpy(s.panels + c * kBlock + r * NR, row + c, NR * sizeof(T));
-      }
-    }
+    read_keys(pass, s, j0, nj);
     for (int64_t i0 = q0; i0 < q1; i0 += kBlock) {
       const int64_t ni = min64(round_up(e.q.n, NR), min64(q1, i0 + kBlock)) - i0;
       if (ni <= 0) break;
@@ -153,55 +188,76 @@ void attend_range(const Pass<T>& pass, const Partial<T>& out, const Scratch<T>& 
           for (int64_t c = j0 / e.block; c <= (j0 + nj - 1) / e.block; ++c) exclude |= e.may_exclude(b, c);
         }
       }
-      exponentials<T, M>(pass, out, s.keys, e.d_pad, j0, nj, i0, ni, s.g, exclude);
-      gemm_block<T, true>(out.weighted + i0 * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g, 1, kLdG, s.panels,
-                          kBlock, nj);
+      exponentials<M, kMode>(pass, out, s, s.queries + (i0 - q0) * e.depth, j0, nj, i0, ni, exclude);
+      if constexpr (M::kPack == 2) {
+#if defined(__AVX512BF16__)
+        for (int64_t j = 0; j < round_up(nj, 2); j += 2) {
+          for (int64_t i = 0; i < ni; i += Tile<M>::L) {
+            const float* at = s.g + j * kLdG + i;
+            store<ElemOf<M>>(s.g_cols + j / 2 * kLdG + i, pair_across(load<float>(at), load<float>(at + kLdG)));
+          }
+        }
+#endif
+      }
+      gemm_block<M, true>(out.weighted + i0 * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_cols, 1, kLdG,
+                          s.panels, kBlock / M::kPack, ceil_div(nj, M::kPack));
     }
   }
 }
 
-template <class T>
+template <class M>
 int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
-  constexpr int kBlock = Tile<T>::kBlock;
-  Engine<T> e(args);
-  Pass<T> pass{e};
+  using T = AccOfMath<M>;
+  using E = ElemOf<M>;
+  constexpr int kBlock = Tile<M>::kBlock, kLdG = Tile<M>::kLdG;
+  Engine<M> e(args);
+  Pass<M> pass{e};
   pass.stride = round_up(args.d, kRowAlign);
-  const int64_t group = round_up(kGroupQueries, kBlock);
+  const int64_t group = round_up(kGroupQueries, kBlock), ld = PackBuffer<M>::row_size(e.d);
   const int64_t n_groups = max64(1, ceil_div(e.q.n, group));
   const int64_t ranges = max64(1, min64(ceil_div(kMinItems, n_groups), e.k.n / kMinRange));
   const int64_t range = round_up(ceil_div(e.k.n, ranges), kBlock);
 
   Workspace w;
-  T *buffers = nullptr, *thresholds = nullptr, *scratch_memory = nullptr;
+  T *memory = nullptr, *thresholds = nullptr;
   double* norms = nullptr;
   Partial<T>* partial = nullptr;
   T *max = nullptr, *sum = nullptr, *weighted = nullptr;
   int64_t* rank = nullptr;
-  const int64_t scratch_size = kBlock * (Tile<T>::kLdG + 2 * e.d_pad);
-  w.plan(&buffers, e.d_pad * args.n_threads);
-  w.plan(&norms, 2 * args.n_threads);
-  w.plan(&scratch_memory, scratch_size * args.n_threads);
+  const int64_t g_size = kBlock * kLdG, query_rows = min64(group, e.q.n_pad);
+  const int64_t scratch_size = PackBuffer<M>::size(e.d) + 2 * g_size + 2 * ld + (2 * kBlock + query_rows) * ld;
+  w.plan(&memory, scratch_size * e.threads);
+  w.plan(&norms, e.threads);
   w.plan(&partial, ranges);
   w.plan(&max, ranges * e.q.n_pad);
   w.plan(&sum, ranges * e.q.n_pad);
   w.plan(&weighted, ranges * e.q.n_pad * pass.stride);
   w.plan(&rank, ranges * e.q.n_pad);
   w.plan(&thresholds, e.q.n_pad);
-  e.plan_sides(w, false);
+  e.plan_ids(w, e.q);
+  e.plan_ids(w, e.k);
   if (!w.allocate()) return -1;
   e.fill_all_ids();
 
-  // Pack the queries and bound the logits.
-#pragma omp parallel num_threads(args.n_threads)
-  {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    T* buffer = buffers + thread * e.d_pad;
-    norms[2 * thread] = e.pack_side(e.q, thread, team, buffer);
-    // Unit keys bound the logits; of other keys nothing is known without reading them all first.
-    norms[2 * thread + 1] = args.normalize_k ? 1.0 : NAN;
-    for (int t = team; thread == 0 && t < args.n_threads; ++t) norms[2 * t] = norms[2 * t + 1] = 0;
+  // Unit keys and queries bound the logits; of other keys nothing is known without reading them all first.
+  double bound = NAN;
+  if (args.normalize_k && args.inv_q != nullptr) {
+    bound = std::fabs(args.scale);
+  } else if (args.normalize_k) {
+#pragma omp parallel num_threads(e.threads)
+    {
+      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+      ThreadScratch<M> s;
+      s.buffer = PackBuffer<M>(memory + thread * scratch_size, e.d);
+      e.raise_norm2(e.q.source, e.q.n * thread / team, e.q.n * (thread + 1) / team, s, &s.norm2_q);
+      norms[thread] = s.norm2_q;
+      for (int64_t t = team; thread == 0 && t < e.threads; ++t) norms[t] = 0;
+    }
+    double largest = 0;
+    for (int t = 0; t < e.threads; ++t) largest = norms[t] <= largest ? largest : norms[t];
+    bound = std::fabs(args.scale) * std::sqrt(largest);
   }
-  e.choose_mode(e.bound_from(norms));
+  e.choose_mode(bound);
 
   std::memset(sum, 0, size_t(ranges * e.q.n_pad) * sizeof(T));
   std::memset(rank, 0, size_t(ranges * e.q.n_pad) * sizeof(int64_t));
@@ -218,11 +274,15 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
     pass.threshold = thresholds;
   }
 
-#pragma omp parallel num_threads(args.n_threads)
+#pragma omp parallel num_threads(e.threads)
   {
-    const int64_t thread = omp_get_thread_num();
-    T* base = scratch_memory + thread * scratch_size;
-    const Scratch<T> s{base, base + kBlock * Tile<T>::kLdG, base + kBlock * (Tile<T>::kLdG + e.d_pad)};
+    T* at = memory + omp_get_thread_num() * scratch_size;
+    const PackBuffer<M> buffer(at, e.d);
+    at += PackBuffer<M>::size(e.d);
+    E* elems = reinterpret_cast<E*>(at + g_size + 2 * ld);
+    Scratch<M> s{
+        at, elems, at + g_size, elems + g_size, elems + g_size + kBlock * ld, elems + g_size + 2 * kBlock * ld};
+    if constexpr (M::kPack == 1) s.g_cols = s.g;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < n_groups * ranges; ++item) {
       const int64_t g = item / ranges, r = item % ranges;
@@ -230,9 +290,9 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
       const int64_t k0 = r * range, k1 = min64(e.k.n, k0 + range);
       std::memset(partial[r].weighted + q0 * pass.stride, 0, size_t(q1 - q0) * pass.stride * sizeof(T));
       if (e.mode == Mode::kFixed) {
-        attend_range<T, Mode::kFixed>(pass, partial[r], s, q0, q1, k0, k1);
+        attend_range<M, Mode::kFixed>(pass, partial[r], s, buffer, q0, q1, k0, k1);
       } else {
-        attend_range<T, Mode::kOnline>(pass, partial[r], s, q0, q1, k0, k1);
+        attend_range<M, Mode::kOnline>(pass, partial[r], s, buffer, q0, q1, k0, k1);
       }
     }
     // Join the ranges in order.
@@ -265,7 +325,11 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
 }  // namespace
 
 int attend(const PairwiseArgs& args, const AttendOut& out) {
-  return args.dtype == DType::f64 ? attend_typed<double>(args, out) : attend_typed<float>(args, out);
+  if (args.dtype == DType::f64) return attend_typed<MathF64>(args, out);
+#if defined(__AVX512BF16__)
+  if (args.bf16) return attend_typed<MathBF16>(args, out);
+#endif
+  return attend_typed<MathF32>(args, out);
 }
 
 SSLK_END

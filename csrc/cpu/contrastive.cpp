@@ -19,14 +19,28 @@
 SSLK_BEGIN
 namespace {
 
-double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+// f(x), but 0 where a row has no negatives (lse = -inf) or e^x is not a normal number.
+Vec<double> flush(Vec<double> x, Vec<double> f) { return x < -708.0 ? Vec<double>{} : f; }
 
-double logistic(double x) { return x > 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
+// The head, several rows at a time: visit(r, count, p - lse) for rows r .. r + count, count <= W, of the
+// negated argument of the softplus.
+template <class T, class Visit>
+void for_all_rows(const ContrastiveArgs& args, const ContrastiveState& state, Visit visit) {
+  constexpr int W = Simd<double>::kLanes;
+  const T* lse = static_cast<const T*>(state.lse);
+  const T* positive = static_cast<const T*>(state.positive);
+  const int64_t n = args.a.n;
+  for (int64_t half = 0; half < args.rows(); half += n > 0 ? n : 1) {
+    for (int64_t i = 0; i < n; i += W) {
+      const int count = int(min64(W, n - i));
+      Vec<double> l = {}, p = {};
+      for (int c = 0; c < count; ++c) l[c] = double(lse[half + i + c]), p[c] = double(positive[i + c]);
+      visit(half + i, count, l - args.scale * p);
+    }
+  }
+}
 
-// Rows below which a parallel region costs more than it saves: about 10 us of work.
-constexpr int64_t kSerialElements = 1 << 14;
-
-int row_threads(const ContrastiveArgs& args) { return args.a.n * args.d < kSerialElements ? 1 : args.n_threads; }
+int row_threads(const ContrastiveArgs& args) { return args.a.n * args.d < kSerialRows ? 1 : args.n_threads; }
 
 // Inverse norms of both views and the dot product of every positive pair.
 template <class T>
@@ -43,13 +57,12 @@ void prepare(const ContrastiveArgs& args, const ContrastiveState& state, T* buff
     T* y = x + args.d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < args.a.n; ++i) {
-      sa.row(i, x);
-      sb.row(i, y);
-      const T ia = args.normalize ? inverse_norm(x, args.d) : T(1);
-      const T ib = args.normalize ? inverse_norm(y, args.d) : T(1);
+      const T *xa = sa.view(i, x), *xb = sb.view(i, y);
+      const T ia = args.normalize ? inverse_norm(xa, args.d) : T(1);
+      const T ib = args.normalize ? inverse_norm(xb, args.d) : T(1);
       inv[i] = ia;
       inv[args.a.n + i] = ib;
-      positive[i] = dot(x, y, args.d) * ia * ib;
+      positive[i] = dot(xa, xb, args.d) * ia * ib;
     }
   }
 }
@@ -60,6 +73,7 @@ PairwiseArgs tiles(const ContrastiveArgs& args, const ContrastiveState& state, i
   p.dtype = args.dtype;
   p.d = args.d;
   p.scale = args.scale;
+  p.bf16 = args.bf16;
   p.n_threads = args.n_threads;
   p.q[0] = args.a;
   const int64_t n = args.a.n;
@@ -125,17 +139,17 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
   }
   if (status != 0) return status;
 
+  const bool none = args.reduction == Reduction::none, both = args.layout == Layout::both;
   double sum = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const double value = softplus(double(lse[r]) - args.scale * double(positive[r % n]));
-    sum += value;
-    if (args.reduction != Reduction::none) continue;
-    if (args.layout == Layout::both) {
-      loss[r % n] = T(r < n ? value / 2 : double(loss[r % n]) + value / 2);
-    } else {
-      loss[r] = T(value);
+  for_all_rows<T>(args, state, [&](int64_t r, int count, Vec<double> x) {
+    const Vec<double> value = flush(x, softplus_v<double>(x));
+    for (int c = 0; c < count; ++c) {
+      sum += value[c];
+      if (!none) continue;
+      T* at = loss + (both ? (r + c) % n : r + c);
+      *at = T(both ? (r < n ? 0.0 : double(*at)) + value[c] / 2 : value[c]);
     }
-  }
+  });
   if (args.reduction == Reduction::mean) *loss = T(rows > 0 ? sum / double(rows) : 0.0);
   if (args.reduction == Reduction::sum) *loss = T(args.layout == Layout::both ? sum / 2 : sum);
   return 0;
@@ -174,16 +188,19 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   if (!w.allocate()) return -1;
 
   const T* lse = static_cast<const T*>(state.lse);
-  const T* positive = static_cast<const T*>(state.positive);
   const T* inv = static_cast<const T*>(state.inv);
   const T* dloss = static_cast<const T*>(b.dloss);
   const double mean = args.reduction == Reduction::mean ? 1.0 / double(max64(rows, 1)) : 1.0;
   const double half = args.layout == Layout::both && args.reduction != Reduction::mean ? 0.5 : 1.0;
   const int64_t outputs = joint ? 2 * n : n;
-  for (int64_t r = 0; r < rows; ++r) {
-    const double g = dloss[args.reduction == Reduction::none ? (r % outputs) * b.dloss_stride : 0];
-    weight[r] = T(g * mean * half * logistic(double(lse[r]) - args.scale * double(positive[r % n])));
-  }
+  const bool none = args.reduction == Reduction::none;
+  for_all_rows<T>(args, state, [&](int64_t r, int count, Vec<double> x) {
+    const Vec<double> probability = flush(x, logistic_v<double>(x));
+    for (int c = 0; c < count; ++c) {
+      const double g = dloss[none ? (r + c) % outputs * b.dloss_stride : 0];
+      weight[r + c] = T(g * mean * half * probability[c]);
+    }
+  });
 
   if (!bank) {
     const PairwiseArgs p = tiles(args, state, row_ids);
@@ -205,8 +222,8 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   }
 
   // Add the positives, undo the normalisation, write.
-  const Rows none{};
-  const Rows part_a[2] = {args.a, none}, part_b[2] = {args.b, none};
+  const Rows empty{};
+  const Rows part_a[2] = {args.a, empty}, part_b[2] = {args.b, empty};
   const Source<T> sa = make_source<T>(args.dtype, part_a, inv, d);
   const Source<T> sb = make_source<T>(args.dtype, part_b, inv + n, d);
   const T scale = T(args.scale);

@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include <cmath>
+#include <new>
 
 #include "pack.h"
 #include "workspace.h"
@@ -18,6 +19,9 @@
 SSLK_BEGIN
 
 enum class Mode { kFixed, kOnline, kSoftplus };
+
+// Multiply-adds of one pass below which one thread is faster (the pass then takes about 10 us).
+constexpr int64_t kSerialWork = int64_t(1) << 20;
 
 // 2^-126 is the smallest exponential; 116 leaves room for the sum of 2^10 of them to be exact to rounding.
 constexpr double kFixedLimit = 116.0;
@@ -41,103 +45,260 @@ struct Ids {
   int64_t* high = nullptr;  // [blocks]
 };
 
-// One operand, packed.
-template <class T>
-struct Side {
-  Source<T> source;
-  int64_t n = 0, n_pad = 0;  // rows, and rows rounded up to whole blocks
-  T* panels = nullptr;       // T panels
-  Ids<T> ids;
+// Round-robin tournament of `n` blocks (the circle method): in a round no two pairs share a block, so
+// both blocks of a pair can be written without locks, and the order in which a block meets the
+// others does not depend on the number of threads.
+struct Tournament {
+  int64_t players;  // even; the last one is a bye when the number of blocks is odd
+  int64_t blocks;
+  explicit Tournament(int64_t n) : players(n + (n & 1)), blocks(n) {}
+  int64_t rounds() const { return players > 1 ? players - 1 : 0; }
+  int64_t pairs() const { return players / 2; }
+  // Pair p of a round as (a < b); false for the bye.
+  bool pair(int64_t round, int64_t p, int64_t* a, int64_t* b) const {
+    const int64_t m = players - 1;
+    const int64_t x = p == 0 ? m : (round + p) % m;
+    const int64_t y = p == 0 ? round : (round - p + m) % m;
+    *a = min64(x, y);
+    *b = max64(x, y);
+    return *b < blocks;
+  }
 };
 
-template <class T>
+// One operand.
+template <class M>
+struct Side {
+  Source<AccOfMath<M>> source;
+  int64_t n = 0, n_pad = 0;  // rows, and rows rounded up to whole blocks
+  ElemOf<M>* t = nullptr;    // T panels and
+  ElemOf<M>* p = nullptr;    // P panels of all rows; null: packed when they are needed
+  Ids<AccOfMath<M>> ids;
+};
+
+// Panels of one group of blocks, packed by the thread that uses them.
+template <class M>
+struct GroupPanels {
+  ElemOf<M>* memory = nullptr;
+  int64_t group = -1;  // whose panels they are
+};
+
+// What a thread has for itself.
+template <class M>
+struct ThreadScratch {
+  PackBuffer<M> buffer;
+  GroupPanels<M> t_q, t_k, p_q, p_k;
+  double norm2_q = 0, norm2_k = 0;  // largest squared row norms that it met
+  AccOfMath<M>* g = nullptr;        // [kBlock][kLdG], see pairwise_backward.cpp
+  ElemOf<M>* g_rows = nullptr;      // G in Elem: pairs along its rows,
+  ElemOf<M>* g_cols = nullptr;      // and down its columns
+};
+
+template <class M>
 struct Engine {
-  static constexpr int NR = Tile<T>::NR, MR = Tile<T>::MR, L = Tile<T>::L;
+  using T = AccOfMath<M>;
+  using Elem = ElemOf<M>;
+  static constexpr int NR = Tile<M>::NR, MR = Tile<M>::MR, L = Tile<M>::L, kBlock = Tile<M>::kBlock;
 
   const PairwiseArgs& args;
   int64_t d, d_pad;
-  int64_t block = Tile<T>::kBlock;  // rows of a block: smaller for small problems, for parallelism
-  Side<T> q, k;                     // k aliases q in self mode
+  int64_t depth;           // elements of a row in T panels
+  int64_t block = kBlock;  // rows of a block: smaller for small problems, for parallelism
+  int64_t group = 1;       // blocks that a thread visits together
+  int threads;
+  bool resident;  // panels of all rows exist; else they are packed group by group
+  Side<M> q, k;   // k aliases q in self mode
   bool has_ids = false;
   Mode mode = Mode::kFixed;
   T unit = 0;        // t = unit * <q, k> + offset
   T offset = 0;      // minus the shift (kFixed), or the bias
   double shift = 0;  // kFixed: log2 units, an integer so that subtracting it is exact
 
-  explicit Engine(const PairwiseArgs& a) : args(a), d(a.d), d_pad(round_up(a.d, NR)) {
+  explicit Engine(const PairwiseArgs& a)
+      : args(a), d(a.d), d_pad(round_up(a.d, NR)), depth(ceil_div(a.d, M::kPack)), threads(a.n_threads) {
     q.source = make_source<T>(a.dtype, a.q, a.inv_q, d);
     k.source = a.self ? q.source : make_source<T>(a.dtype, a.k, a.inv_k, d);
     q.n = q.source.rows();
     k.n = k.source.rows();
     // Few blocks would leave threads idle: below 4 full blocks use the smallest block there is.
-    const int64_t small = NR * (sizeof(T) == 4 ? 1 : 2);
-    if (max64(q.n, k.n) <= 4 * Tile<T>::kBlock) block = small;
-    q.n_pad = round_up(q.n, Tile<T>::kBlock);
-    k.n_pad = round_up(k.n, Tile<T>::kBlock);
+    const int64_t small = NR * (sizeof(T) == 4 ? 1 : 2), larger = max64(q.n, k.n);
+    if (larger <= 4 * kBlock) block = small;
+    q.n_pad = round_up(q.n, kBlock);
+    k.n_pad = round_up(k.n, kBlock);
     has_ids = a.ids_q != nullptr;
+    // Waking a second thread costs more than it saves below that.
+    if (q.n * k.n * d < kSerialWork) threads = 1;
+    // 16-bit inputs are not copied to float as a whole.
+    const bool converts = M::kPack == 1 && (a.dtype == DType::bf16 || a.dtype == DType::f16);
+    resident = !converts;
+    // Large groups reuse panels and gradients from the L2 cache, but every thread of a large machine
+    // should have a pair of groups in each round of the tournament.
+    const int64_t by_cache = (int64_t(128) << 10) / (int64_t(sizeof(T)) * d_pad * block);
+    const int64_t by_threads = ceil_div(larger, block) / (resident ? 32 : 16);
+    group = max64(1, min64(4, min64(by_cache, by_threads)));
   }
 
-  int64_t blocks(const Side<T>& side) const { return ceil_div(side.n, block); }
+  int64_t blocks(const Side<M>& side) const { return ceil_div(side.n, block); }
+  int64_t groups(const Side<M>& side) const { return ceil_div(blocks(side), group); }
 
-  // Reserves packed operands and ids; keys read in place (attend) need no panels.
-  void plan_sides(Workspace& w, bool with_key_panels) {
-    w.plan(&q.panels, q.n_pad * d);
+  // Reserves ids, panels and the scratch of the threads.
+  void plan(Workspace& w, ThreadScratch<M>** scratch, T** buffers, Elem** panels, bool with_p) {
     plan_ids(w, q);
-    if (!args.self && with_key_panels) w.plan(&k.panels, k.n_pad * d);
     if (!args.self || !has_ids) plan_ids(w, k);
+    if (resident) plan_panels(w, q, with_p);
+    if (resident && !args.self) plan_panels(w, k, with_p);
+    w.plan(scratch, threads);
+    w.plan(buffers, PackBuffer<M>::size(d) * threads);
+    if (!resident) w.plan(panels, group_elements() * (with_p ? 4 : 2) * threads);
   }
 
-  void plan_ids(Workspace& w, Side<T>& side) {
+  void plan_panels(Workspace& w, Side<M>& side, bool with_p) {
+    w.plan(&side.t, side.n_pad * depth);
+    if (with_p) w.plan(&side.p, side.n_pad / M::kPack * d_pad);
+  }
+
+  void plan_ids(Workspace& w, Side<M>& side) {
     w.plan(&side.ids.id, side.n_pad);
     w.plan(&side.ids.low, blocks(side));
     w.plan(&side.ids.high, blocks(side));
   }
 
-  // One thread's share of packing a side; called inside a parallel region.  Returns the largest
-  // squared row norm that it met, or NaN if a row holds one.
-  double pack_side(const Side<T>& side, int thread, int n_threads, T* buffer) const {
-    const int64_t panels = ceil_div(side.n, NR);
-    double largest = 0;
-    for (int64_t p = panels * thread / n_threads; p < panels * (thread + 1) / n_threads; ++p) {
-      pack_t_panel(side.source, p, side.panels + p * d * NR, buffer, &largest);
+  int64_t group_elements() const { return group * block * d_pad; }  // of T or P panels, rounded up
+
+  // Hands out what `plan` reserved; to be called once the workspace is allocated.
+  void set_up(ThreadScratch<M>* scratch, T* buffers, Elem* panels, bool with_p) {
+    if (args.self) k.t = q.t, k.p = q.p;
+    for (int t = 0; t < threads; ++t) {
+      ThreadScratch<M>& s = *new (scratch + t) ThreadScratch<M>();
+      s.buffer = PackBuffer<M>(buffers + t * PackBuffer<M>::size(d), d);
+      if (resident) continue;
+      Elem* at = panels + t * group_elements() * (with_p ? 4 : 2);
+      s.t_q.memory = at;
+      s.t_k.memory = at + group_elements();
+      if (!with_p) continue;
+      s.p_q.memory = at + 2 * group_elements();
+      s.p_k.memory = at + 3 * group_elements();
     }
-    // Panels past the last row belong to padding rows of the last block: zero.
-    if (thread == n_threads - 1) {
-      std::memset(side.panels + panels * d * NR, 0, size_t(side.n_pad - panels * NR) * d * sizeof(T));
-    }
-    return largest;
+    fill_all_ids();
   }
 
-  // Packs both sides with all threads and returns the bound |scale| * max|q_i| * max|k_j| on |S|.
-  // `buffers` holds d_pad elements a thread, `norms` 2 doubles a thread.
-  double pack_all(T* buffers, double* norms) {
-    const int n_threads = args.n_threads;
-#pragma omp parallel num_threads(n_threads)
-    {
-      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-      T* buffer = buffers + thread * d_pad;
-      norms[2 * thread] = pack_side(q, thread, team, buffer);
-      norms[2 * thread + 1] = args.self ? norms[2 * thread] : pack_side(k, thread, team, buffer);
-      for (int t = team; thread == 0 && t < n_threads; ++t) norms[2 * t] = norms[2 * t + 1] = 0;
-    }
-    if (args.self) k.panels = q.panels;
-    return bound_from(norms);
-  }
-
-  // |scale| * max|q_i| * max|k_j| from the squared norms that each thread met; NaN if there is one.
-  double bound_from(const double* norms) const {
-    double largest[2] = {0, 0};
-    for (int t = 0; t < args.n_threads; ++t) {
-      for (int s = 0; s < 2; ++s) {
-        const double norm2 = norms[2 * t + s];
-        if (norm2 != norm2) return norm2;
-        if (norm2 > largest[s]) largest[s] = norm2;
+  // Bounds |S|, chooses the mode, and packs what is resident.
+  void prepare(ThreadScratch<M>* scratch, bool with_p) {
+    // Factors of rows are there to make them unit vectors, whose products need no bound.
+    const bool bounded = args.kind == Kind::softplus || (args.inv_q && (args.self || args.inv_k));
+    if (resident || !bounded) {
+#pragma omp parallel num_threads(threads)
+      {
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        ThreadScratch<M>& s = scratch[thread];
+        prepare_side(q, s, &s.norm2_q, thread, team, with_p, !bounded);
+        if (!args.self) prepare_side(k, s, &s.norm2_k, thread, team, with_p, !bounded);
+        if (args.self) s.norm2_k = s.norm2_q;
       }
     }
-    return std::fabs(args.scale) * std::sqrt(largest[0]) * std::sqrt(largest[1]);
+    choose_mode(bounded ? std::fabs(args.scale) : bound(scratch));
   }
 
-  void fill_ids(Side<T>& side, const int64_t* ids, Int<T> none) const {
+  void prepare_side(const Side<M>& side, ThreadScratch<M>& s, double* norm2, int thread, int team, bool with_p,
+                    bool want_norms) const {
+    const int64_t all = side.n_pad / block;  // the last ones may be padding
+    for (int64_t b = all * thread / team; b < all * (thread + 1) / team; ++b) {
+      const int64_t first = b * block;
+      if (want_norms) raise_norm2(side.source, first, min64(side.n, first + block), s, norm2);
+      if (side.t != nullptr) pack_t<M>(side.source, first, block, side.t + first * depth, s.buffer);
+      if (with_p && side.p != nullptr) {
+        pack_p<M>(side.source, first, block, side.p + first / M::kPack * d_pad, s.buffer);
+      }
+    }
+  }
+
+  // Raises `norm2` to the largest squared norm of some rows; a NaN stays.
+  void raise_norm2(const Source<T>& source, int64_t first, int64_t last, ThreadScratch<M>& s, double* norm2) const {
+    for (int64_t i = first; i < last; ++i) {
+      const double here = squared_norm(source.view(i, s.buffer.acc), d);
+      if (*norm2 == *norm2 && !(here <= *norm2)) *norm2 = here;
+    }
+  }
+
+  // |scale| * max|q_i| * max|k_j| from the norms that the threads met; NaN if there is one.
+  double bound(const ThreadScratch<M>* scratch) const {
+    double largest_q = 0, largest_k = 0;
+    for (int t = 0; t < threads; ++t) {
+      const double a = scratch[t].norm2_q, b = scratch[t].norm2_k;
+      if (a != a || b != b) return a + b;
+      largest_q = a > largest_q ? a : largest_q;
+      largest_k = b > largest_k ? b : largest_k;
+    }
+    return std::fabs(args.scale) * std::sqrt(largest_q) * std::sqrt(largest_k);
+  }
+
+  // T panels of a group of blocks.
+  const Elem* group_t(const Side<M>& side, int64_t index, GroupPanels<M>& own, const PackBuffer<M>& buffer) const {
+    const int64_t first = index * group * block;
+    if (side.t != nullptr) return side.t + first * depth;
+    if (own.group != index) {
+      pack_t<M>(side.source, first, min64(group * block, side.n_pad - first), own.memory, buffer);
+      own.group = index;
+    }
+    return own.memory;
+  }
+
+  // P panels of a group of blocks.
+  const Elem* group_p(const Side<M>& side, int64_t index, GroupPanels<M>& own, const PackBuffer<M>& buffer) const {
+    const int64_t first = index * group * block;
+    if (side.p != nullptr) return side.p + first / M::kPack * d_pad;
+    if (own.group != index) {
+      const int64_t last = min64(first + group * block, side.n_pad);
+      for (int64_t i = first; i < last; i += block) {
+        pack_p<M>(side.source, i, block, own.memory + (i - first) / M::kPack * d_pad, buffer);
+      }
+      own.group = index;
+    }
+    return own.memory;
+  }
+
+  // Calls visit(scratch, gi, gj, diagonal) for pairs of groups.  Pairs of one round share no group, so
+  // what belongs to either group can be written without locks, and the order in which a group meets
+  // the others depends on the sizes only: the sums have the same bits for any number of threads.
+  // Self mode visits one triangle.  `col_results`: something is gathered for the groups of k too.
+  // From one round to the next a group moves to the neighbouring pair.  So with static shares it
+  // mostly stays with its thread, and its gradients in that core's cache.
+  template <class Visit>
+  void for_all_pairs(ThreadScratch<M>* scratch, bool col_results, Visit visit) const {
+    const int64_t nq = groups(q), nk = groups(k);
+#pragma omp parallel num_threads(threads)
+    {
+      ThreadScratch<M>& s = scratch[omp_get_thread_num()];
+      if (args.self) {
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < nq; ++b) visit(s, b, b, true);
+        const Tournament t(nq);
+        for (int64_t round = 0; round < t.rounds(); ++round) {
+#pragma omp for schedule(static)
+          for (int64_t p = 0; p < t.pairs(); ++p) {
+            int64_t a, b;
+            if (t.pair(round, p, &a, &b)) visit(s, a, b, false);
+          }
+        }
+      } else if (col_results) {
+        // Latin square: in round r group i meets group (i + r) mod max, so no two share a column group.
+        const int64_t rounds = max64(nq, nk);
+        for (int64_t round = 0; round < rounds; ++round) {
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < nq; ++i) {
+            const int64_t j = (i + round) % rounds;
+            if (j < nk) visit(s, i, j, false);
+          }
+        }
+      } else {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < nq; ++i) {
+          for (int64_t j = 0; j < nk; ++j) visit(s, i, j, false);
+        }
+      }
+    }
+  }
+
+  void fill_ids(Side<M>& side, const int64_t* ids, Int<T> none) const {
     for (int64_t i = 0; i < side.n_pad; ++i) {
       side.ids.id[i] = ids != nullptr && i < side.n ? Int<T>(ids[i]) : none;
     }
@@ -185,26 +346,6 @@ struct Engine {
       shift = 0;
       offset = T(args.bias * kLog2E);
     }
-  }
-};
-
-// Round-robin tournament of `n` blocks (the circle method): in a round no two pairs share a block, so
-// both blocks of a pair can be written without locks, and the order in which a block meets the
-// others does not depend on the number of threads.
-struct Tournament {
-  int64_t players;  // even; the last one is a bye when the number of blocks is odd
-  int64_t blocks;
-  explicit Tournament(int64_t n) : players(n + (n & 1)), blocks(n) {}
-  int64_t rounds() const { return players > 1 ? players - 1 : 0; }
-  int64_t pairs() const { return players / 2; }
-  // Pair p of a round as (a < b); false for the bye.
-  bool pair(int64_t round, int64_t p, int64_t* a, int64_t* b) const {
-    const int64_t m = players - 1;
-    const int64_t x = p == 0 ? m : (round + p) % m;
-    const int64_t y = p == 0 ? round : (round - p + m) % m;
-    *a = min64(x, y);
-    *b = max64(x, y);
-    return *b < blocks;
   }
 };
 

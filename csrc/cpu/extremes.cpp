@@ -18,48 +18,51 @@ struct Best {
   Int<T>* index;  // [n_pad][L]
 };
 
-template <class T>
+template <class M>
 struct Pass {
-  const Engine<T>& e;
+  using T = AccOfMath<M>;
+  const Engine<M>& e;
   const T* bias = nullptr;  // [m_pad]
   Best<T> same, other;
 };
 
-template <class T>
-inline void visit_pair(const Pass<T>& pass, int64_t bi, int64_t bj) {
-  constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, NV = Tile<T>::NV, L = Tile<T>::L;
-  const Engine<T>& e = pass.e;
+// All tiles of the block pair (bi, bj), whose T panels are given.
+template <class M>
+void visit_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t_q, const ElemOf<M>* t_k) {
+  using T = AccOfMath<M>;
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L;
+  const Engine<M>& e = pass.e;
   const int64_t i0 = bi * e.block, i1 = min64(e.q.n, i0 + e.block);
   const int64_t j0 = bj * e.block, j1 = min64(e.k.n, j0 + e.block);
   const bool may_match = e.may_exclude(bi, bj);
   IVec<T> lane = {};
   for (int l = 0; l < L; ++l) lane[l] = l;
   for (int64_t j = j0; j < j1; j += NR) {
-    const T* b = e.k.panels + j * e.d;
     for (int64_t i = i0; i < i1; i += MR) {
       Vec<T> x[MR][NV];
-      zero_tile<T, NV>(x);
-      dot_tile<T, NV, true>(e.q.panels + (i / NR) * NR * e.d + i % NR, 1, NR, b, e.d, x);
-      for (int v = 0; v < NV; ++v) {
+      dot_tile<M, NV, true>(t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR, 1, NR, t_k + (j - j0) * e.depth,
+                            e.depth, x);
+      unroll<NV>([&](auto v) SSLK_INLINE {
         const int64_t first = j + v * L;
         const IVec<T> valid = lanes_below<T>(e.k.n - first);
         const IVec<T> index = lane + Int<T>(first);
         const IVec<T> id = load_int<T>(e.k.ids.id + first);
         const Vec<T> bias = load<T>(pass.bias + first);
-        for (int r = 0; r < MR; ++r) {
+        unroll<MR>([&](auto r) SSLK_INLINE {
           const Vec<T> value = x[r][v] * e.unit + bias;
           const int64_t at = (i + r) * L;
           IVec<T> equal = may_match ? (id == e.q.ids.id[i + r]) & valid : IVec<T>{};
           IVec<T> better = (~equal & valid) & (value < load<T>(pass.other.value + at));
           store<T>(pass.other.value + at, better != 0 ? value : load<T>(pass.other.value + at));
           store_int<T>(pass.other.index + at, better != 0 ? index : load_int<T>(pass.other.index + at));
-          if (!may_match) continue;
-          if (e.args.self) equal &= index != Int<T>(i + r);
-          better = equal & (value > load<T>(pass.same.value + at));
-          store<T>(pass.same.value + at, better != 0 ? value : load<T>(pass.same.value + at));
-          store_int<T>(pass.same.index + at, better != 0 ? index : load_int<T>(pass.same.index + at));
-        }
-      }
+          if (may_match) {
+            if (e.args.self) equal &= index != Int<T>(i + r);
+            better = equal & (value > load<T>(pass.same.value + at));
+            store<T>(pass.same.value + at, better != 0 ? value : load<T>(pass.same.value + at));
+            store_int<T>(pass.same.index + at, better != 0 ? index : load_int<T>(pass.same.index + at));
+          }
+        });
+      });
     }
   }
 }
@@ -67,7 +70,7 @@ inline void visit_pair(const Pass<T>& pass, int64_t bi, int64_t bj) {
 // The best of the lanes; `sign` +1 for a maximum, -1 for a minimum.
 template <class T>
 int64_t best_lane(const Best<T>& best, int64_t i, T sign) {
-  constexpr int L = Tile<T>::L;
+  constexpr int L = Simd<T>::kLanes;
   int64_t index = -1;
   T value = 0;
   for (int l = 0; l < L; ++l) {
@@ -82,25 +85,25 @@ int64_t best_lane(const Best<T>& best, int64_t i, T sign) {
   return index;
 }
 
-template <class T>
+template <class M>
 int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
-  constexpr int L = Tile<T>::L;
-  Engine<T> e(args);
-  Pass<T> pass{e, nullptr, {}, {}};
+  using T = AccOfMath<M>;
+  constexpr int L = Tile<M>::L;
+  Engine<M> e(args);
+  Pass<M> pass{e, nullptr, {}, {}};
   Workspace w;
+  ThreadScratch<M>* scratch = nullptr;
   T *buffers = nullptr, *bias = nullptr;
-  double* norms = nullptr;
-  w.plan(&buffers, e.d_pad * args.n_threads);
-  w.plan(&norms, 2 * args.n_threads);
+  ElemOf<M>* panels = nullptr;
+  e.plan(w, &scratch, &buffers, &panels, false);
   w.plan(&bias, e.k.n_pad);
-  e.plan_sides(w, true);
   w.plan(&pass.same.value, e.q.n_pad * L);
   w.plan(&pass.same.index, e.q.n_pad * L);
   w.plan(&pass.other.value, e.q.n_pad * L);
   w.plan(&pass.other.index, e.q.n_pad * L);
   if (!w.allocate()) return -1;
-  e.fill_all_ids();
-  e.pack_all(buffers, norms);
+  e.set_up(scratch, buffers, panels, false);
+  e.prepare(scratch, false);
   e.unit = T(args.scale);
   for (int64_t j = 0; j < e.k.n_pad; ++j) {
     bias[j] = out.bias_k != nullptr && j < e.k.n ? static_cast<const T*>(out.bias_k)[j] : T(0);
@@ -111,13 +114,26 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
     pass.other.value[i] = T(HUGE_VAL);
     pass.same.index[i] = pass.other.index[i] = -1;
   }
-  const int64_t nq = e.blocks(e.q), nk = e.blocks(e.k);
-#pragma omp parallel for num_threads(args.n_threads) schedule(dynamic, 1)
-  for (int64_t bi = 0; bi < nq; ++bi) {
-    for (int64_t bj = 0; bj < nk; ++bj) visit_pair(pass, bi, bj);
-    for (int64_t i = bi * e.block; i < min64(e.q.n, (bi + 1) * e.block); ++i) {
-      out.max_same[i] = best_lane(pass.same, i, T(1));
-      out.min_other[i] = best_lane(pass.other, i, T(-1));
+  // Self mode too visits the whole square: only rows gather results.
+  const int64_t size = e.block * e.depth, nq = e.groups(e.q), nk = e.groups(e.k);
+#pragma omp parallel num_threads(e.threads)
+  {
+    ThreadScratch<M>& s = scratch[omp_get_thread_num()];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t gi = 0; gi < nq; ++gi) {
+      const ElemOf<M>* t_q = e.group_t(e.q, gi, s.t_q, s.buffer);
+      const int64_t i0 = gi * e.group, i1 = min64(e.blocks(e.q), i0 + e.group);
+      for (int64_t gj = 0; gj < nk; ++gj) {
+        const ElemOf<M>* t_k = e.group_t(e.k, gj, s.t_k, s.buffer);
+        const int64_t j0 = gj * e.group, j1 = min64(e.blocks(e.k), j0 + e.group);
+        for (int64_t i = i0; i < i1; ++i) {
+          for (int64_t j = j0; j < j1; ++j) visit_pair(pass, i, j, t_q + (i - i0) * size, t_k + (j - j0) * size);
+        }
+      }
+      for (int64_t i = i0 * e.block; i < min64(e.q.n, i1 * e.block); ++i) {
+        out.max_same[i] = best_lane(pass.same, i, T(1));
+        out.min_other[i] = best_lane(pass.other, i, T(-1));
+      }
     }
   }
   return 0;
@@ -126,7 +142,7 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
 }  // namespace
 
 int extremes(const PairwiseArgs& args, const ExtremesOut& out) {
-  return args.dtype == DType::f64 ? extremes_typed<double>(args, out) : extremes_typed<float>(args, out);
+  return args.dtype == DType::f64 ? extremes_typed<MathF64>(args, out) : extremes_typed<MathF32>(args, out);
 }
 
 SSLK_END

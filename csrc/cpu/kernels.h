@@ -12,6 +12,7 @@ int pairwise_backward(const PairwiseArgs&, const PairwiseBackwardArgs&);  // pai
 int64_t padded_rows(DType dtype, int64_t n);                              // pairwise_backward.cpp
 int attend(const PairwiseArgs&, const AttendOut&);                        // attend.cpp
 int extremes(const PairwiseArgs&, const ExtremesOut&);                    // extremes.cpp
+double peak_flops(bool bf16, int n_threads);                              // peak.cpp
 int contrastive_forward(const ContrastiveArgs&, const ContrastiveState&, void* loss,
                         int64_t* rank);  // contrastive.cpp
 int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,

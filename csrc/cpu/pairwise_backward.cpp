@@ -23,211 +23,186 @@ struct Weight {
   T* lse = nullptr;     // [n_pad] kOnline: log-sum-exp in log2 units
 };
 
-template <class T>
+template <class M>
 struct Pass {
-  const Engine<T>& e;
+  using T = AccOfMath<M>;
+  const Engine<M>& e;
   Weight<T> row, col;
   T* g_sum = nullptr;  // [n_pad][L], softplus only: sums of G for the bias
   T* dq = nullptr;     // [n_pad][stride]
   T* dk = nullptr;     // [m_pad][stride]; dq in self mode
   int64_t stride = 0;
-  int64_t group = 1;  // blocks that share one packing of P panels
 };
 
-template <class T, Mode M, bool kCols, bool kMasked>
-inline __attribute__((always_inline)) void weight_tile(const Pass<T>& pass, const T* a, const T* b, int64_t i,
-                                                       int64_t j, T* g, T g_share) {
-  constexpr int MR = Tile<T>::MR, NV = Tile<T>::NV, L = Tile<T>::L;
-  const Engine<T>& e = pass.e;
+template <class M, Mode kMode, bool kCols, bool kMasked>
+inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, const ElemOf<M>* b, int64_t i, int64_t j,
+                                    AccOfMath<M>* g, AccOfMath<M> g_share) {
+  using T = AccOfMath<M>;
+  constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
+  const Engine<M>& e = pass.e;
   Vec<T> t[MR][NV];
-  zero_tile<T, NV>(t);
-  dot_tile<T, NV, true>(a, 1, Tile<T>::NR, b, e.d, t);
+  dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
 
   Vec<T> col_factor[NV], col_lse[NV];
   IVec<T> id[NV], valid[NV];
-#pragma GCC unroll 8
-  for (int v = 0; v < NV; ++v) {
-    if (kCols) col_factor[v] = load<T>(pass.col.factor + j + v * L);
-    if (kCols && M == Mode::kOnline) col_lse[v] = load<T>(pass.col.lse + j + v * L);
-    if (kMasked) {
+  unroll<NV>([&](auto v) SSLK_INLINE {
+    if constexpr (kCols) col_factor[v] = load<T>(pass.col.factor + j + v * L);
+    if constexpr (kCols && kMode == Mode::kOnline) col_lse[v] = load<T>(pass.col.lse + j + v * L);
+    if constexpr (kMasked) {
       id[v] = load_int<T>(e.k.ids.id + j + v * L);
       valid[v] = lanes_below<T>(e.k.n - (j + v * L));
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
+  });
+  unroll<MR>([&](auto r) SSLK_INLINE {
     const T row_factor = pass.row.factor[i + r];
     Vec<T> total = {};
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
+    unroll<NV>([&](auto v) SSLK_INLINE {
       const Vec<T> x = t[r][v] * e.unit + e.offset;
       Vec<T> w;
-      if (M == Mode::kOnline) {
+      if constexpr (kMode == Mode::kOnline) {
         w = exp2_v(x - pass.row.lse[i + r]) * row_factor;
-        if (kCols) w += exp2_v(x - col_lse[v]) * col_factor[v];
+        if constexpr (kCols) w += exp2_v(x - col_lse[v]) * col_factor[v];
       } else {
-        const Vec<T> factor = kCols ? col_factor[v] + row_factor : splat<T>(row_factor);
-        w = (M == Mode::kFixed ? exp2_v(x) : logistic_v<T>(x)) * factor;
+        Vec<T> factor = splat<T>(row_factor);
+        if constexpr (kCols) factor += col_factor[v];
+        w = (kMode == Mode::kFixed ? exp2_v(x) : logistic_v<T>(x)) * factor;
       }
-      if (kMasked) {
+      if constexpr (kMasked) {
         IVec<T> mask = (id[v] != e.q.ids.id[i + r]) & valid[v];
         if (i + r >= e.q.n) mask = IVec<T>{};
         w = keep<T>(w, mask);
       }
-      store<T>(g + r * Tile<T>::kLdG + v * L, w);
-      if (M == Mode::kSoftplus) total += w;
-    }
-    if (M == Mode::kSoftplus) {
+      store<T>(g + r * Tile<M>::kLdG + v * L, w);
+      if constexpr (kMode == Mode::kSoftplus) total += w;
+    });
+    if constexpr (kMode == Mode::kSoftplus) {
       T* at = pass.g_sum + (i + r) * L;
       store<T>(at, load<T>(at) + total * g_share);
     }
-  }
+  });
 }
 
 // G of the block pair (bi, bj), rows padded to MR and columns to NR with zeros.
-template <class T, Mode M, bool kCols>
-void weight_block(const Pass<T>& pass, int64_t bi, int64_t bj, T* g) {
+template <class M, Mode kMode, bool kCols>
+void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t_q, const ElemOf<M>* t_k,
+                  AccOfMath<M>* g) {
+  using T = AccOfMath<M>;
   // A diagonal block of self mode holds (i, j) and (j, i), each with both terms: count it half.
   const T g_share = pass.e.args.self && bi == bj ? T(0.5) : T(1);
-  constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR;
-  const Engine<T>& e = pass.e;
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR;
+  const Engine<M>& e = pass.e;
   const int64_t i0 = bi * e.block, i1 = min64(e.q.n, i0 + e.block);
   const int64_t j0 = bj * e.block, j1 = min64(e.k.n, j0 + e.block);
   const bool exclude = e.may_exclude(bi, bj);
   for (int64_t j = j0; j < j1; j += NR) {
-    const T* b = e.k.panels + j * e.d;
+    const ElemOf<M>* b = t_k + (j - j0) * e.depth;
     const bool ragged = j + NR > e.k.n;
     for (int64_t i = i0; i < i1; i += MR) {
-      const T* a = e.q.panels + (i / NR) * NR * e.d + i % NR;
-      T* to = g + (i - i0) * Tile<T>::kLdG + (j - j0);
+      const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
+      T* to = g + (i - i0) * Tile<M>::kLdG + (j - j0);
       if (exclude || ragged || i + MR > e.q.n) {
-        weight_tile<T, M, kCols, true>(pass, a, b, i, j, to, g_share);
+        weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_share);
       } else {
-        weight_tile<T, M, kCols, false>(pass, a, b, i, j, to, g_share);
+        weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_share);
       }
     }
   }
 }
 
-// Scratch of one thread.
-template <class T>
-struct Scratch {
-  T* g;       // [kBlock][kLdG]
-  T* p_rows;  // P panels of the group of row blocks
-  T* p_cols;  // P panels of the group of column blocks
-  T* buffer;  // [d_pad]
-};
+// G in Elem, for G K (pairs along rows) and G^T Q (pairs down columns); in place where Elem is Acc.
+// `rows` is a multiple of MR, `cols` of NR.
+#if defined(__AVX512BF16__)
+inline void encode_g(const ThreadScratch<MathBF16>& s, int64_t rows, int64_t cols) {
+  constexpr int L = Tile<MathBF16>::L, kLdG = Tile<MathBF16>::kLdG;
+  for (int64_t i = 0; i < rows; i += 2) {
+    const float *even = s.g + i * kLdG, *odd = even + kLdG;
+    uint32_t* along = s.g_rows + i * kLdG;
+    uint32_t* across = s.g_cols + i / 2 * kLdG;
+    for (int64_t j = 0; j < cols; j += 2 * L) {
+      const Vec<float> a = load<float>(even + j), b = load<float>(even + j + L);
+      const Vec<float> c = load<float>(odd + j), d = load<float>(odd + j + L);
+      store<uint32_t>(along + j / 2, pair_along(a, b));
+      store<uint32_t>(along + kLdG + j / 2, pair_along(c, d));
+      store<uint32_t>(across + j, pair_across(a, c));
+      store<uint32_t>(across + j + L, pair_across(b, d));
+    }
+  }
+}
+#endif
+template <class M>
+inline void encode_g(const ThreadScratch<M>&, int64_t, int64_t) {}
 
 // All block pairs of two groups.  want_q, want_k: which products are needed.  `diagonal`: the groups
 // are the same and only pairs on and above the diagonal are visited (self mode).
-template <class T, Mode M, bool kCols>
-void group_pair(const Pass<T>& pass, const Scratch<T>& s, int64_t gi, int64_t gj, bool want_q, bool want_k,
+template <class M, Mode kMode, bool kCols>
+void group_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t gi, int64_t gj, bool want_q, bool want_k,
                 bool diagonal) {
-  constexpr int NR = Tile<T>::NR, MR = Tile<T>::MR, kLdG = Tile<T>::kLdG;
-  const Engine<T>& e = pass.e;
-  const int64_t rows = pass.group * e.block;
-  const int64_t bi0 = gi * pass.group, bi1 = min64(e.blocks(e.q), bi0 + pass.group);
-  const int64_t bj0 = gj * pass.group, bj1 = min64(e.blocks(e.k), bj0 + pass.group);
-  // One scratch row block may reach past the group's end when the last block is short: P is zero there.
-  if (want_k) pack_p(e.q.source, bi0 * e.block, rows, s.p_rows, s.buffer);
-  const T* p_cols = s.p_cols;
-  if (diagonal) {
-    p_cols = s.p_rows;
-  } else if (want_q) {
-    pack_p(e.k.source, bj0 * e.block, rows, s.p_cols, s.buffer);
-  }
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, kLdG = Tile<M>::kLdG;
+  const Engine<M>& e = pass.e;
+  const int64_t bi0 = gi * e.group, bi1 = min64(e.blocks(e.q), bi0 + e.group);
+  const int64_t bj0 = gj * e.group, bj1 = min64(e.blocks(e.k), bj0 + e.group);
+  const ElemOf<M>* t_q = e.group_t(e.q, gi, s.t_q, s.buffer);
+  const ElemOf<M>* t_k = diagonal ? t_q : e.group_t(e.k, gj, s.t_k, s.buffer);
+  const ElemOf<M>* p_q = want_k || diagonal ? e.group_p(e.q, gi, s.p_q, s.buffer) : nullptr;
+  const ElemOf<M>* p_k = diagonal ? p_q : (want_q ? e.group_p(e.k, gj, s.p_k, s.buffer) : nullptr);
+  const int64_t t_size = e.block * e.depth, p_rows = e.block / M::kPack, p_size = p_rows * e.d_pad;
   for (int64_t bi = bi0; bi < bi1; ++bi) {
     const int64_t ni = min64(e.q.n - bi * e.block, e.block);
     for (int64_t bj = diagonal ? bi : bj0; bj < bj1; ++bj) {
       const int64_t nj = min64(e.k.n - bj * e.block, e.block);
-      weight_block<T, M, kCols>(pass, bi, bj, s.g);
+      weight_block<M, kMode, kCols>(pass, bi, bj, t_q + (bi - bi0) * t_size, t_k + (bj - bj0) * t_size, s.g);
+      encode_g(s, round_up(ni, MR), round_up(nj, NR));
       if (want_q) {
-        gemm_block<T, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g, kLdG, 1,
-                             p_cols + (bj - bj0) * e.block * NR, rows, nj);
+        gemm_block<M, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG,
+                             1, p_k + (bj - bj0) * p_size, p_rows, ceil_div(nj, M::kPack));
       }
       if (want_k && !(diagonal && bi == bj)) {
-        gemm_block<T, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g, 1, kLdG,
-                            s.p_rows + (bi - bi0) * e.block * NR, rows, ni);
+        gemm_block<M, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g_cols, 1, kLdG,
+                            p_q + (bi - bi0) * p_size, p_rows, ceil_div(ni, M::kPack));
       }
     }
   }
 }
 
-template <class T, Mode M, bool kCols>
-void run(const Pass<T>& pass, const Scratch<T>* scratch, bool want_q, bool want_k) {
-  const Engine<T>& e = pass.e;
-  const int64_t nq = ceil_div(e.blocks(e.q), pass.group), nk = ceil_div(e.blocks(e.k), pass.group);
-#pragma omp parallel num_threads(e.args.n_threads)
-  {
-    const Scratch<T>& s = scratch[omp_get_thread_num()];
-    if (e.args.self) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t b = 0; b < nq; ++b) group_pair<T, M, kCols>(pass, s, b, b, true, true, true);
-      const Tournament t(nq);
-      for (int64_t round = 0; round < t.rounds(); ++round) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t p = 0; p < t.pairs(); ++p) {
-          int64_t a, b;
-          if (t.pair(round, p, &a, &b)) group_pair<T, M, kCols>(pass, s, a, b, true, true, false);
-        }
-      }
-    } else if (want_k) {
-      const int64_t rounds = max64(nq, nk);
-      for (int64_t round = 0; round < rounds; ++round) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < nq; ++i) {
-          const int64_t j = (i + round) % rounds;
-          if (j < nk) group_pair<T, M, kCols>(pass, s, i, j, want_q, true, false);
-        }
-      }
-    } else {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < nq; ++i) {
-        for (int64_t j = 0; j < nk; ++j) group_pair<T, M, kCols>(pass, s, i, j, true, false, false);
-      }
-    }
-  }
+template <class M, Mode kMode, bool kCols>
+void run(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_k) {
+  pass.e.for_all_pairs(scratch, want_k, [&](ThreadScratch<M>& s, int64_t gi, int64_t gj, bool diagonal) {
+    group_pair<M, kMode, kCols>(pass, s, gi, gj, want_q, want_k, diagonal);
+  });
 }
 
-template <class T, bool kCols>
-void run_mode(const Pass<T>& pass, const Scratch<T>* scratch, bool want_q, bool want_k) {
+template <class M, bool kCols>
+void run_mode(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_k) {
   switch (pass.e.mode) {
-    case Mode::kFixed: return run<T, Mode::kFixed, kCols>(pass, scratch, want_q, want_k);
-    case Mode::kOnline: return run<T, Mode::kOnline, kCols>(pass, scratch, want_q, want_k);
-    case Mode::kSoftplus: return run<T, Mode::kSoftplus, kCols>(pass, scratch, want_q, want_k);
+    case Mode::kFixed: return run<M, Mode::kFixed, kCols>(pass, scratch, want_q, want_k);
+    case Mode::kOnline: return run<M, Mode::kOnline, kCols>(pass, scratch, want_q, want_k);
+    case Mode::kSoftplus: return run<M, Mode::kSoftplus, kCols>(pass, scratch, want_q, want_k);
   }
 }
 
-// Rows with nothing allowed have lse = -inf and get no gradient.
-template <class T>
-void fill_weight(const Engine<T>& e, const Weight<T>& w, const void* lse, const void* dlse, int64_t n, int64_t n_pad,
-                 double scale) {
+// Factors of G, several rows at a time.  Rows with nothing allowed have lse = -inf and get no gradient.
+template <class M>
+void fill_weight(const Engine<M>& e, const Weight<AccOfMath<M>>& w, const void* lse, const void* dlse, int64_t n,
+                 int64_t n_pad, double scale) {
+  using T = AccOfMath<M>;
+  constexpr int W = Simd<double>::kLanes;
   const T* l = static_cast<const T*>(lse);
   const T* g = static_cast<const T*>(dlse);
-  for (int64_t i = 0; i < n_pad; ++i) {
-    double factor = i < n ? double(g[i]) : 0.0;
-    double lse2 = 0.0;
-    if (e.mode != Mode::kSoftplus) {
-      factor *= scale;
-      if (i < n && l[i] == -HUGE_VAL) {
-        factor = 0.0;
-      } else if (i < n) {
-        lse2 = double(l[i]) * kLog2E;
-      }
-      if (e.mode == Mode::kFixed) factor *= std::exp2(e.shift - lse2);
+  const bool softplus = e.mode == Mode::kSoftplus;
+  for (int64_t i0 = 0; i0 < n_pad; i0 += W) {
+    Vec<double> factor = {}, lse2 = {};
+    for (int64_t i = i0; i < min64(n, i0 + W); ++i) {
+      const bool nothing = !softplus && l[i] == -HUGE_VAL;
+      factor[int(i - i0)] = nothing ? 0.0 : double(g[i]);
+      lse2[int(i - i0)] = softplus || nothing ? 0.0 : double(l[i]) * kLog2E;
     }
-    w.factor[i] = T(factor);
-    w.lse[i] = T(lse2);
+    if (!softplus) factor *= scale;
+    if (e.mode == Mode::kFixed) factor *= exp2_v(e.shift - lse2);
+    for (int64_t i = i0; i < i0 + W; ++i) {
+      w.factor[i] = T(factor[int(i - i0)]);
+      w.lse[i] = T(lse2[int(i - i0)]);
+    }
   }
-}
-
-// Blocks that share one packing: more for large problems (less traffic), bounded so that the packed
-// rows of a group stay within 128 KB and every thread of a large machine has a pair in each round.
-template <class T>
-int64_t group_size(const Engine<T>& e) {
-  const int64_t by_cache = (int64_t(128) << 10) / (int64_t(sizeof(T)) * e.d_pad * e.block);
-  const int64_t by_threads = max64(e.blocks(e.q), e.blocks(e.k)) / 64;
-  return max64(1, min64(4, min64(by_cache, by_threads)));
 }
 
 template <class T>
@@ -252,9 +227,10 @@ struct Output {
   }
 };
 
-template <class T>
+template <class M>
 int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
-  constexpr int L = Tile<T>::L, kBlock = Tile<T>::kBlock;
+  using T = AccOfMath<M>;
+  constexpr int L = Tile<M>::L, kBlock = Tile<M>::kBlock, kLdG = Tile<M>::kLdG;
   if (!args.self && b.dq == nullptr && b.dk != nullptr) {  // the same problem, transposed
     PairwiseArgs swapped = args;
     PairwiseBackwardArgs out = b;
@@ -263,29 +239,24 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
     swapped.ids_q = args.ids_k, swapped.ids_k = args.ids_q;
     out.row = b.col, out.col = b.row, out.drow = b.dcol, out.dcol = b.drow;
     out.dq = b.dk, out.dk = nullptr, out.capacity_q = b.capacity_k, out.capacity_k = 0;
-    return backward<T>(swapped, out);
+    return backward<M>(swapped, out);
   }
-  Engine<T> e(args);
-  Pass<T> pass{e, {}, {}};
+  Engine<M> e(args);
+  Pass<M> pass{e, {}, {}};
   pass.stride = round_up(args.d, kRowAlign);
   const bool cols = args.self || b.dcol != nullptr;
   const bool rows_only_cols = b.drow == nullptr;  // only the column term: rows weigh nothing
   const bool softplus = args.kind == Kind::softplus;
 
   Workspace w;
-  T* buffers = nullptr;
-  double* norms = nullptr;
-  T* scratch_memory = nullptr;
-  Scratch<T>* scratch = nullptr;
+  ThreadScratch<M>* scratch = nullptr;
+  T *buffers = nullptr, *g = nullptr;
+  ElemOf<M>*panels = nullptr, *g_elems = nullptr;
   Output<T> dq, dk;
-  pass.group = group_size(e);
-  const int64_t p_size = round_up(pass.group * e.block * e.d_pad, 16);
-  const int64_t g_size = kBlock * Tile<T>::kLdG;
-  w.plan(&buffers, e.d_pad * args.n_threads);
-  w.plan(&norms, 2 * args.n_threads);
-  w.plan(&scratch_memory, (g_size + 2 * p_size) * args.n_threads);
-  w.plan(&scratch, args.n_threads);
-  e.plan_sides(w, true);
+  const int64_t g_size = kBlock * kLdG;
+  e.plan(w, &scratch, &buffers, &panels, true);
+  w.plan(&g, g_size * e.threads);
+  if (M::kPack > 1) w.plan(&g_elems, 2 * g_size * e.threads);
   w.plan(&pass.row.factor, e.q.n_pad);
   w.plan(&pass.row.lse, e.q.n_pad);
   if (!args.self && cols) {
@@ -298,13 +269,18 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   if (!w.allocate()) return -1;
   if (dq.scratch != nullptr) dq.at = dq.scratch;
   if (dk.scratch != nullptr) dk.at = dk.scratch;
-  for (int t = 0; t < args.n_threads; ++t) {
-    T* base = scratch_memory + t * (g_size + 2 * p_size);
-    scratch[t] = {base, base + g_size, base + g_size + p_size, buffers + t * e.d_pad};
-  }
 
-  e.fill_all_ids();
-  e.choose_mode(e.pack_all(buffers, norms));
+  e.set_up(scratch, buffers, panels, true);
+  for (int t = 0; t < e.threads; ++t) {
+    scratch[t].g = g + t * g_size;
+    if constexpr (M::kPack == 1) {
+      scratch[t].g_rows = scratch[t].g_cols = scratch[t].g;
+    } else {
+      scratch[t].g_rows = g_elems + 2 * t * g_size;
+      scratch[t].g_cols = scratch[t].g_rows + g_size;
+    }
+  }
+  e.prepare(scratch, true);
   const double fold = b.unscaled ? 1.0 : args.scale;
   if (rows_only_cols) {
     for (int64_t i = 0; i < e.q.n_pad; ++i) {
@@ -322,16 +298,17 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   if (softplus) std::memset(pass.g_sum, 0, size_t(e.q.n_pad) * L * sizeof(T));
   pass.dq = dq.at;
   pass.dk = args.self ? dq.at : dk.at;
-#pragma omp parallel for num_threads(args.n_threads) schedule(static)
-  for (int64_t i = 0; i < e.q.n_pad + (dk.at != nullptr ? e.k.n_pad : 0); ++i) {
+  const int64_t rows = e.q.n_pad + (dk.at != nullptr ? e.k.n_pad : 0);
+#pragma omp parallel for num_threads(rows* args.d < kSerialRows ? 1 : e.threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
     T* row = i < e.q.n_pad ? pass.dq + i * pass.stride : pass.dk + (i - e.q.n_pad) * pass.stride;
     std::memset(row, 0, size_t(pass.stride) * sizeof(T));
   }
 
   if (cols) {
-    run_mode<T, true>(pass, scratch, true, args.self || dk.at != nullptr);
+    run_mode<M, true>(pass, scratch, true, args.self || dk.at != nullptr);
   } else {
-    run_mode<T, false>(pass, scratch, true, dk.at != nullptr);
+    run_mode<M, false>(pass, scratch, true, dk.at != nullptr);
   }
 
   const double factor = softplus ? args.scale : 1.0;  // lse: the scale is in the weights already
@@ -348,12 +325,16 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
 }  // namespace
 
 int pairwise_backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
-  return args.dtype == DType::f64 ? backward<double>(args, b) : backward<float>(args, b);
+  if (args.dtype == DType::f64) return backward<MathF64>(args, b);
+#if defined(__AVX512BF16__)
+  if (args.bf16) return backward<MathBF16>(args, b);
+#endif
+  return backward<MathF32>(args, b);
 }
 
 // Rows that a gradient buffer must hold for the kernel to accumulate in it (see PairwiseBackwardArgs).
 int64_t padded_rows(DType dtype, int64_t n) {
-  return round_up(n, dtype == DType::f64 ? Tile<double>::kBlock : Tile<float>::kBlock);
+  return round_up(n, dtype == DType::f64 ? Tile<MathF64>::kBlock : Tile<MathF32>::kBlock);
 }
 
 SSLK_END

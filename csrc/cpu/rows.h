@@ -11,6 +11,9 @@
 
 SSLK_BEGIN
 
+// Elements below which a loop over rows is not worth a second thread: about 10 us of work.
+constexpr int64_t kSerialRows = 1 << 14;
+
 template <class T, class In>
 inline void read_row_as(const void* data, int64_t offset, int64_t d, T factor, T* out) {
   const In* x = static_cast<const In*>(data) + offset;
@@ -24,6 +27,7 @@ struct Source {
   const T* inv = nullptr;
   int64_t d = 0;
   void (*read)(const void*, int64_t, int64_t, T, T*) = nullptr;
+  bool plain = true;  // elements are T in memory
 
   int64_t rows() const { return part[0].n + part[1].n; }
 
@@ -33,10 +37,20 @@ struct Source {
     const int64_t local = i < part[0].n ? i : i - part[0].n;
     read(p.data, local * p.stride, d, inv ? inv[i] : T(1), out);
   }
+
+  // The same, in place where memory holds it already; `buffer` has room for d elements.
+  const T* view(int64_t i, T* buffer) const {
+    if (!plain || inv != nullptr) {
+      row(i, buffer);
+      return buffer;
+    }
+    const Rows& p = i < part[0].n ? part[0] : part[1];
+    return static_cast<const T*>(p.data) + (i < part[0].n ? i : i - part[0].n) * p.stride;
+  }
 };
 
 inline Source<double> make_source_f64(const Rows* part, const void* inv, int64_t d) {
-  return {{part[0], part[1]}, static_cast<const double*>(inv), d, read_row_as<double, double>};
+  return {{part[0], part[1]}, static_cast<const double*>(inv), d, read_row_as<double, double>, true};
 }
 
 template <class T>
@@ -49,9 +63,10 @@ inline Source<double> make_source<double>(DType, const Rows* part, const void* i
 
 template <>
 inline Source<float> make_source<float>(DType dtype, const Rows* part, const void* inv, int64_t d) {
-  Source<float> s{{part[0], part[1]}, static_cast<const float*>(inv), d, read_row_as<float, float>};
+  Source<float> s{{part[0], part[1]}, static_cast<const float*>(inv), d, read_row_as<float, float>, true};
   if (dtype == DType::bf16) s.read = read_row_as<float, bf16>;
   if (dtype == DType::f16) s.read = read_row_as<float, f16>;
+  s.plain = dtype == DType::f32;
   return s;
 }
 

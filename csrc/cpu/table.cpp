@@ -9,10 +9,27 @@ SSLK_BEGIN
 #define SSLK_STRING_(x) #x
 #define SSLK_STRING(x) SSLK_STRING_(x)
 
+#if defined(__AVX512BF16__)
+constexpr bool kBf16 = true;
+#else
+constexpr bool kBf16 = false;
+#endif
+
 const Kernels& table() {
   static const Kernels kernels = {
-      SSLK_STRING(SSLK_ISA_NS), pairwise_forward,   pairwise_backward,   attend,     extremes, contrastive_forward,
-      contrastive_backward,     regression_forward, regression_backward, ema_update, enqueue,
+      SSLK_STRING(SSLK_ISA_NS),
+      kBf16,
+      pairwise_forward,
+      pairwise_backward,
+      attend,
+      extremes,
+      peak_flops,
+      contrastive_forward,
+      contrastive_backward,
+      regression_forward,
+      regression_backward,
+      ema_update,
+      enqueue,
   };
   return kernels;
 }

@@ -13,36 +13,61 @@
 // AVX-512 has 32 registers (8 x 2 accumulators), AVX2 16 (4 x 3 accumulators, 3 for B, 1 for A).
 #pragma once
 
-#include <utility>
-
 #include "simd.h"
 
 SSLK_BEGIN
 
-// f(0), f(1), ... f(N - 1) with constants for arguments: arrays indexed by them stay in registers,
-// which the compiler does not manage for loops that it unrolls late.
-template <class F, int... I>
-inline __attribute__((always_inline)) void unroll_indices(F&& f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-inline __attribute__((always_inline)) void unroll(F&& f) {
-  unroll_indices(f, std::make_integer_sequence<int, N>{});
-}
-#define SSLK_INLINE __attribute__((always_inline))
+// The arithmetic of a pass: Acc is accumulated in, Elem is what panels hold, kPack the number of
+// consecutive k in one Elem.
+struct MathF32 {
+  using Acc = float;
+  using Elem = float;
+  static constexpr int kPack = 1;
+};
+struct MathF64 {
+  using Acc = double;
+  using Elem = double;
+  static constexpr int kPack = 1;
+};
+#if defined(__AVX512BF16__)
+// Operands rounded to bfloat16, in pairs: the first of the two in the low half.
+struct MathBF16 {
+  using Acc = float;
+  using Elem = uint32_t;
+  static constexpr int kPack = 2;
+};
+#endif
 
-template <class T>
+template <class M>
+using AccOfMath = typename M::Acc;
+template <class M>
+using ElemOf = typename M::Elem;
+
+// acc += a * b (bfloat16: + a' * b', the second of each pair).
+template <class M>
+inline SSLK_INLINE void multiply_add(Vec<AccOfMath<M>>& acc, Vec<ElemOf<M>> a, Vec<ElemOf<M>> b) {
+  if constexpr (M::kPack == 1) {
+    acc += a * b;
+  } else {
+#if defined(__AVX512BF16__)
+    acc = bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+#endif
+  }
+}
+
+template <class M>
 struct Tile {
-  static constexpr int L = Simd<T>::kLanes;
+  using Acc = AccOfMath<M>;
+  static constexpr int L = Simd<Acc>::kLanes;
 #if defined(__AVX512F__)
   static constexpr int MR = 8, NV = 2;
-  static constexpr int kPanelsPerBlock = sizeof(T) == 4 ? 2 : 4;
+  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 2 : 4;
 #elif defined(__AVX2__)
   static constexpr int MR = 4, NV = 3;
-  static constexpr int kPanelsPerBlock = sizeof(T) == 4 ? 3 : 6;
+  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 3 : 6;
 #else
   static constexpr int MR = 4, NV = 2;
-  static constexpr int kPanelsPerBlock = sizeof(T) == 4 ? 8 : 16;
+  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 8 : 16;
 #endif
   static constexpr int NR = NV * L;
   // Rows of a block: 64 with AVX-512, 72 with AVX2.  The scratch block G and one packed panel of the
@@ -65,38 +90,36 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // acc[r][v] = sum over k < depth of a[r * a_row + k * a_k] * b[k * NR + v * L ...].
 // kUnitRow: the rows of A are adjacent (a packed panel or G^T), so a_row is 1 at compile time.
-template <class T, int NV, bool kUnitRow>
-inline SSLK_INLINE void dot_tile(const T* __restrict a, int64_t a_row, int64_t a_k, const T* __restrict b,
-                                 int64_t depth, Vec<T> (&acc)[Tile<T>::MR][NV]) {
-  constexpr int MR = Tile<T>::MR, NR = Tile<T>::NR, L = Tile<T>::L;
+template <class M, int NV, bool kUnitRow>
+inline SSLK_INLINE void dot_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
+                                 const ElemOf<M>* __restrict b, int64_t depth,
+                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+  using E = ElemOf<M>;
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, L = Tile<M>::L;
   const int64_t row = kUnitRow ? 1 : a_row;
+  unroll<MR>([&](auto r) SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<AccOfMath<M>>{}; }); });
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> bv[NV];
-    unroll<NV>([&](auto v) SSLK_INLINE { bv[v] = load<T>(b + v * L); });
+    Vec<E> bv[NV];
+    unroll<NV>([&](auto v) SSLK_INLINE { bv[v] = load<E>(b + v * L); });
     unroll<MR>([&](auto r) SSLK_INLINE {
-      const Vec<T> av = splat<T>(a[r * row]);
-      unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] += av * bv[v]; });
+      const Vec<E> av = splat<E>(a[r * row]);
+      unroll<NV>([&](auto v) SSLK_INLINE { multiply_add<M>(acc[r][v], av, bv[v]); });
     });
     a += a_k;
     b += NR;
   }
 }
 
-template <class T, int NV>
-inline SSLK_INLINE void zero_tile(Vec<T> (&acc)[Tile<T>::MR][NV]) {
-  unroll<Tile<T>::MR>([&](auto r) SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<T>{}; }); });
-}
-
 // One panel of gemm_block: C[0:rows][0:NV*L] += A P for a panel that is NV vectors wide.
-template <class T, int NV, bool kUnitRow>
-inline void gemm_panel(T* c, int64_t ldc, int64_t rows, const T* a, int64_t a_row, int64_t a_k, const T* p,
-                       int64_t depth) {
-  constexpr int MR = Tile<T>::MR, L = Tile<T>::L;
+template <class M, int NV, bool kUnitRow>
+inline void gemm_panel(AccOfMath<M>* c, int64_t ldc, int64_t rows, const ElemOf<M>* a, int64_t a_row, int64_t a_k,
+                       const ElemOf<M>* p, int64_t depth) {
+  using T = AccOfMath<M>;
+  constexpr int MR = Tile<M>::MR, L = Tile<M>::L;
   for (int64_t i = 0; i < rows; i += MR) {
     T* ci = c + i * ldc;
     Vec<T> acc[MR][NV];
-    zero_tile<T, NV>(acc);
-    dot_tile<T, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc);
+    dot_tile<M, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc);
     // C is added at the end: waiting for it at the start would stall the multiply-adds.
     unroll<MR>([&](auto r) SSLK_INLINE {
       unroll<NV>([&](auto v) SSLK_INLINE {
@@ -108,20 +131,21 @@ inline void gemm_panel(T* c, int64_t ldc, int64_t rows, const T* a, int64_t a_ro
 }
 
 // C[0:rows][0:D] += A[rows][depth] P, with P in D-panels: panel dp holds [p_rows][NR] elements.
-// `rows` is a multiple of MR (C is padded), ldc a multiple of L; the last panel is as many vectors
-// wide as D needs, which is what keeps odd D cheap.
-template <class T, bool kUnitRow>
-inline void gemm_block(T* c, int64_t ldc, int64_t rows, int64_t d, const T* a, int64_t a_row, int64_t a_k, const T* p,
-                       int64_t p_rows, int64_t depth) {
-  constexpr int NR = Tile<T>::NR, NV = Tile<T>::NV, L = Tile<T>::L;
+// `rows` is a multiple of MR (C is padded), ldc a multiple of L; p_rows and depth count elements, that
+// is pairs of rows in bfloat16.  The last panel is as many vectors wide as D needs, which is what
+// keeps odd D cheap.
+template <class M, bool kUnitRow>
+inline void gemm_block(AccOfMath<M>* c, int64_t ldc, int64_t rows, int64_t d, const ElemOf<M>* a, int64_t a_row,
+                       int64_t a_k, const ElemOf<M>* p, int64_t p_rows, int64_t depth) {
+  constexpr int NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L;
   for (int64_t d0 = 0; d0 < d; d0 += NR, p += p_rows * NR) {
     const int64_t vectors = ceil_div(min64(NR, d - d0), L);
     if (vectors == NV) {
-      gemm_panel<T, NV, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
+      gemm_panel<M, NV, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
     } else if (vectors == 1) {
-      gemm_panel<T, 1, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
+      gemm_panel<M, 1, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
     } else {
-      gemm_panel<T, NV == 3 ? 2 : 1, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
+      gemm_panel<M, NV == 3 ? 2 : 1, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
     }
   }
 }

@@ -189,20 +189,24 @@ def contrastive_forward(
     ids_k: Tensor | None,
     normalize: bool,
     reduction: str,
+    bf16: bool,
     want_rank: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A whole loss; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
+    if bf16 and not _C.has_bf16():
+        raise RuntimeError(
+            "compute_dtype=torch.bfloat16 needs a processor with AVX512-BF16 and that instruction set "
+            f"in use, got {_C.isa()!r}"
+        )
     a, b = _unit_rows(a), _unit_rows(b)
     n, d = a.shape
     acc = accumulator(a.dtype)
     rows = 2 * n if layout in ("joint", "both") else n
     shape = () if reduction != "none" else ((2 * n,) if layout == "joint" else (n,))
     loss = torch.empty(shape, dtype=acc)
-    lse = torch.empty(rows, dtype=acc)
-    positive = torch.empty(n, dtype=acc)
-    inv = torch.empty(2 * n, dtype=acc)
-    mean_key = torch.empty((n, d) if bank is not None else 0, dtype=acc)
-    rank = torch.empty(rows if want_rank else 0, dtype=torch.int64)
+    state = torch.empty(rows + 3 * n, dtype=acc)
+    mean_key = None if bank is None else torch.empty((n, d), dtype=acc)
+    rank = torch.empty(rows, dtype=torch.int64) if want_rank else None
     bank_rows, bank_stride = 0, d
     if bank is not None:
         bank = _unit_rows(bank)
@@ -210,48 +214,42 @@ def contrastive_forward(
     _C.contrastive_forward(
         LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
         a.stride(0), b.data_ptr(), b.stride(0), _address(bank), bank_rows, bank_stride,
-        scale.data_ptr(), _address(ids_q), _address(ids_k), torch.get_num_threads(),
-        lse.data_ptr(), positive.data_ptr(), inv.data_ptr(), mean_key.data_ptr(), loss.data_ptr(),
-        rank.data_ptr(),
+        scale.data_ptr(), _address(ids_q), _address(ids_k), bf16, torch.get_num_threads(),
+        state.data_ptr(), _address(mean_key), loss.data_ptr(), _address(rank),
     )  # fmt: skip
-    return loss, lse, positive, inv if normalize else inv[:0], mean_key, rank
+    return loss, state, mean_key, rank
 
 
 def contrastive_backward(
     layout: str,
     a: Tensor,
     b: Tensor,
-    bank: Tensor | None,
     scale: Tensor,
     ids_q: Tensor | None,
     ids_k: Tensor | None,
     normalize: bool,
     reduction: str,
-    lse: Tensor,
-    positive: Tensor,
-    inv: Tensor,
-    mean_key: Tensor,
+    bf16: bool,
+    state: Tensor,
+    mean_key: Tensor | None,
     dloss: Tensor,
     want_da: bool,
     want_db: bool,
     want_dscale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
     a, b = _unit_rows(a), _unit_rows(b)
     n, d = a.shape
-    da = torch.empty((n, d) if want_da else 0, dtype=a.dtype)
-    db = torch.empty((n, d) if want_db else 0, dtype=a.dtype)
-    if not normalize:
-        inv = torch.ones(2 * n, dtype=lse.dtype)
+    da = torch.empty((n, d), dtype=a.dtype) if want_da else None
+    db = torch.empty((n, d), dtype=a.dtype) if want_db else None
     stride = dloss.stride(0) if reduction == "none" else 0
     dscale = _C.contrastive_backward(
         LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
         a.stride(0), b.data_ptr(), b.stride(0), 0, 0, d, scale.data_ptr(), _address(ids_q),
-        _address(ids_k), torch.get_num_threads(), lse.data_ptr(),
-        positive.data_ptr(), inv.data_ptr(), mean_key.data_ptr(), dloss.data_ptr(), stride,
-        da.data_ptr() if want_da else 0, db.data_ptr() if want_db else 0, want_dscale,
+        _address(ids_k), bf16, torch.get_num_threads(), state.data_ptr(), _address(mean_key),
+        dloss.data_ptr(), stride, _address(da), _address(db), want_dscale,
     )  # fmt: skip
-    return da, db, torch.scalar_tensor(dscale, dtype=lse.dtype)
+    return da, db, torch.scalar_tensor(dscale, dtype=state.dtype) if want_dscale else None
 
 
 def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:

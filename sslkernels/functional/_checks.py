@@ -6,10 +6,13 @@ Every message names the op, the argument, what must hold and what came.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels.ops.eager import is_plain_eager
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _REDUCTIONS = ("mean", "sum", "none")
@@ -102,8 +105,16 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value.to(acc)
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    if like.device.type == "cpu" and is_plain_eager():
+        return _cpu_scalar(float(value), acc)
     # full, not tensor: a fill kernel instead of a copy from the host.
     return torch.full((), value, dtype=acc, device=like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """Made once: nobody writes to it, and a temperature hardly ever changes."""
+    return torch.full((), value, dtype=dtype)
 
 
 def inverse_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
@@ -121,6 +132,17 @@ def check_number(op: str, name: str, value: float) -> None:
     """A number (a tensor would be a host sync)."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_compute_dtype(op: str, compute_dtype: torch.dtype | None, like: Tensor) -> bool:
+    """Whether bfloat16 was asked for; None is the accumulation dtype."""
+    if compute_dtype is None:
+        return False
+    if compute_dtype != torch.bfloat16:
+        raise ValueError(f"{op}: compute_dtype must be None or torch.bfloat16, got {compute_dtype}")
+    if like.dtype == torch.float64:
+        raise ValueError(f"{op}: compute_dtype must be None for float64 inputs, got bfloat16")
+    return True
 
 
 def check_choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

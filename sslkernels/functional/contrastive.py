@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
 from sslkernels.functional.pairwise import nt_xent_multiview
-from sslkernels.ops.contrastive import Contrastive, contrastive
+from sslkernels.ops.contrastive import Contrastive, State, contrastive
 from sslkernels.ops.pairwise import pairwise
 
 
@@ -25,6 +26,7 @@ def nt_xent_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
     group: distributed.Group = None,
+    compute_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """NT-Xent, the loss of SimCLR: each view must find the other view of its sample.
@@ -50,6 +52,8 @@ def nt_xent_loss(
         group: A torch.distributed group, or True for the default one: negatives from every rank.  The
             loss is that of the joined batch and the gradient W times its gradient (W ranks), so that
             DDP's averaging of parameter gradients gives single-process training on the joined batch.
+        compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
+            fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
         return_metrics: Whether to return ContrastiveMetrics as well (not with ``group``).
 
     Returns:
@@ -58,6 +62,7 @@ def nt_xent_loss(
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices differ, temperature <= 0 or the reduction is unknown.
+        RuntimeError: If compute_dtype is bfloat16 and the processor lacks AVX512-BF16.
 
     Reference:
         Chen et al., A Simple Framework for Contrastive Learning of Visual Representations,
@@ -86,6 +91,9 @@ def nt_xent_loss(
         checks.check_pair(op, names[0], views[0], name, view)
     checks.check_reduction(op, reduction)
     scale = checks.inverse_temperature(op, temperature, views[0])
+    bf16 = checks.check_compute_dtype(op, compute_dtype, views[0])
+    if bf16 and (len(views) > 2 or group is not None):
+        raise ValueError(f"{op}: compute_dtype works with two views and without group")
     if len(views) > 2:
         if group is not None:
             raise ValueError(f"{op}: group works with two views, got {len(views)}")
@@ -96,14 +104,14 @@ def nt_xent_loss(
             raise ValueError(f"{op}: return_metrics must be False with group")
         return distributed.global_nt_xent(a, b, scale, normalize, reduction, group)
     out = contrastive(
-        "joint", a, b, scale=scale, normalize=normalize, reduction=reduction,
+        "joint", a, b, scale=scale, normalize=normalize, reduction=reduction, bf16=bf16,
         want_rank=return_metrics,
     )  # fmt: skip
     if not return_metrics:
         return out.loss
     z = common.unit(torch.cat((a, b)).detach(), normalize)
     ids = torch.arange(len(a), device=a.device).repeat(2)
-    return out.loss, _metrics(out, common.mean_negative(z, z, ids, ids))
+    return out.loss, _metrics(out, len(a), common.mean_negative(z, z, ids, ids))
 
 
 def info_nce_loss(
@@ -115,6 +123,7 @@ def info_nce_loss(
     negative_mode: str = "unpaired",
     *,
     normalize: bool = True,
+    compute_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
@@ -139,6 +148,9 @@ def info_nce_loss(
         reduction: "mean" over N, "sum", or "none": [N].
         negative_mode: "unpaired" or "paired"; without negative_keys it has no meaning.
         normalize: Whether to divide rows by max(norm, 1e-12) first, negatives included.
+        compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
+            fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
+            Not for paired negatives or ones that need a gradient.
         return_metrics: Whether to return ContrastiveMetrics as well.
         query_ids: [N] integers.  Keys with the id of the query are false negatives and left out;
             in batch, key j has the id of query j.
@@ -151,6 +163,7 @@ def info_nce_loss(
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices differ, temperature <= 0, ids are incomplete, or reduction
             or negative_mode is unknown.
+        RuntimeError: If compute_dtype is bfloat16 and the processor lacks AVX512-BF16.
 
     Reference:
         van den Oord et al., Representation Learning with Contrastive Predictive Coding,
@@ -168,28 +181,33 @@ def info_nce_loss(
     _check_negatives(op, query, negative_keys, negative_mode)
     scale = checks.inverse_temperature(op, temperature, query)
     ids_q, ids_k = _info_nce_ids(op, query, negative_keys, query_ids, negative_ids)
+    bf16 = checks.check_compute_dtype(op, compute_dtype, query)
 
     if negative_keys is None:
         out = contrastive(
             "cross", query, positive_key, scale=scale, ids_q=ids_q, normalize=normalize,
-            reduction=reduction, want_rank=return_metrics,
+            reduction=reduction, bf16=bf16, want_rank=return_metrics,
         )  # fmt: skip
         if not return_metrics:
             return out.loss
         ids = torch.arange(len(query), device=query.device) if ids_q is None else ids_q
         q, k = (common.unit(x.detach(), normalize) for x in (query, positive_key))
-        return out.loss, _metrics(out, common.mean_negative(q, k, ids, ids))
+        return out.loss, _metrics(out, len(query), common.mean_negative(q, k, ids, ids))
     keys_need_grad = negative_keys.requires_grad and torch.is_grad_enabled()
     if negative_keys.ndim == 2 and not keys_need_grad:
         out = contrastive(
             "bank", query, positive_key, negative_keys.detach(), scale=scale, ids_q=ids_q,
-            ids_k=ids_k, normalize=normalize, reduction=reduction,
+            ids_k=ids_k, normalize=normalize, reduction=reduction, bf16=bf16,
             want_rank=return_metrics,
         )  # fmt: skip
         if not return_metrics:
             return out.loss
         q, k = (common.unit(x.detach(), normalize) for x in (query, negative_keys))
-        return out.loss, _metrics(out, common.mean_negative(q, k, ids_q, ids_k))
+        return out.loss, _metrics(out, len(query), common.mean_negative(q, k, ids_q, ids_k))
+    if bf16:
+        raise ValueError(
+            f"{op}: compute_dtype must be None for paired negative_keys or ones that require grad"
+        )
     return _composed_info_nce(
         query,
         positive_key,
@@ -203,8 +221,10 @@ def info_nce_loss(
     )
 
 
-def _metrics(out: Contrastive, negative_similarity: Tensor) -> ContrastiveMetrics:
-    return common.metrics(out.rank, out.positive, negative_similarity)
+def _metrics(out: Contrastive, n: int, negative_similarity: Tensor) -> ContrastiveMetrics:
+    return common.metrics(
+        cast(Tensor, out.rank), State.split(out.state, n).positive, negative_similarity
+    )
 
 
 def _composed_info_nce(
@@ -305,6 +325,7 @@ def clip_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     group: distributed.Group = None,
+    compute_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """CLIP's symmetric cross-entropy over image-text pairs.
@@ -324,6 +345,8 @@ def clip_loss(
         group: A torch.distributed group, or True for the default one: negatives from every rank.  The
             loss is that of the joined batch and the gradient W times its gradient (W ranks), so that
             DDP's averaging of parameter gradients gives single-process training on the joined batch.
+        compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
+            fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
         return_metrics: Whether to return ContrastiveMetrics of both directions together as well.
 
     Returns:
@@ -332,6 +355,7 @@ def clip_loss(
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices differ or the reduction is unknown.
+        RuntimeError: If compute_dtype is bfloat16 and the processor lacks AVX512-BF16.
 
     Reference:
         Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
@@ -341,7 +365,10 @@ def clip_loss(
     checks.check_pair(op, "image_features", image_features, "text_features", text_features)
     checks.check_reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
+    bf16 = checks.check_compute_dtype(op, compute_dtype, image_features)
     if group is not None:
+        if bf16:
+            raise ValueError(f"{op}: compute_dtype must be None with group")
         if return_metrics:
             raise ValueError(f"{op}: return_metrics must be False with group")
         return distributed.global_clip(
@@ -349,13 +376,13 @@ def clip_loss(
         )
     out = contrastive(
         "both", image_features, text_features, scale=scale, normalize=normalize,
-        reduction=reduction, want_rank=return_metrics,
+        reduction=reduction, bf16=bf16, want_rank=return_metrics,
     )  # fmt: skip
     if not return_metrics:
         return out.loss
     x, y = (common.unit(f.detach(), normalize) for f in (image_features, text_features))
     ids = torch.arange(len(x), device=x.device)
-    return out.loss, _metrics(out, common.mean_negative(x, y, ids, ids))
+    return out.loss, _metrics(out, len(x), common.mean_negative(x, y, ids, ids))
 
 
 def dcl_loss(

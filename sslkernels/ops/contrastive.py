@@ -19,6 +19,7 @@ in one call; for the others it is composed here from the primitives of ``backend
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,32 +36,45 @@ from sslkernels.ops._library import (
     no_autocast,
     once_differentiable,
 )
+from sslkernels.ops.eager import are_plain, is_plain_eager
 
 EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
 
 _SHARED = (
     "str layout, Tensor a, Tensor b, Tensor? bank, Tensor scale, Tensor? ids_q, Tensor? ids_k, "
-    "bool normalize, str reduction"
+    "bool normalize, str reduction, bool bf16"
 )
 define(
     f"contrastive({_SHARED}, bool want_rank) "
-    "-> (Tensor loss, Tensor lse, Tensor positive, Tensor inv, Tensor mean_key, Tensor rank)"
+    "-> (Tensor loss, Tensor state, Tensor mean_key, Tensor rank)"
 )
 define(
-    f"contrastive_backward({_SHARED}, Tensor lse, Tensor positive, Tensor inv, Tensor mean_key, "
-    "Tensor dloss, bool want_da, bool want_db, bool want_dscale) -> (Tensor, Tensor, Tensor)"
+    f"contrastive_backward({_SHARED}, Tensor state, Tensor mean_key, Tensor dloss, bool want_da, "
+    "bool want_db, bool want_dscale) -> (Tensor, Tensor, Tensor)"
 )
+
+
+class State(NamedTuple):
+    """Views of what backward needs; R = 2N for layouts joint and both, N otherwise."""
+
+    lse: Tensor  # [R] log-sum-exp over the negatives
+    positive: Tensor  # [N] <a_i, b_i> of the (normalised) rows, without scale
+    inv: Tensor  # [2N] what the rows of a and b were multiplied with: 1 without normalize
+
+    @classmethod
+    def split(cls, state: Tensor, n: int) -> State:
+        """The parts of the op's one tensor, [R + 3N]."""
+        rows = state.shape[0] - 3 * n
+        return cls(state[:rows], state[rows : rows + n], state[rows + n :])
 
 
 class Contrastive(NamedTuple):
-    """What the op returns; R = 2N for layouts joint and both, N otherwise."""
+    """What the op returns."""
 
     loss: Tensor  # 0-d, or [2N] (joint) or [N], accumulation dtype
-    lse: Tensor  # [R] log-sum-exp over the negatives
-    positive: Tensor  # [N] <a_i, b_i> of the (normalised) rows, without scale
-    inv: Tensor  # [2N] what the rows of a and b were multiplied with; [0] without normalize
-    mean_key: Tensor  # [N, D] softmax-weighted mean of the bank; [0] for the other layouts
-    rank: Tensor  # [R] int64, how many negatives are above the positive; [0] unless wanted
+    state: Tensor  # [R + 3N], see State
+    mean_key: Tensor | None  # [N, D] softmax-weighted mean of the bank; layout bank only
+    rank: Tensor | None  # [R] int64, how many negatives are above the positive; if wanted
 
 
 def softmax_rows(layout: str, n: int) -> int:
@@ -71,11 +85,11 @@ def softmax_rows(layout: str, n: int) -> int:
 # ------------------------------------------------------------------ composition from primitives
 
 
-def _unit(x: Tensor, inv: Tensor | None) -> Tensor:
+def _unit(x: Tensor, inv: Tensor | None, bf16: bool) -> Tensor:
     """Normalised rows: accumulation dtype on CPUs; on GPUs halves stay halves, for the tensor cores."""
-    if inv is None:
-        return x
-    y = x.to(inv.dtype) * inv[:, None]
+    y = x if inv is None else x.to(inv.dtype) * inv[:, None]
+    if bf16:
+        return y.to(torch.bfloat16)
     return y if x.device.type == "cpu" else y.to(x.dtype)
 
 
@@ -105,11 +119,12 @@ class _Rows(NamedTuple):
         b: Tensor,
         ids_q: Tensor | None,
         ids_k: Tensor | None,
-        inv: Tensor,
+        inv: Tensor | None,
+        bf16: bool,
     ) -> _Rows:
         n = a.shape[0]
-        a = _unit(a, inv[:n] if len(inv) or not n else None)
-        b = _unit(b, inv[n:] if len(inv) or not n else None)
+        a = _unit(a, None if inv is None else inv[:n], bf16)
+        b = _unit(b, None if inv is None else inv[n:], bf16)
         if layout != "bank":
             ids_q = torch.arange(n, device=a.device) if ids_q is None else ids_q
             ids_k = None if layout == "joint" else ids_q
@@ -119,21 +134,22 @@ class _Rows(NamedTuple):
 
 def _composed_forward(
     backend: ModuleType, layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor,
-    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str, want_rank: bool,
+    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool,
+    want_rank: bool,
 ) -> Contrastive:  # fmt: skip
     n = a.shape[0]
     acc = accumulation_dtype(a.dtype)
-    empty = a.new_empty(0, dtype=acc)
-    inv = torch.cat((_inverse_norms(a), _inverse_norms(b))) if normalize else empty
-    rows = _Rows.make(layout, a, b, ids_q, ids_k, inv)
-    positive = _dots(rows.a, rows.b)
+    inv = torch.cat((_inverse_norms(a), _inverse_norms(b))) if normalize else None
+    rows = _Rows.make(layout, a, b, ids_q, ids_k, inv, bf16)
+    exact = _Rows.make(layout, a, b, ids_q, ids_k, inv, False) if bf16 else rows
+    positive = _dots(exact.a, exact.b)
     logit = positive * scale
     threshold = logit if want_rank else None
-    mean_key = empty
+    mean_key = None
     if layout == "bank":
         if bank is None:
             raise ValueError("contrastive: layout 'bank' needs bank, got None")
-        keys = _unit(bank, _inverse_norms(bank) if normalize else None)
+        keys = _unit(bank, _inverse_norms(bank) if normalize else None, bf16)
         lse, mean_key, rank = backend.attend(
             rows.a, keys.to(rows.a.dtype), scale, rows.ids_q, rows.ids_k, threshold
         )
@@ -154,21 +170,23 @@ def _composed_forward(
     per_row = torch.nn.functional.softplus(lse - logit, threshold=40.0)
     if layout == "both":
         per_row = (per_row[:n] + per_row[n:]) / 2
-    if reduction == "none":
-        return Contrastive(per_row, lse, positive, inv, mean_key, rank)
-    loss = fixed_sum(per_row)
+    loss = per_row if reduction == "none" else fixed_sum(per_row)
     if reduction == "mean":
         loss = loss / max(1, per_row.numel())
-    return Contrastive(loss, lse, positive, inv, mean_key, rank)
+    factors = torch.ones(2 * n, dtype=acc, device=a.device) if inv is None else inv
+    state = torch.cat((lse, positive, factors))
+    return Contrastive(loss, state, mean_key, rank if want_rank else None)
 
 
 def _composed_backward(
     backend: ModuleType, layout: str, a: Tensor, b: Tensor, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, reduction: str, lse: Tensor, positive: Tensor, inv: Tensor,
-    mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool, state: Tensor,
+    mean_key: Tensor | None, dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     n = a.shape[0]
-    rows = _Rows.make(layout, a, b, ids_q, ids_k, inv)
+    lse, positive, inv = State.split(state, n)
+    factors = inv if normalize else None
+    rows = _Rows.make(layout, a, b, ids_q, ids_k, factors, bf16)
     two = len(lse) > n
     logit = positive * scale
     weight = torch.sigmoid(lse - (logit.repeat(2) if two else logit))
@@ -179,8 +197,9 @@ def _composed_backward(
     if layout == "both":
         weight = weight / 2
     pair = (weight[:n] + weight[n:] if two else weight)[:, None]
-    wa, wb = rows.a.to(weight.dtype), rows.b.to(weight.dtype)
-    if layout == "bank":
+    exact = _Rows.make(layout, a, b, ids_q, ids_k, factors, False) if bf16 else rows
+    wa, wb = exact.a.to(weight.dtype), exact.b.to(weight.dtype)
+    if mean_key is not None:
         ga, gb = scale * weight[:, None] * mean_key, torch.zeros_like(wb)
     elif layout == "joint":
         z = torch.cat((rows.a, rows.b))
@@ -207,13 +226,12 @@ def _composed_backward(
             dscale = fixed_sum(along) / scale
     if want_db:
         db = gb - scale * pair * wa
-    if len(inv):
+    if normalize:
         da = None if da is None else _normalize_backward(wa, inv[:n], da)
         db = None if db is None else _normalize_backward(wb, inv[n:], db)
-    none = a.new_empty(0)
     return (
-        da.to(a.dtype) if want_da and da is not None else none,
-        db.to(b.dtype) if db is not None else none,
+        da.to(a.dtype) if want_da and da is not None else None,
+        None if db is None else db.to(b.dtype),
         dscale,
     )
 
@@ -227,64 +245,77 @@ def _normalize_backward(x_hat: Tensor, inv: Tensor, g: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- kernels
 
 
-def _forward(
+def _compute(
     layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str, want_rank: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool, want_rank: bool,
+) -> Contrastive:  # fmt: skip
     backend = registry.resolve(a.device)
+    args = (layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, want_rank)
     fused = getattr(backend, "contrastive_forward", None)
     if fused is not None:
-        return fused(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank)
+        return Contrastive(*fused(*args))
     with no_autocast(a.device):
-        return tuple(
-            _composed_forward(
-                backend, layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank
-            )
-        )
+        return _composed_forward(backend, *args)
 
 
-def _backward(
-    layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str, lse: Tensor,
-    positive: Tensor, inv: Tensor, mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool,
-    want_dscale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _compute_backward(
+    layout: str, a: Tensor, b: Tensor, scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None,
+    normalize: bool, reduction: str, bf16: bool, state: Tensor, mean_key: Tensor | None,
+    dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     backend = registry.resolve(a.device)
+    args = (
+        layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, state, mean_key, dloss,
+        want_da, want_db, want_dscale,
+    )  # fmt: skip
     fused = getattr(backend, "contrastive_backward", None)
     if fused is not None:
-        return fused(
-            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, lse,
-            positive, inv, mean_key, dloss, want_da, want_db, want_dscale,
-        )  # fmt: skip
+        return fused(*args)
     with no_autocast(a.device):
-        return _composed_backward(
-            backend, layout, a, b, scale, ids_q, ids_k, reduction, lse, positive, inv, mean_key,
-            dloss, want_da, want_db, want_dscale,
-        )  # fmt: skip
+        return _composed_backward(backend, *args)
 
 
-def _forward_fake(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank):  # type: ignore[no-untyped-def]
+# The registered ops return a tensor for everything: [0] where there is nothing.
+
+
+def _forward(*args):  # type: ignore[no-untyped-def]
+    out = _compute(*args)
+    a = args[1]
+    mean_key = a.new_empty(0, dtype=out.state.dtype) if out.mean_key is None else out.mean_key
+    rank = a.new_empty(0, dtype=torch.int64) if out.rank is None else out.rank
+    return out.loss, out.state, mean_key, rank
+
+
+def _backward(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, state,  # type: ignore[no-untyped-def]
+              mean_key, dloss, want_da, want_db, want_dscale):  # fmt: skip
+    da, db, dscale = _compute_backward(
+        layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, state,
+        mean_key if layout == "bank" else None, dloss, want_da, want_db, want_dscale,
+    )  # fmt: skip
+    return (
+        a.new_empty(0) if da is None else da,
+        b.new_empty(0) if db is None else db,
+        torch.zeros_like(scale) if dscale is None else dscale,
+    )
+
+
+def _forward_fake(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, want_rank):  # type: ignore[no-untyped-def]
     acc = accumulation_dtype(a.dtype)
     n = a.shape[0]
-    rows = 2 * n if layout in ("joint", "both") else n
+    rows = softmax_rows(layout, n)
     loss_shape: tuple[Any, ...] = ()
     if reduction == "none":
         loss_shape = (2 * n,) if layout == "joint" else (n,)
     return (
         a.new_empty(loss_shape, dtype=acc),
-        a.new_empty((rows,), dtype=acc),
-        a.new_empty((n,), dtype=acc),
-        a.new_empty((2 * n if normalize else 0,), dtype=acc),
+        a.new_empty((rows + 3 * n,), dtype=acc),
         a.new_empty(a.shape if layout == "bank" else (0,), dtype=acc),
         a.new_empty((rows if want_rank else 0,), dtype=torch.int64),
     )
 
 
-def _backward_fake(
-    layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str, lse: Tensor, positive: Tensor,
-    inv: Tensor, mean_key: Tensor, dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, state,  # type: ignore[no-untyped-def]
+                   mean_key, dloss, want_da, want_db, want_dscale):  # fmt: skip
     return (
         a.new_empty(a.shape if want_da else (0,)),
         b.new_empty(b.shape if want_db else (0,)),
@@ -296,45 +327,60 @@ def _backward_fake(
 
 
 class _ContrastiveFunction(torch.autograd.Function):
+    """Around the kernels where nothing else looks (``eager``), around the registered ops otherwise."""
+
     @staticmethod
-    def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
-        with below_autograd():
-            out = torch.ops.sslkernels.contrastive.default(*args)
-        layout, a, b, _, scale, ids_q, ids_k, normalize, reduction, _ = args
-        ctx.plain = (layout, normalize, reduction, registry.override())
-        loss, *state, rank = out
+    def forward(ctx: Any, eager: bool, *args):  # type: ignore[no-untyped-def]
+        if eager:
+            out = _compute(*args)
+        else:
+            with below_autograd():
+                out = torch.ops.sslkernels.contrastive.default(*args)
+        layout, a, b, _, scale, ids_q, ids_k, normalize, reduction, bf16, _ = args
+        loss, state, mean_key, rank = out
+        ctx.plain = (eager, layout, normalize, reduction, bf16, registry.override())
         # Of the bank nothing is kept: it may be overwritten before backward.
-        ctx.save_for_backward(a, b, scale, ids_q, None if layout == "bank" else ids_k, *state)
-        ctx.mark_non_differentiable(*state, rank)
+        ids_k = None if layout == "bank" else ids_k
+        ctx.save_for_backward(a, b, scale, ids_q, ids_k, state, mean_key)
+        ctx.mark_non_differentiable(*(x for x in (state, mean_key, rank) if x is not None))
         ctx.set_materialize_grads(False)
-        return out
+        return tuple(out)
 
     @staticmethod
     @once_differentiable("sslkernels::contrastive")
     def backward(ctx: Any, dloss, *_):  # type: ignore[no-untyped-def]
         if dloss is None:
-            return (None,) * 10
-        layout, normalize, reduction, backend = ctx.plain
-        a, b, scale, ids_q, ids_k, lse, positive, inv, mean_key = ctx.saved_tensors
-        _, need_a, need_b, _, need_scale, *_ = ctx.needs_input_grad
-        with below_autograd(), registry.backend(backend):
-            da, db, dscale = torch.ops.sslkernels.contrastive_backward.default(
-                layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, lse,
-                positive, inv, mean_key, dloss, need_a, need_b, need_scale,
-            )  # fmt: skip
+            return (None,) * 12
+        eager, layout, normalize, reduction, bf16, backend = ctx.plain
+        a, b, scale, ids_q, ids_k, state, mean_key = ctx.saved_tensors
+        _, _, need_a, need_b, _, need_scale, *_ = ctx.needs_input_grad
+        tail = (state, mean_key, dloss, need_a, need_b, need_scale)
+        with registry.backend(backend) if backend is not None else nullcontext():
+            if eager and is_plain_eager() and are_plain(dloss):
+                da, db, dscale = _compute_backward(
+                    layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, *tail
+                )
+            else:
+                if mean_key is None:
+                    tail = (state, state.new_empty(0), *tail[2:])
+                with below_autograd():
+                    da, db, dscale = torch.ops.sslkernels.contrastive_backward.default(
+                        layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, bf16, *tail
+                    )
         return (
+            None,
             None,
             da if need_a else None,
             db if need_b else None,
             None,
             dscale if need_scale else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
 def _autograd(layout, a, b, bank, scale, *rest):  # type: ignore[no-untyped-def]
     if needs_grad(a, b, scale):
-        return _ContrastiveFunction.apply(layout, a, b, bank, scale, *rest)
+        return _ContrastiveFunction.apply(False, layout, a, b, bank, scale, *rest)
     with below_autograd():
         return torch.ops.sslkernels.contrastive.default(layout, a, b, bank, scale, *rest)
 
@@ -357,6 +403,7 @@ def contrastive(
     ids_k: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    bf16: bool = False,
     want_rank: bool = False,
 ) -> Contrastive:
     """One op for a whole loss; see the module for the layouts and the formula.
@@ -374,10 +421,12 @@ def contrastive(
         ids_k: [K] int64, layout "bank" with ids_q only.
         normalize: Whether rows (of the bank too) are divided by max(norm, 1e-12) first.
         reduction: "mean", "sum" or "none".
+        bf16: Whether negatives are multiplied in bfloat16 (not float64); positives never are.
         want_rank: Whether to count the negatives above each positive.
     """
-    return Contrastive(
-        *torch.ops.sslkernels.contrastive.default(
-            layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, want_rank
-        )
-    )
+    args = (layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, want_rank)
+    if is_plain_eager() and are_plain(a, b, scale) and (bank is None or are_plain(bank)):
+        if needs_grad(a, b, scale):
+            return Contrastive(*_ContrastiveFunction.apply(True, *args))
+        return _compute(*args)
+    return Contrastive(*torch.ops.sslkernels.contrastive.default(*args))

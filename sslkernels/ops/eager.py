@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the dispatcher may be bypassed, and what has to be done by hand then.
 
-An update of a small model is bound by the overhead of passing lists of tensors through torch's
+An update of a small model, or the loss of a small batch, is bound by the overhead of torch's
 dispatcher.  In plain eager mode with plain tensors the kernels are called directly; tracing,
 dispatch modes and tensor subclasses go through the registered op.
 """
@@ -34,8 +34,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain_eager() -> bool:
-    """Whether no tracer and no dispatch mode wants to see the op."""
-    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+    """Whether no tracer, dispatch mode or functorch transform wants to see the op."""
+    return (
+        not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def are_plain(*tensors: Any) -> bool:
