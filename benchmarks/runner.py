@@ -188,8 +188,9 @@ def machine(device: str, threads: int) -> Row:
 
 def _derived(case: Case, row: Row, ceilings: dict[str, float]) -> list[Row]:
     """Rate and share of the ceiling from a time; quartiles swap their places."""
+    multiply_adds = "bf16" if row["provider"] == "sslkernels bf16" else "fma"
     for work, metric, unit, ceiling in (
-        (case.flops, "rate", "FLOP/s", "fma"),
+        (case.flops, "rate", "FLOP/s", multiply_adds),
         (case.bytes_moved, "rate", "B/s", "bandwidth"),
     ):
         if work is None:
