@@ -28,8 +28,13 @@ ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = sorted(
     p.as_posix() for p in Path("csrc/cpu").glob("*.cpp")
 )  # once per instruction set
-COMMON_SOURCES = sorted(p.as_posix() for p in Path("csrc").glob("*.cpp"))  # once
-HEADERS = sorted(p.as_posix() for p in [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")])
+COMMON_SOURCES = ["csrc/module.cpp", "csrc/dispatch.cpp"]  # once
+INCLUDED = [
+    *Path("csrc").glob("*.h"),
+    *Path("csrc/cpu").glob("*.h"),
+    *Path("csrc").glob("bind*.cpp"),
+]
+HEADERS = sorted(p.as_posix() for p in INCLUDED)
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -126,8 +131,8 @@ class BuildExt(build_ext):
                 depends=ext.depends,
             )
 
-        # Biggest files first, so that the last one to finish is a short one.
-        jobs.sort(key=lambda job: -Path(job[0]).stat().st_size)
+        # The bindings take longest, then the biggest kernels: the last one to finish is a short one.
+        jobs.sort(key=lambda job: (job[0] != COMMON_SOURCES[0], -Path(job[0]).stat().st_size))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
         # libgomp is deliberately not linked: the OpenMP symbols come from the runtime that torch has

@@ -9,8 +9,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <new>
-
 #include "dispatch.h"
 #include "narrow_ids.h"
 
@@ -19,18 +17,9 @@ namespace py = pybind11;
 namespace sslk {
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 double read_scalar(uintptr_t address, DType dtype) {
   if (address == 0) return 0.0;
   return dtype == DType::f64 ? *at<const double>(address) : double(*at<const float>(address));
-}
-
-void check(int status) {
-  if (status != 0) throw std::bad_alloc();
 }
 
 PairwiseArgs make_args(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale,

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP) and regression (BYOL).
+// Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP), regression (BYOL), paired (InfoNCE with
+// negatives of its own for every query).
 //
 // Addresses are data_ptr() integers, 0 for null; strides are in elements.
-
-#include <new>
 
 #include "bindings.h"
 #include "narrow_ids.h"
@@ -13,15 +12,6 @@ namespace py = pybind11;
 
 namespace sslk {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(int status) {
-  if (status != 0) throw std::bad_alloc();
-}
 
 ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
                                  uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
@@ -113,6 +103,66 @@ void regression_backward(int reduction, int dtype, int64_t d, int64_t n, uintptr
       at<const void>(state), at<const void>(dloss), dloss_stride, at<void>(dprediction)));
 }
 
+PairedArgs paired_args(int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t query,
+                       int64_t stride_query, uintptr_t positive_key, int64_t stride_positive, uintptr_t negatives,
+                       int64_t m, int64_t stride_row, int64_t stride_key, uintptr_t scale, uintptr_t ids_q,
+                       uintptr_t ids_k, int n_threads) {
+  PairedArgs args;
+  args.reduction = Reduction(reduction);
+  args.dtype = DType(dtype);
+  args.normalize = normalize;
+  args.d = d;
+  args.query = {at<const void>(query), n, stride_query};
+  args.positive = {at<const void>(positive_key), n, stride_positive};
+  args.negatives = at<const void>(negatives);
+  args.m = m;
+  args.stride_row = stride_row;
+  args.stride_key = stride_key;
+  args.scale = args.dtype == DType::f64 ? *at<const double>(scale) : double(*at<const float>(scale));
+  args.ids_q = at<const int64_t>(ids_q);
+  args.ids_k = at<const int64_t>(ids_k);
+  args.n_threads = n_threads;
+  return args;
+}
+
+double paired_forward(int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t query,
+                      int64_t stride_query, uintptr_t positive_key, int64_t stride_positive, uintptr_t negatives,
+                      int64_t m, int64_t stride_row, int64_t stride_key, uintptr_t scale, uintptr_t ids_q,
+                      uintptr_t ids_k, int n_threads, uintptr_t lse, uintptr_t positive, uintptr_t norms,
+                      uintptr_t mean_key, uintptr_t loss, uintptr_t rank) {
+  py::gil_scoped_release release;
+  const PairedArgs args =
+      paired_args(reduction, dtype, normalize, d, n, query, stride_query, positive_key, stride_positive, negatives, m,
+                  stride_row, stride_key, scale, ids_q, ids_k, n_threads);
+  double similarity = 0.0;
+  const PairedState state{at<void>(lse), at<void>(positive), at<void>(norms), at<void>(mean_key)};
+  check(kernels().paired_forward(args, state, {at<void>(loss), at<int64_t>(rank), &similarity}));
+  return similarity;
+}
+
+double paired_backward(int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t query,
+                       int64_t stride_query, uintptr_t positive_key, int64_t stride_positive, uintptr_t negatives,
+                       int64_t m, int64_t stride_row, int64_t stride_key, uintptr_t scale, uintptr_t ids_q,
+                       uintptr_t ids_k, int n_threads, uintptr_t lse, uintptr_t positive, uintptr_t norms,
+                       uintptr_t mean_key, uintptr_t dloss, int64_t dloss_stride, uintptr_t dquery, uintptr_t dpositive,
+                       uintptr_t dnegatives) {
+  py::gil_scoped_release release;
+  const PairedArgs args =
+      paired_args(reduction, dtype, normalize, d, n, query, stride_query, positive_key, stride_positive, negatives, m,
+                  stride_row, stride_key, scale, ids_q, ids_k, n_threads);
+  double dscale = 0.0;
+  PairedBackwardArgs out;
+  out.dloss = at<const void>(dloss);
+  out.dloss_stride = dloss_stride;
+  out.dquery = at<void>(dquery);
+  out.dpositive = at<void>(dpositive);
+  out.dnegatives = at<void>(dnegatives);
+  out.dscale = &dscale;
+  const PairedState state{at<void>(lse), at<void>(positive), at<void>(norms), at<void>(mean_key)};
+  check(kernels().paired_backward(args, state, out));
+  return dscale;
+}
+
 }  // namespace
 
 void bind_losses(py::module_& m) {
@@ -120,6 +170,8 @@ void bind_losses(py::module_& m) {
   m.def("contrastive_backward", &contrastive_backward);
   m.def("regression_forward", &regression_forward);
   m.def("regression_backward", &regression_backward);
+  m.def("paired_forward", &paired_forward);
+  m.def("paired_backward", &paired_backward);
 }
 
 }  // namespace sslk

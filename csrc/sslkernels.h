@@ -133,6 +133,47 @@ struct RegressionArgs {
   int n_threads = 1;
 };
 
+// InfoNCE with negatives of its own for every query; pair (i, m) is excluded when ids_q[i] == ids_k[i, m].
+struct PairedArgs {
+  Reduction reduction = Reduction::mean;
+  DType dtype = DType::f32;
+  int64_t d = 0;
+  Rows query;                       // [N, D]
+  Rows positive;                    // [N, D]
+  const void* negatives = nullptr;  // [N, M, D] of dtype, contiguous in D; backward: null unless dnegatives
+  int64_t m = 0;
+  int64_t stride_row = 0;  // elements between the keys of one query and those of the next
+  int64_t stride_key = 0;  // elements between keys
+  bool normalize = true;
+  double scale = 1.0;
+  const int64_t* ids_q = nullptr;  // [N] or null: nothing is excluded
+  const int64_t* ids_k = nullptr;  // [N, M] or null
+  int n_threads = 1;
+};
+
+// What forward leaves for backward.
+struct PairedState {
+  void* lse = nullptr;       // [N] acc: log-sum-exp over the negatives
+  void* positive = nullptr;  // [N] acc: <query_i, positive_i> of the (normalised) rows, without scale
+  void* norms = nullptr;     // [2N] acc: what rows of query and positive were divided by
+  void* mean_key = nullptr;  // [N, D] acc: softmax-weighted mean of the negatives
+};
+
+struct PairedForwardOut {
+  void* loss = nullptr;          // acc, [N] or one element
+  int64_t* rank = nullptr;       // [N] negatives above the positive
+  double* similarity = nullptr;  // mean of <query_i, negative_im>, without scale
+};
+
+struct PairedBackwardArgs {
+  const void* dloss = nullptr;  // acc; element i * dloss_stride, i = 0 only unless reduction is none
+  int64_t dloss_stride = 0;
+  void* dquery = nullptr;      // [N, D] of dtype, contiguous, or null
+  void* dpositive = nullptr;   // [N, D] of dtype, contiguous, or null
+  void* dnegatives = nullptr;  // [N, M, D] of dtype, contiguous, or null
+  double* dscale = nullptr;
+};
+
 struct ExtremesOut {
   const void* bias_k = nullptr;  // [M] acc or null
   int64_t* max_same = nullptr;   // [N]
@@ -193,6 +234,8 @@ struct Kernels {
   int (*regression_forward)(const RegressionArgs&, void* state, void* loss);
   int (*regression_backward)(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
                              void* dprediction);
+  int (*paired_forward)(const PairedArgs&, const PairedState&, const PairedForwardOut&);
+  int (*paired_backward)(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);
   int (*ema_update)(const EmaArgs&);
   int (*enqueue)(const EnqueueArgs&);
 };

@@ -19,8 +19,10 @@ int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,
                          const ContrastiveBackwardArgs&);                // contrastive.cpp
 int regression_forward(const RegressionArgs&, void* state, void* loss);  // regression.cpp
 int regression_backward(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
-                        void* dprediction);  // regression.cpp
-int ema_update(const EmaArgs&);              // ema.cpp
-int enqueue(const EnqueueArgs&);             // queue.cpp
+                        void* dprediction);                                             // regression.cpp
+int paired_forward(const PairedArgs&, const PairedState&, const PairedForwardOut&);     // paired.cpp
+int paired_backward(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);  // paired.cpp
+int ema_update(const EmaArgs&);                                                         // ema.cpp
+int enqueue(const EnqueueArgs&);                                                        // queue.cpp
 
 SSLK_END

@@ -28,6 +28,8 @@ const Kernels& table() {
       contrastive_backward,
       regression_forward,
       regression_backward,
+      paired_forward,
+      paired_backward,
       ema_update,
       enqueue,
   };

@@ -281,3 +281,82 @@ def regression_backward(
         out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _unit_keys(x: Tensor) -> Tensor:
+    """x [N, M, D], or a copy when its rows are not contiguous."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def paired_forward(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    normalize: bool,
+    reduction: str,
+) -> tuple[Tensor, ...]:
+    """InfoNCE with negatives of its own for every query; see :mod:`sslkernels.ops.paired`."""
+    query, positive_key = _unit_rows(query), _unit_rows(positive_key)
+    keys = _unit_keys(negative_keys)
+    ids_q = None if ids_q is None else ids_q.contiguous()
+    ids_k = None if ids_k is None else ids_k.contiguous()
+    n, d = query.shape
+    acc = accumulator(query.dtype)
+    loss = torch.empty((n,) if reduction == "none" else (), dtype=acc)
+    lse, positive = torch.empty(n, dtype=acc), torch.empty(n, dtype=acc)
+    norms = torch.empty(2 * n, dtype=acc)
+    mean_key = torch.empty((n, d), dtype=acc)
+    rank = torch.empty(n, dtype=torch.int64)
+    similarity = _C.paired_forward(
+        REDUCTIONS[reduction], DTYPES[query.dtype], normalize, d, n, query.data_ptr(),
+        query.stride(0), positive_key.data_ptr(), positive_key.stride(0), keys.data_ptr(),
+        keys.shape[1], keys.stride(0), keys.stride(1), scale.data_ptr(), _address(ids_q),
+        _address(ids_k), torch.get_num_threads(), lse.data_ptr(), positive.data_ptr(),
+        norms.data_ptr(), mean_key.data_ptr(), loss.data_ptr(), rank.data_ptr(),
+    )  # fmt: skip
+    mean = torch.scalar_tensor(similarity, dtype=acc)
+    return loss, lse, positive, norms, mean_key, rank, mean
+
+
+def paired_backward(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    scale: Tensor,
+    ids_q: Tensor | None,
+    ids_k: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    lse: Tensor,
+    positive: Tensor,
+    norms: Tensor,
+    mean_key: Tensor,
+    dloss: Tensor,
+    want_query: bool,
+    want_positive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients; see :mod:`sslkernels.ops.paired`."""
+    query, positive_key = _unit_rows(query), _unit_rows(positive_key)
+    keys = None if negative_keys is None else _unit_keys(negative_keys)
+    ids_q = None if ids_q is None else ids_q.contiguous()
+    ids_k = None if ids_k is None else ids_k.contiguous()
+    n, d = query.shape
+    dquery = query.new_empty((n, d) if want_query else 0)
+    dpositive = query.new_empty((n, d) if want_positive else 0)
+    dnegatives = query.new_empty(0 if keys is None else keys.shape)
+    m, stride_row, stride_key = 0, 0, 0
+    if keys is not None:
+        m, stride_row, stride_key = keys.shape[1], keys.stride(0), keys.stride(1)
+    dscale = _C.paired_backward(
+        REDUCTIONS[reduction], DTYPES[query.dtype], normalize, d, n, query.data_ptr(),
+        query.stride(0), positive_key.data_ptr(), positive_key.stride(0), _address(keys), m,
+        stride_row, stride_key, scale.data_ptr(), _address(ids_q), _address(ids_k),
+        torch.get_num_threads(), lse.data_ptr(), positive.data_ptr(), norms.data_ptr(),
+        mean_key.data_ptr(), dloss.data_ptr(), dloss.stride(0) if reduction == "none" else 0,
+        dquery.data_ptr() if want_query else 0, dpositive.data_ptr() if want_positive else 0,
+        0 if keys is None else dnegatives.data_ptr(),
+    )  # fmt: skip
+    return dquery, dpositive, dnegatives, torch.scalar_tensor(dscale, dtype=lse.dtype)

@@ -15,6 +15,7 @@ from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
 from sslkernels.functional.pairwise import nt_xent_multiview
 from sslkernels.ops.contrastive import Contrastive, State, contrastive
+from sslkernels.ops.paired import paired
 from sslkernels.ops.pairwise import pairwise
 
 
@@ -208,17 +209,18 @@ def info_nce_loss(
         raise ValueError(
             f"{op}: compute_dtype must be None for paired negative_keys or ones that require grad"
         )
-    return _composed_info_nce(
-        query,
-        positive_key,
-        negative_keys,
-        scale,
-        ids_q,
-        ids_k,
-        normalize,
-        reduction,
+    if negative_keys.ndim == 3:
+        own = paired(
+            query, positive_key, negative_keys, scale=scale, ids_q=ids_q, ids_k=ids_k,
+            normalize=normalize, reduction=reduction,
+        )  # fmt: skip
+        if not return_metrics:
+            return own.loss
+        return own.loss, common.metrics(own.rank, own.positive, own.negative_similarity)
+    return _learned_bank(
+        query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction,
         return_metrics,
-    )
+    )  # fmt: skip
 
 
 def _metrics(out: Contrastive, n: int, negative_similarity: Tensor) -> ContrastiveMetrics:
@@ -227,38 +229,23 @@ def _metrics(out: Contrastive, n: int, negative_similarity: Tensor) -> Contrasti
     )
 
 
-def _composed_info_nce(
+def _learned_bank(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor, ids_q: Tensor | None,
     ids_k: Tensor | None, normalize: bool, reduction: Reduction, return_metrics: bool,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:  # fmt: skip
-    """Negative keys that need a gradient, or paired ones."""
-    q = common.unit(query, normalize)
-    k = common.unit(positive_key, normalize)
+    """Shared negative keys that need a gradient."""
+    q, k, negatives = (common.unit(x, normalize) for x in (query, positive_key, negative_keys))
     similarity = common.dots(q, k)
     positive = similarity * scale
-    negative_similarity = None
-    if negative_keys.ndim == 2:
-        negatives = common.unit(negative_keys, normalize)
-        lse, _, rank, _ = pairwise(
-            "lse", q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k,
-            threshold_row=positive if return_metrics else None,
-        )  # fmt: skip
-        if return_metrics:
-            negative_similarity = common.mean_negative(q, negatives, ids_q, ids_k)
-    else:
-        dot = _paired_dots(q, negative_keys, normalize)
-        mask = None if ids_q is None or ids_k is None else ids_q[:, None] == ids_k
-        logits = dot * scale if mask is None else (dot * scale).masked_fill(mask, float("-inf"))
-        lse = _logsumexp(logits)
-        if return_metrics:
-            rank = (logits > positive[:, None]).sum(1)
-            kept = torch.ones_like(dot) if mask is None else (~mask).to(dot.dtype)
-            total = common.reduce((dot.detach() * kept).sum(1), "sum")
-            negative_similarity = total / kept.sum().clamp(min=1)
+    lse, _, rank, _ = pairwise(
+        "lse", q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k,
+        threshold_row=positive if return_metrics else None,
+    )  # fmt: skip
     loss = common.reduce(common.nll(lse, positive), reduction)
-    if negative_similarity is None:
+    if not return_metrics:
         return loss
-    return loss, common.metrics(rank, similarity, negative_similarity)
+    mean_negative = common.mean_negative(q, negatives, ids_q, ids_k)
+    return loss, common.metrics(rank, similarity, mean_negative)
 
 
 def _check_negatives(op: str, query: Tensor, negative_keys: Tensor | None, mode: str) -> None:
@@ -298,23 +285,6 @@ def _info_nce_ids(
         raise ValueError(f"{op}: query_ids with negative_keys needs negative_ids")
     shape = tuple(negative_keys.shape[:-1])
     return ids_q, checks.check_ids(op, "negative_ids", negative_ids, shape, query.device)
-
-
-def _paired_dots(q: Tensor, negative_keys: Tensor, normalize: bool) -> Tensor:
-    """[N, M]: <q_i, k_im>; as large as the keys themselves over D."""
-    n, m, d = negative_keys.shape
-    flat = common.unit(negative_keys.reshape(n * m, d), normalize)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return (q.to(dtype)[:, None, :] * flat.view(n, m, d).to(dtype)).sum(2)
-
-
-def _logsumexp(logits: Tensor) -> Tensor:
-    """[N]: -inf for rows with nothing allowed, whose gradient is then 0 and not NaN."""
-    if logits.shape[1] == 0:
-        return logits.sum(1) + float("-inf")
-    nothing = (logits == float("-inf")).all(1)
-    lse = torch.logsumexp(logits.masked_fill(nothing[:, None], 0.0), 1)
-    return lse.masked_fill(nothing, float("-inf"))
 
 
 def clip_loss(
