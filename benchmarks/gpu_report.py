@@ -2,7 +2,8 @@
 """`make gpu-report`: compile every GPU kernel ahead of time and write the figures to docs/gpu.md.
 
 Needs Triton and no GPU.  Two generated parts of the document are replaced: the compiled kernels
-(registers, spills, shared memory, tensor-core instructions) and the roofline model.
+(registers, spills, shared memory, tensor-core instructions; for whole chunks, for a sample of other D, and
+the kernels around the tiles) and the roofline model.
 
     python -m benchmarks.gpu_report                       # the whole grid, writes docs/gpu.md
     python -m benchmarks.gpu_report --arch sm_89 gfx950   # other architectures, prints only
@@ -36,8 +37,25 @@ def _cell(result: aot.Result | None) -> str:
     return f"**{memory}: {'; '.join(result.problems)}**" if result.problems else memory
 
 
+def _table(results: list[aot.Result], dims: list[int]) -> list[str]:
+    """Markdown: kernels and dtypes by dimension."""
+    lines = [
+        "| kernel | dtype | " + " | ".join(f"D = {D}" for D in dims) + " |",
+        "|---|---|" + "---|" * len(dims),
+    ]
+    for variant in aot.VARIANTS:
+        for dtype in SHORT:
+            row = {
+                r.case.D: r for r in results if (r.case.variant, r.case.dtype) == (variant, dtype)
+            }
+            if row:
+                cells = " | ".join(_cell(row.get(D)) for D in dims)
+                lines.append(f"| {variant} | {SHORT[dtype]} | {cells} |")
+    return lines
+
+
 def compiled_table(results: list[aot.Result], archs: list[str], dims: list[int]) -> list[str]:
-    """One Markdown table an architecture: kernels by dimension."""
+    """For each architecture: kernels by whole chunks of D, a sample of other D, small kernels."""
     lines: list[str] = []
     for arch in archs:
         mine = [r for r in results if r.case.arch == arch]
@@ -51,17 +69,15 @@ def compiled_table(results: list[aot.Result], archs: list[str], dims: list[int])
             f"{len(mine)} kernels, {spilled} bytes spilled, shared memory limit {limit.source}, "
             f"16-bit products by {', '.join(found) or 'none'}.",
             "",
-            "| kernel | dtype | " + " | ".join(f"D = {D}" for D in dims) + " |",
-            "|---|---|" + "---|" * len(dims),
+            *_table(mine, dims),
         ]
-        for variant in aot.VARIANTS:
-            for dtype in ("bfloat16", "float16", "float32"):
-                row = {
-                    r.case.D: r for r in mine if (r.case.variant, r.case.dtype) == (variant, dtype)
-                }
-                if row:
-                    cells = " | ".join(_cell(row.get(D)) for D in dims)
-                    lines.append(f"| {variant} | {SHORT[dtype]} | {cells} |")
+        ragged = sorted({r.case.D for r in mine if r.case.config is not None} - set(dims))
+        if ragged:
+            lines += ["", "A sample of other D:", "", *_table(mine, ragged)]
+        small = [r for r in mine if r.case.config is None]
+        if small:
+            figures = (f"{r.case.variant} ({SHORT[r.case.dtype]}) {_cell(r)}" for r in small)
+            lines += ["", "Around the tiles: " + "; ".join(figures) + "."]
     return lines
 
 
@@ -82,7 +98,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--print", action="store_true", help="print instead of writing docs/gpu.md")
     args = parser.parse_args()
+    whole = args.dims == list(aot.DIMS)
     todo = aot.cases(args.arch, args.dims)
+    if whole:
+        todo += aot.cases(args.arch, aot.RAGGED, ("float16", "float32"))
+        todo += aot.small_cases(args.arch, ("bfloat16", "float32"))
     begin = time.perf_counter()
     done = 0
 
@@ -104,7 +124,7 @@ def main() -> int:
     ]
     lines = head + compiled_table(results, args.arch, args.dims)
     bad = sum(bool(r.problems) for r in results)
-    if args.print or args.arch != list(aot.ARCHS) or args.dims != list(aot.DIMS):
+    if args.print or args.arch != list(aot.ARCHS) or not whole:
         print("\n".join(lines))
     else:
         text = _replace(DOCS.read_text(), "compiled", lines)

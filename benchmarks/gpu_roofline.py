@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sslkernels.backends.triton.plan import PANEL_WORDS, SLOT_WORDS
+
 
 @dataclass(frozen=True)
 class Device:
@@ -48,28 +50,35 @@ def _operands(N: int, M: int, D: int, size: int) -> float:
 
 
 def _panels(N: int, M: int, D: int, size: int) -> float:
-    """G written and read once where the gradient goes by panels (D > 256; float32: D > 64)."""
-    return 2.0 * size * N * M if (D > 256 or (size == 4 and D > 64)) else 0.0
+    """Where the gradient goes by panels (D > 256; float32: D > 64): G, and y twice for each panel."""
+    if D <= 256 and not (size == 4 and D > 64):
+        return 0.0
+    words = min(max((N + M) * D, SLOT_WORDS), max(PANEL_WORDS, M * D))
+    panels = max(1, -(-N * M // words))
+    return 2.0 * size * N * M + 2.0 * size * M * D * panels
 
 
-# name -> work(N, M, D, bytes of an element).  Self mode has M = N and reads one operand.
+# name -> work(N, M, D, bytes of an element).  Self mode has M = N and reads one operand.  Exponentials:
+# one a pair, where the logits (forward) or log-sum-exps (backward) of a tile lie close together; else two.
 KERNELS: dict[str, Callable[[int, int, int, int], Work]] = {
     "forward, self (NT-Xent, SupCon): one triangle, rows and columns": lambda N, M, D, b: Work(
-        N * N * D, b * N * D + 4 * N, N * N
+        N * N * D, b * N * D + 4 * N, N * N / 2
     ),
     "backward, self: G + G^T in one pass": lambda N, M, D, b: Work(
-        4 * N * N * D, (b + 4) * N * D + _panels(N, N, D, b), 2 * N * N
+        4 * N * N * D, (b + 4) * N * D + _panels(N, N, D, b), N * N
     ),
     "forward, rows and columns (CLIP)": lambda N, M, D, b: Work(
-        2 * N * M * D, _operands(N, M, D, b) + 4 * (N + M), 2 * N * M
+        2 * N * M * D, _operands(N, M, D, b) + 4 * (N + M), N * M
     ),
     "backward, both sides (CLIP): dq and dk": lambda N, M, D, b: Work(
         8 * N * M * D,
-        2 * _operands(N, M, D, b) + 4 * (N + M) * D + 2 * _panels(N, M, D, b),
-        4 * N * M,
+        2 * _operands(N, M, D, b) + 4 * (N + M) * D + _panels(N, M, D, b) + _panels(M, N, D, b),
+        2 * N * M,
     ),
     "attend (MoCo): forward and gradient": lambda N, M, D, b: Work(
-        (4 if D <= 256 else 6) * N * M * D, _operands(N, M, D, b) + 4 * N * D, N * M
+        (4 if D <= 256 else 6) * N * M * D,
+        _operands(N, M, D, b) + 4 * N * D + _panels(N, M, D, b),
+        N * M,
     ),
     "extremes (batch-hard triplet)": lambda N, M, D, b: Work(2 * N * M * D, b * N * D + 16 * N, 0),
 }

@@ -105,11 +105,24 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch: pytest.MonkeyP
 
 
 def test_families_that_a_backend_lacks_stay_automatic() -> None:
-    """Asking for "triton" or "cuda" decides only what they have."""
+    """Asking for "cuda" decides only what it has."""
     with ssl.backend("cuda"):
         assert registry.resolve(MPS, "tiles") is chunked
-    with ssl.backend("triton"):
-        assert registry.resolve(MPS, "updates") is chunked
+
+
+def test_updates_on_a_gpu_without_the_cuda_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels; plain torch only where Triton is missing too; info() gives the reason."""
+    pytest.importorskip("triton")
+    ssl.set_backend(None)
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(sys.modules, "sslkernels.backends.cuda", None)
+    registry._cache.clear()
+    assert registry.resolve(gpu, "updates").__name__ == "sslkernels.backends.triton"
+    assert ssl.info().backends["cuda/updates"].startswith("triton (backend 'cuda': ")
+    monkeypatch.setitem(sys.modules, "sslkernels.backends.triton", None)
+    registry._cache.clear()
+    assert registry.resolve(gpu, "updates") is chunked
+    registry._cache.clear()
 
 
 def test_unknown_names() -> None:

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 # Two processes at a time, of about the same length.
 GROUPS = {
     "engine": ["test_engine.py"],
-    "order, updates, losses": ["test_order.py", "test_updates.py", "test_losses.py"],
+    "others": ["test_branches.py", "test_order.py", "test_updates.py", "test_losses.py"],
 }
 LIMIT_S = 900
 

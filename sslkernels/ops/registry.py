@@ -12,7 +12,7 @@ The automatic choice, by device type of the tensors:
 device        tiles                 updates
 ============  ====================  =====================
 cpu           cpu                   cpu
-cuda          triton                cuda
+cuda          triton                cuda, else triton
 others        chunked               chunked
 ============  ====================  =====================
 
@@ -20,8 +20,7 @@ When the module in the table can't be loaded, ``chunked`` (plain torch in blocks
 line says so through ``logging.getLogger("sslkernels")``.  A choice made by the user
 (``set_backend``, ``backend(...)``, the environment variable ``SSLKERNELS_BACKEND``) never falls
 back: it raises with the reason when the backend is missing or can't serve the device.  It decides
-the families that the backend has; the other family stays automatic (``"triton"`` has no updates,
-``"cuda"`` no tiles).
+the families that the backend has; the other family stays automatic (``"cuda"`` has no tiles).
 
 ``set_backend`` and the environment variable are process-wide.  ``backend(...)`` is a context
 variable: it counts in the current thread (and asyncio task) only.  Ops remember the context's
@@ -50,7 +49,7 @@ Family = Literal["tiles", "updates"]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "cpu": ("tiles", "updates"),
-    "triton": ("tiles",),
+    "triton": ("tiles", "updates"),
     "cuda": ("updates",),
     "chunked": ("tiles", "updates"),
 }
@@ -117,7 +116,11 @@ def _choose(device_type: str, name: str | None, family: str) -> tuple[str, str]:
         return "chunked", f"no kernels for {device_type!r} yet"
     reason = _why_not(best, device_type)
     if reason is not None:
-        return "chunked", f"backend {best!r}: {reason}"
+        # CUDA C++ is compiled only where nvcc is; Triton's updates need no compiler.
+        other = (
+            "triton" if best == "cuda" and _why_not("triton", device_type) is None else "chunked"
+        )
+        return other, f"backend {best!r}: {reason}"
     return best, "automatic"
 
 

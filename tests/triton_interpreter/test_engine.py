@@ -39,11 +39,23 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = os.environ.get("SSLKERNELS_TEST_DEVICE", "cpu")
 
 
+def poisoned_rows(x: Tensor) -> Tensor:
+    """The same values with NaN before, behind and between the rows, which start on 16 bytes."""
+    rows, D = x.shape
+    buffer = torch.full((rows + 6, 32 + D + -D % 16), torch.nan, dtype=x.dtype, device=x.device)
+    view = buffer[3 : rows + 3, 16 : 16 + D]
+    view.copy_(x)
+    return view
+
+
 def make(
     N: int, M: int | None, D: int, kind: str = "lse", dtype: torch.dtype = torch.float32,
     scale: float = 7.0, ids: str = "many",
 ) -> Case:  # fmt: skip
-    """About unit rows, some keys equal to queries; every operand inside NaN-filled memory."""
+    """About unit rows, some keys equal to queries; every operand inside NaN-filled memory.
+
+    Where D allows it the rows are aligned, so that the kernels read them (and not a packed copy).
+    """
     q = randn(N, D, seed=1000 * N + D) / D**0.5
     k = None
     if M is not None:
@@ -61,8 +73,8 @@ def make(
         ids_k = None if M is None else torch.zeros(M, dtype=torch.int64)
     return Case(
         kind,
-        poisoned(q.to(dtype)),
-        None if k is None else poisoned(k.to(dtype)),
+        poisoned_rows(q.to(dtype)),
+        None if k is None else poisoned_rows(k.to(dtype)),
         torch.tensor(scale),
         torch.tensor(-1.5) if kind == "softplus" else None,
         ids_q,
@@ -438,19 +450,25 @@ def test_empty_operands(shape: tuple[int, int]) -> None:
 def test_branches_of_a_tile() -> None:
     """The flags that shapes decide: whole tiles, whole chunks, x held or streamed, self mode."""
     seen = {}
-    for size in ((64, 64, 64), (64, 63, 64), (64, 64, 60), (64, 64, 256), (64, None, 64)):
+    for size in ((64, 64, 64), (64, 64, 60), (64, 64, 33), (64, 64, 256), (64, None, 64)):
         with recorded_launches() as log:
             forward(make(*size, ids="none"))
         flags = log[0].flags
         assert log[0].kernel == "forward_kernel"
-        seen[size] = (flags["EVEN_M"], flags["EVEN_D"], flags["HOLD_X"], flags["TRIANGLE"])
+        seen[size] = tuple(flags[key] for key in ("EVEN_D", "ALIGN", "HOLD_X", "TRIANGLE"))
     assert seen == {
-        (64, 64, 64): (True, True, True, False),
-        (64, 63, 64): (False, True, True, False),
-        (64, 64, 60): (True, False, True, False),
-        (64, 64, 256): (True, True, False, False),
-        (64, None, 64): (True, True, True, True),
+        (64, 64, 64): (True, 16, True, False),
+        (64, 64, 60): (False, 4, True, False),
+        (64, 64, 33): (False, 16, True, False),  # filled up to 48
+        (64, 64, 256): (True, 16, False, False),
+        (64, None, 64): (True, 16, True, True),
     }
+    labels = torch.zeros(64, dtype=torch.int64)
+    for columns in (64, 63):
+        with recorded_launches() as log:
+            case = make(64, columns, 64, ids="none")
+            backend.extremes(case.q, case.k, case.scale, None, labels, labels[:columns])
+        assert log[0].flags["EVEN_M"] == (columns == 64)
 
 
 def test_float64_goes_to_the_chunked_backend(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 import multiprocessing
 import re
 import subprocess
@@ -25,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import configs, kernels, kernels_rows, tiles
+from . import configs, kernels, kernels_backward, kernels_rows, plan, tiles, updates
 from .configs import Config, chunks, compiler_options, limits
 
 TRITON_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -69,28 +70,64 @@ VARIANTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     ),
     "extremes": (kernels_rows.extremes_kernel, "extremes", {"SELF": True, "HAS_BIAS": True}),
     "backward lse": (
-        kernels.backward_kernel,
+        kernels_backward.backward_kernel,
         "fused",
         {"KIND": 0, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": False, "WANT_DBIAS": False},
     ),
     "backward softplus": (
-        kernels.backward_kernel,
+        kernels_backward.backward_kernel,
         "fused",
         {"KIND": 1, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": True, "WANT_DBIAS": True},
     ),
     "attend": (kernels_rows.attend_kernel, "fused", {"HAS_RANK": True}),
     "panel lse": (
-        kernels.panel_kernel,
+        kernels_backward.panel_kernel,
         "panel",
         {"KIND": 0, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": False, "WANT_DBIAS": False},
     ),
     "panel softplus": (
-        kernels.panel_kernel,
+        kernels_backward.panel_kernel,
         "panel",
         {"KIND": 1, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": True, "WANT_DBIAS": True},
     ),
-    "product": (kernels.product_kernel, "product", {}),
+    "product": (kernels_backward.product_kernel, "product", {}),
 }  # fmt: skip
+
+
+# The kernels around the tiles, one program shape each: (kernel, constants, types of arguments whose
+# names are not in the lists above).  "T" is the dtype of the operands.
+_ROWS = {"ACC": triton.language.float32, "BLOCK_N": 8, "BLOCK_D": 128}
+_SLOTS = {"KIND": 0, "HAS_RANK": True, "BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_L": plan.COMBINE_BLOCK}
+SMALL: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
+    "combine": (kernels.combine_kernel, {**_SLOTS, "TRIANGLE": True, "FINAL": True}, {}),
+    "combine, fold": (kernels.combine_kernel, {**_SLOTS, "TRIANGLE": True, "FINAL": False}, {}),
+    "attend combine": (kernels_rows.attend_combine_kernel, {"BLOCK_N": 16, "BLOCK_D": 64}, {}),
+    "extremes combine": (
+        kernels_rows.extremes_combine_kernel, {"BLOCK_L": plan.COMBINE_BLOCK}, {},
+    ),
+    "normalize": (updates.normalize_kernel, _ROWS, {"unit_ptr": "*T", "norm_ptr": "*fp32"}),
+    "normalize backward": (
+        updates.normalize_backward_kernel,
+        _ROWS,
+        {"dx_ptr": "*T", "dunit_ptr": "*T", "norm_ptr": "*fp32"},
+    ),
+    "EMA": (
+        updates.ema_kernel,
+        {"HAS_DECAY_PTR": False, "TARGET": "T", "SOURCE": triton.language.float32,
+         "ACC": triton.language.float32, "ALIGNED": True, "BLOCK": updates.EMA_BLOCK},
+        {"address_ptr": "*i64", "numel_ptr": "*i64", "tensor_ptr": "*i32", "start_ptr": "*i64",
+         "decay_ptr": "*fp32", "decay_bits": "i64", "rest_bits": "i64"},
+    ),
+    "enqueue": (
+        updates.enqueue_kernel,
+        {**_ROWS, "NORMALIZE": True, "HAS_LABELS": True},
+        {"queue_ptr": "*T", "labels_ptr": "*i64", "position_ptr": "*i64", "keys_ptr": "*T",
+         "new_labels_ptr": "*i64"},
+    ),
+    "advance": (updates.advance_kernel, {}, {"position_ptr": "*i64", "fill_ptr": "*i64"}),
+}  # fmt: skip
+# Divide a position in the queue by its size: once a key, not in an inner loop.
+_MAY_DIVIDE = ("enqueue", "advance")
 
 
 @dataclass(frozen=True)
@@ -105,16 +142,16 @@ class Usage:
     tensor_core: str  # the instruction family found, or ""
     wide_divisions: int  # 64-bit divisions or remainders by a run-time value
 
-    def problems(self, dtype: str) -> list[str]:
+    def problems(self, dtype: str, variant: str = "") -> list[str]:
         """The budget: reasons why this kernel must not ship, empty if it may."""
         found = []
         if self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes spilled")
         if self.shared_bytes > self.shared_limit:
             found.append(f"shared memory {self.shared_bytes} > {self.shared_limit} bytes")
-        if dtype != "float32" and not self.tensor_core:
+        if dtype != "float32" and not self.tensor_core and variant not in SMALL:
             found.append("no tensor-core instruction")
-        if self.wide_divisions:
+        if self.wide_divisions and variant not in _MAY_DIVIDE:
             found.append(f"{self.wide_divisions} 64-bit divisions")
         return found
 
@@ -126,12 +163,18 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def _source(fn: Any, dtype: str, D: int, constants: dict[str, Any]) -> ASTSource:
+def _source(
+    fn: Any, dtype: str, D: int, constants: dict[str, Any], types: dict[str, str] | None = None
+) -> ASTSource:
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int], Any] = {}
     attrs: dict[tuple[int], list[list[Any]]] = {}
     for position, name in enumerate(fn.arg_names):
-        if name in _OPERANDS:
+        if types is not None and name in types:
+            signature[name] = types[name].replace("T", TRITON_DTYPES[dtype])
+        elif name == "eps":
+            signature[name] = "fp32"
+        elif name in _OPERANDS:
             signature[name] = "*" + TRITON_DTYPES[dtype]
         elif name in _FLOAT32:
             signature[name] = "*fp32"
@@ -139,7 +182,7 @@ def _source(fn: Any, dtype: str, D: int, constants: dict[str, Any]) -> ASTSource
             signature[name] = "*i32"
         elif name in _INT64:
             signature[name] = "*i64"
-        elif name in ("stride_xd", "stride_yd"):
+        elif name in ("stride_xd", "stride_yd", "stride_gd", "stride_d"):
             signature[name] = "constexpr"
             constexprs[(position,)] = 1
         elif name in constants:
@@ -148,7 +191,7 @@ def _source(fn: Any, dtype: str, D: int, constants: dict[str, Any]) -> ASTSource
         else:
             signature[name] = "i32"
         divisible = signature[name].startswith("*") or (
-            name in ("stride_xn", "stride_yn", "stride_gn", "D")
+            name in ("stride_xn", "stride_yn", "stride_gn", "stride_n", "D")
             and (name == "stride_gn" or D % 16 == 0)
         )
         if divisible:
@@ -173,16 +216,18 @@ def compile_kernel(
         The usage and Triton's compiled kernel (its ``asm`` dict has every stage).
     """
     fn, table, flags = VARIANTS[variant]
-    block_d, num_d = (config.block_d, 1) if table == "product" else chunks(config, D)
+    D = configs.packed_width(D, torch.finfo(getattr(torch, dtype)).bits // 8)
+    block_d, num_d = chunks(config, D)
     constants: dict[str, Any] = {
         **flags,
         "HAS_IDS": True,
         "HAS_LIFT": dtype == "float16",
-        "EVEN_M": False,
+        "EVEN_M": False,  # read by extremes only
         "EVEN_D": D == block_d * num_d,
+        "ALIGN": math.gcd(16, D),
         "HOLD_X": config.hold_x,
         "PRECISION": precision,
-        "NUM_D": num_d,
+        "NUM_D": num_d if config.hold_x else 1,
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "BLOCK_D": block_d,
@@ -194,6 +239,20 @@ def compile_kernel(
         **compiler_options(arch),
     }
     compiled = triton.compile(_source(fn, dtype, D, constants), target=target, options=options)
+    if target.backend == "cuda":
+        return _nvidia_usage(compiled, arch), compiled
+    return _amd_usage(compiled, arch), compiled
+
+
+def compile_small(name: str, arch: str, dtype: str) -> tuple[Usage, Any]:
+    """Compile one of ``SMALL``; dtype is that of its operands, and of EMA's targets."""
+    fn, constants, types = SMALL[name]
+    constants = {
+        k: getattr(triton.language, dtype) if v == "T" else v for k, v in constants.items()
+    }
+    target = target_of(arch)
+    source = _source(fn, dtype, 128, constants, types)
+    compiled = triton.compile(source, target=target, options=dict(compiler_options(arch)))
     if target.backend == "cuda":
         return _nvidia_usage(compiled, arch), compiled
     return _amd_usage(compiled, arch), compiled
@@ -270,17 +329,19 @@ def _amd_usage(compiled: Any, arch: str) -> Usage:
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DIMS = (32, 64, 128, 256, 512, 1024)
+# A sample of the rest: filled up to 48, whole 8 bytes, whole 16 bytes, several chunks of each kind.
+RAGGED = (33, 100, 200, 300, 700)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile, with the configuration a launch would choose."""
+    """One kernel to compile, with the configuration a launch would choose (None: one of ``SMALL``)."""
 
     variant: str
     arch: str
     dtype: str
     D: int
-    config: Config
+    config: Config | None
 
 
 def cases(
@@ -305,6 +366,20 @@ def cases(
     return found
 
 
+def small_cases(
+    archs: Iterable[str] = ARCHS, dtypes: Iterable[str] = tuple(TRITON_DTYPES)
+) -> list[Case]:
+    """The kernels around the tiles; those that know no dtype once."""
+    typed = [name for name, (_, _, types) in SMALL.items() if "*T" in types.values()] + ["EMA"]
+    dtypes = tuple(dtypes)
+    return [
+        Case(name, arch, dtype, 0, None)
+        for arch in archs
+        for name in SMALL
+        for dtype in (dtypes if name in typed else dtypes[:1])
+    ]
+
+
 @dataclass(frozen=True)
 class Result:
     """What compiling a case gave."""
@@ -319,11 +394,14 @@ def compile_case(case: Case) -> Result:
     """Compile one case; a failure of the compiler is a problem like any other."""
     begin = time.perf_counter()
     try:
-        usage, _ = compile_kernel(case.variant, case.arch, case.dtype, case.D, case.config)
+        if case.config is None:
+            usage, _ = compile_small(case.variant, case.arch, case.dtype)
+        else:
+            usage, _ = compile_kernel(case.variant, case.arch, case.dtype, case.D, case.config)
     except Exception as error:  # every way of failing belongs into the table
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Result(case, None, (reason,), time.perf_counter() - begin)
-    problems = tuple(usage.problems(case.dtype))
+    problems = tuple(usage.problems(case.dtype, case.variant))
     return Result(case, usage, problems, time.perf_counter() - begin)
 
 
@@ -343,7 +421,7 @@ def compile_cases(
 def fingerprint() -> str:
     """Changes when the code of a tile kernel or an entry of the configuration table does."""
     digest = hashlib.sha256()
-    for module in (tiles, kernels, kernels_rows):
+    for module in (tiles, kernels, kernels_backward, kernels_rows, updates):
         tree = ast.parse(Path(module.__file__ or "").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.Module) and ast.get_docstring(node):

@@ -42,7 +42,7 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
-    hold_x: bool = True  # forward and extremes only: keep x on chip (else stream by chunks)
+    hold_x: bool = True  # keep x on chip (else stream both sides by chunks, as panels always do)
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,16 @@ def target_programs(device: torch.device) -> int:
     return _WAVES * _multiprocessors(index)
 
 
+# D and row strides of tile operands are multiples of this: an asynchronous copy moves 4, 8 or 16 bytes,
+# and with 4 the addresses alone cost more registers than there are.
+ROW_BYTES = 8
+
+
+def packed_width(D: int, element_size: int) -> int:
+    """D as the kernels see it: more than D only if rows of D elements are no whole ROW_BYTES."""
+    return D if D * element_size % ROW_BYTES == 0 else triton.cdiv(D, 16) * 16
+
+
 def chunks(config: Config, D: int) -> tuple[int, int]:
     """(BLOCK_D, NUM_D): chunk width and count that cover D.
 
@@ -164,58 +174,73 @@ TABLE: dict[tuple[str, str, str], _Rows] = {}
 _FP32_TILE: _Rows = [(ANY_D, Config(128, 64, 16, 8, 2, hold_x=False))]
 for _family in ("ampere", "small", "hopper", "blackwell"):
     # x stays on chip to D = 256, which saves half of the reads; above, both sides stream by chunks of
-    # 64 (128 bytes, a full swizzle row).  128 x 128 would read less but spills in the row epilogue.
-    # The 99 KB of the small family end holding x at D = 128.
+    # 64 (128 bytes, a full swizzle row).  The 99 KB of the small family end holding x at D = 128.
     _held = 128 if _family == "small" else 256
     TABLE[_family, "forward", "half"] = [
         (_held, Config(128, 64, 128, 8, 3)),
         (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
     ]
     TABLE[_family, "extremes", "half"] = TABLE[_family, "forward", "half"]
+    if _family == "hopper":
+        # wgmma reads both operands of a tile from shared memory: with 64 columns that takes as long as
+        # the products, with 128 three quarters.  Elsewhere 128 x 128 spills in the epilogue.
+        TABLE[_family, "forward", "half"] = [
+            (128, Config(128, 128, 128, 8, 3)),
+            (256, Config(128, 128, 128, 8, 2)),
+            (ANY_D, Config(128, 128, 64, 8, 4, hold_x=False)),
+        ]
     TABLE[_family, "forward", "float32"] = _FP32_TILE
     TABLE[_family, "extremes", "float32"] = _FP32_TILE
     # [128, D] float32 sums: 128 registers a thread at D = 256 with 8 warps.  wgmma and tcgen05 read
     # their operands from shared memory and leave room for that; mma.sync holds them in registers, so
-    # it gets 64 rows at D = 256.  Above 256 panels read less than the narrow tiles that would fit.
-    _wide = Config(128, 64, 128, 8, 2)
+    # it gets 32 columns, and 64 rows at D = 256.  Above 256 panels read less than the narrow tiles that
+    # would fit.
     TABLE[_family, "fused", "half"] = (
-        [(256, _wide), (ANY_D, None)]
+        [(256, Config(128, 64, 128, 8, 2)), (ANY_D, None)]
         if _family in ("hopper", "blackwell")
-        else [(128, _wide), (256, Config(64, 64, 128, 8, 1)), (ANY_D, None)]
+        else [(128, Config(128, 32, 128, 8, 2)), (256, Config(64, 32, 128, 8, 2)), (ANY_D, None)]
     )
     TABLE[_family, "fused", "float32"] = [(64, Config(64, 32, 32, 8, 1)), (ANY_D, None)]
-    # One tile a program and a short epilogue: 128 x 128 fits everywhere.
-    TABLE[_family, "panel", "half"] = [(ANY_D, Config(128, 128, 64, 8, 3))]
-    TABLE[_family, "panel", "float32"] = [(ANY_D, Config(128, 64, 16, 8, 2))]
-    TABLE[_family, "product", "half"] = [(ANY_D, Config(128, 64, 128, 8, 3))]
+    # One tile a program and a short epilogue: 128 x 128 fits everywhere, twice that only with wgmma.
+    # The product has no epilogue.
+    _rows = 256 if _family == "hopper" else 128
+    TABLE[_family, "panel", "half"] = [(ANY_D, Config(_rows, 128, 64, 8, 3, hold_x=False))]
+    TABLE[_family, "panel", "float32"] = [(ANY_D, Config(128, 64, 16, 8, 2, hold_x=False))]
+    TABLE[_family, "product", "half"] = [(ANY_D, Config(128, 64, 256, 8, 3))]
     TABLE[_family, "product", "float32"] = [(ANY_D, Config(128, 16, 64, 8, 2))]
 
-# CDNA: 64 KB of LDS and operands in registers.  One stage: the second one of Triton's pipeline keeps a
-# second tile of y in registers and spills.  float32 has MFMA instructions too, hence fused to 128.
+# CDNA: 64 KB of LDS and operands in registers; comparison masks of a tile sit in scalar registers, of
+# which there are about 100, so extremes (two masks) get half the columns.  A second pipeline stage
+# keeps a second tile in registers: only the held forward kernel has room for it.  float32 has MFMA
+# instructions too, hence fused to 128.
 TABLE["cdna", "forward", "half"] = [
-    (128, Config(64, 64, 128, 4, 1)),
-    (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
+    (512, Config(128, 32, 128, 8, 1)),
+    (ANY_D, Config(128, 32, 64, 8, 1, hold_x=False)),
 ]
 TABLE["cdna", "forward", "float32"] = [(ANY_D, Config(64, 32, 32, 4, 1, hold_x=False))]
 TABLE["cdna", "extremes", "half"] = [
     (128, Config(64, 32, 128, 4, 1)),
     (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
 ]
-TABLE["cdna", "extremes", "float32"] = TABLE["cdna", "forward", "float32"]
-TABLE["cdna", "fused", "half"] = [(256, Config(64, 64, 128, 4, 1)), (ANY_D, None)]
+TABLE["cdna", "extremes", "float32"] = [(ANY_D, Config(64, 32, 32, 4, 1, hold_x=False))]
+TABLE["cdna", "fused", "half"] = [
+    (128, Config(64, 64, 128, 4, 1)),
+    (256, Config(64, 32, 128, 4, 1)),
+    (ANY_D, None),
+]
 TABLE["cdna", "fused", "float32"] = [(128, Config(64, 64, 32, 4, 1)), (ANY_D, None)]
-TABLE["cdna", "panel", "half"] = [(ANY_D, Config(128, 128, 64, 8, 2))]
-TABLE["cdna", "panel", "float32"] = [(ANY_D, Config(128, 64, 32, 8, 2))]
+TABLE["cdna", "panel", "half"] = [(ANY_D, Config(128, 128, 64, 8, 2, hold_x=False))]
+TABLE["cdna", "panel", "float32"] = [(ANY_D, Config(128, 64, 32, 8, 2, hold_x=False))]
 TABLE["cdna", "product", "half"] = [(ANY_D, Config(128, 64, 128, 4, 2))]
 TABLE["cdna", "product", "float32"] = [(ANY_D, Config(128, 32, 64, 4, 2))]
 
 # Small enough that the sizes of the tests make several tiles, large enough to be quick in NumPy.
 for _class in ("half", "float32"):
-    _rows: _Rows = [(64, Config(64, 32, 64, 4, 1)), (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False))]
-    TABLE["interpreter", "forward", _class] = _rows
-    TABLE["interpreter", "extremes", _class] = _rows
+    _both: _Rows = [(64, Config(64, 32, 64, 4, 1)), (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False))]
+    TABLE["interpreter", "forward", _class] = _both
+    TABLE["interpreter", "extremes", _class] = _both
     TABLE["interpreter", "fused", _class] = [(256, Config(64, 32, 64, 4, 1)), (ANY_D, None)]
-    TABLE["interpreter", "panel", _class] = [(ANY_D, Config(64, 64, 64, 4, 1))]
+    TABLE["interpreter", "panel", _class] = [(ANY_D, Config(64, 64, 64, 4, 1, hold_x=False))]
     TABLE["interpreter", "product", _class] = [(ANY_D, Config(64, 32, 128, 4, 1))]
 
 

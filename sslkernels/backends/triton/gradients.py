@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs, kernels
-from .plan import PANEL_WORDS, slot_words, splits_for, tile_flags
+from . import configs, kernels_backward
+from .plan import GRID_LIMIT, PANEL_WORDS, alignment, slot_words, splits_for, tile_flags
 from .runtime import launch
 
 
@@ -74,7 +74,7 @@ def gradient(
         torch.empty(splits, row_blocks, dtype=torch.float32, device=device) if want_dbias else None
     )
     launch(
-        kernels.backward_kernel,
+        kernels_backward.backward_kernel,
         (row_blocks, splits),
         device,
         parts,
@@ -107,9 +107,10 @@ def _by_panels(
         configs.require("panel", device, D, dtype),
         configs.require("product", device, D, dtype),
     )
-    words = min(slot_words(N, M, D), PANEL_WORDS)
+    words = min(slot_words(N, M, D), max(PANEL_WORDS, M * D))
     row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     blocks = max(1, min(row_blocks, words // (M * config.block_n)))
+    blocks = min(blocks, GRID_LIMIT * product.block_n // config.block_n)
     ld = triton.cdiv(M, 16) * 16  # rows stay aligned to 32 bytes and more
     panel = torch.empty(min(N, blocks * config.block_n), ld, dtype=dtype, device=device)
     dx = torch.empty(N, D, dtype=torch.float32, device=device)
@@ -122,7 +123,7 @@ def _by_panels(
         start = first_block * config.block_n
         rows = min(N - start, here * config.block_n)
         launch(
-            kernels.panel_kernel,
+            kernels_backward.panel_kernel,
             (here * tiles,),
             device,
             panel,
@@ -139,10 +140,8 @@ def _by_panels(
             **flags,
             **tile_flags(config, x, y),
         )
-        feature_blocks, out_blocks = (
-            triton.cdiv(D, product.block_d),
-            triton.cdiv(rows, product.block_n),
-        )
+        width, feature_blocks = configs.chunks(product, D)
+        out_blocks = triton.cdiv(rows, product.block_n)
         splits, per_split = splits_for(
             device,
             feature_blocks * out_blocks,
@@ -154,7 +153,7 @@ def _by_panels(
             torch.empty(splits, rows, D, dtype=torch.float32, device=device) if splits > 1 else out
         )
         launch(
-            kernels.product_kernel,
+            kernels_backward.product_kernel,
             (feature_blocks, out_blocks, splits),
             device,
             parts,
@@ -170,11 +169,11 @@ def _by_panels(
             ld,
             *y.stride(),
             HAS_LIFT=lift is not None,
-            EVEN_M=M % product.block_m == 0,
+            ALIGN=alignment(y),
             PRECISION=configs.precision() if dtype == torch.float32 else "ieee",
             BLOCK_N=product.block_n,
             BLOCK_M=product.block_m,
-            BLOCK_D=product.block_d,
+            BLOCK_D=width,
             num_warps=product.num_warps,
             num_stages=product.num_stages,
         )

@@ -11,11 +11,15 @@ from .tiles import (
     HALF_LIFT,
     LARGEST,
     NO_INDEX,
+    aligned,
     dot_chunks,
     dot_streamed,
     exp,
     finite_or_zero,
+    id_range,
+    ids_may_meet,
     load_chunks,
+    load_ids,
     tile_dot,
     tile_range,
 )
@@ -46,8 +50,8 @@ def attend_kernel(
     HAS_IDS: tl.constexpr,
     HAS_RANK: tl.constexpr,
     HAS_LIFT: tl.constexpr,  # float16: weights below 6e-5 would be rounded as subnormals
-    EVEN_M: tl.constexpr,
     EVEN_D: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides D and the row strides
     PRECISION: tl.constexpr,
     NUM_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,12 +59,16 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Log-sum-exp of the rows and the softmax-weighted sum of y in one pass (online softmax)."""
+    D = aligned(D, ALIGN)
+    stride_xn = aligned(stride_xn, ALIGN)
+    stride_yn = aligned(stride_yn, ALIGN)
     row_start = tl.program_id(0) * BLOCK_N
     rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     scale = tl.load(scale_ptr)
     if HAS_IDS:
-        ids_x = tl.load(ids_x_ptr + rows, mask=row_ok, other=0)
+        ids_x = load_ids(ids_x_ptr, rows, N)
+        id_low, id_high = id_range(ids_x)
     if HAS_RANK:
         threshold = tl.load(threshold_ptr + rows, mask=row_ok, other=float("inf"))
     xs = load_chunks(x_ptr, rows, row_ok, stride_xn, stride_xd, D, BLOCK_D, NUM_D, EVEN_D)
@@ -77,10 +85,13 @@ def attend_kernel(
         col_ok = cols < M
         ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)
         s = dot_chunks(xs, ys, NUM_D, PRECISION) * scale
+        edge = (tile + 1) * BLOCK_M > M
         if HAS_IDS:
-            ids_y = tl.load(ids_y_ptr + cols, mask=col_ok, other=0)
-            s = tl.where(ids_x[:, None] == ids_y[None, :], float("-inf"), s)
-        if not EVEN_M:
+            edge = edge | ids_may_meet(id_low, id_high, load_ids(ids_y_ptr, cols, M))
+        if edge:
+            if HAS_IDS:
+                ids_y = load_ids(ids_y_ptr, cols, M)
+                s = tl.where(ids_x[:, None] == ids_y[None, :], float("-inf"), s)
             s = tl.where(col_ok[None, :], s, float("-inf"))
         if HAS_RANK:
             rank += tl.sum((s > threshold[:, None]).to(tl.int32), 1)
@@ -197,6 +208,7 @@ def extremes_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     HOLD_X: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_D: tl.constexpr,
@@ -205,6 +217,9 @@ def extremes_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Arg-max of S over equal ids and arg-min over different ids, for each row."""
+    D = aligned(D, ALIGN)
+    stride_xn = aligned(stride_xn, ALIGN)
+    stride_yn = aligned(stride_yn, ALIGN)
     row_start = tl.program_id(0) * BLOCK_N
     rows = row_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
@@ -227,7 +242,7 @@ def extremes_kernel(
         else:
             s = dot_streamed(
                 x_ptr, y_ptr, rows, row_ok, cols, col_ok, stride_xn, stride_xd, stride_yn, stride_yd, D,
-                BLOCK_N, BLOCK_M, BLOCK_D, NUM_D, EVEN_D, PRECISION,
+                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
             ) * scale  # fmt: skip
         if HAS_BIAS:
             s += tl.load(bias_y_ptr + cols, mask=col_ok, other=0.0)[None, :]

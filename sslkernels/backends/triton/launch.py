@@ -7,7 +7,8 @@ function can be captured in a CUDA graph.  How much is allocated beyond the outp
 * row slots: splits * N * 3 words, column slots: row blocks per launch * M * 3 words, both at most
   ``max((N + M) * D, 2^24)`` words;
 * partial products of backward and attend: splits * N * D words under the same bound;
-* a panel of G, for large D only: rows * M elements under the same bound.
+* a panel of G, for large D only: rows * M elements under the same bound;
+* a copy of operands whose layout tiles could not read well: see ``plan.packed``.
 
 So extra memory is O((N + M) * D) plus at most 64 MiB a buffer.  Columns are reduced in the same pass
 as rows: each row block writes its column sums to a slot of its own, and when the slots of one launch
@@ -24,7 +25,17 @@ from torch import Tensor
 from ..interface import Attend, Extremes, Kind, PairwiseBackward, PairwiseForward
 from . import configs, kernels, kernels_rows
 from .gradients import Side, gradient
-from .plan import COMBINE_BLOCK, Slots, check, slot_words, splits_for, tile_flags, vector
+from .plan import (
+    COMBINE_BLOCK,
+    Slots,
+    check,
+    packed,
+    slot_words,
+    splits_for,
+    tile_flags,
+    trimmed,
+    vector,
+)
 from .runtime import launch
 
 
@@ -43,7 +54,7 @@ def pairwise_forward(
     """See ``Backend.pairwise_forward``.  Self mode visits one triangle of S: N^2 D FLOPs."""
     check("pairwise_forward", q, k)
     triangle = k is None
-    y = q if k is None else k
+    q, y = packed(q) * 2 if k is None else packed(q, k)
     (N, D), M, device = q.shape, y.shape[0], q.device
     kind_id = 0 if kind == "lse" else 1
     has_col = triangle or want_col
@@ -155,6 +166,11 @@ def pairwise_backward(
     one pass each, 4 N M D FLOPs, the second with the roles of q and k swapped.
     """
     check("pairwise_backward", q, k)
+    features = q.shape[1]
+    if k is None:
+        (q,) = packed(q)
+    else:
+        q, k = packed(q, k)
     lse = kind == "lse"
     kind_id = 0 if lse else 1
     row, col = (vector(row), vector(col)) if lse else (None, None)
@@ -177,6 +193,7 @@ def pairwise_backward(
         total = swapped if total is None else total
     if total is None:
         total = torch.zeros((), dtype=torch.float32, device=q.device)
+    dq, dk = (t if t is nothing else trimmed(t, features) for t in (dq, dk))
     return PairwiseBackward(dq, dk, total)
 
 
@@ -194,6 +211,8 @@ def attend(
     a gradient by panels (drow = 1), 6 N M D.  Nothing of k is needed for the backward pass.
     """
     check("attend", q, k)
+    features = q.shape[1]
+    q, k = packed(q, k)
     (N, D), M, device = q.shape, k.shape[0], q.device
     config = configs.choose("fused", device, D, q.dtype)
     if config is None:
@@ -202,14 +221,15 @@ def attend(
         rows = Side(q, vector(ids_q), forward.row, one.expand(N).contiguous())
         columns = Side(k, vector(ids_k), None, None)
         mean_key, _ = gradient(0, rows, columns, scale, None, one, want_dbias=False)
-        return Attend(forward.row, mean_key, forward.rank_row)
+        return Attend(forward.row, trimmed(mean_key, features), forward.rank_row)
 
     has_rank = threshold is not None
     lse = torch.empty(N, dtype=torch.float32, device=device)
     mean_key = torch.empty(N, D, dtype=torch.float32, device=device)
     rank = torch.empty(N if has_rank else 0, dtype=torch.int64, device=device)
     if N == 0 or M == 0:
-        return Attend(lse.fill_(float("-inf")), mean_key.zero_(), rank.zero_())
+        mean_key = trimmed(mean_key.zero_(), features)
+        return Attend(lse.fill_(float("-inf")), mean_key, rank.zero_())
     row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     splits, per_split = splits_for(
         device, row_blocks, tiles, max(1, slot_words(N, M, D) // (N * D))
@@ -255,7 +275,7 @@ def attend(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
     )
-    return Attend(lse, mean_key, rank)
+    return Attend(lse, trimmed(mean_key, features), rank)
 
 
 def extremes(
@@ -268,7 +288,7 @@ def extremes(
 ) -> Extremes:
     """See ``Backend.extremes``.  A NaN in S counts as the extreme, as in torch.argmax."""
     check("extremes", q, k)
-    y = q if k is None else k
+    q, y = packed(q) * 2 if k is None else packed(q, k)
     (N, D), M, device = q.shape, y.shape[0], q.device
     found = torch.full((2, N), -1, dtype=torch.int64, device=device)
     if N == 0 or M == 0:
@@ -302,6 +322,7 @@ def extremes(
         *y.stride(),
         SELF=k is None,
         HAS_BIAS=bias_k is not None,
+        EVEN_M=M % config.block_m == 0,
         HOLD_X=config.hold_x,
         **tile_flags(config, q, y),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from .runtime import launch
 # The floor of the slot bounds, in 4-byte words: 64 MiB.  Without it a small problem could not be
 # split over a whole device.
 SLOT_WORDS = 1 << 24
-# The most elements of a panel of G, 128 MiB of bfloat16: a few hundred rows for M = 256k, enough for
-# the product's tiles.  More would only be read back from further away.
+# A panel of G may have this many elements (128 MiB of bfloat16), or as many as y.  Every panel reads y
+# twice: with D rows in a panel that is as many bytes as writing and reading its G, with fewer rows it
+# would be more than all the rest, and more rows would save little.
 PANEL_WORDS = 1 << 26
+# gridDim.y and z of CUDA.
+GRID_LIMIT = 65535
 # Column tiles a program should at least visit, so that loading its rows pays.
 MIN_TILES = 4
 COMBINE_BLOCK = 256
@@ -48,15 +52,46 @@ def check(name: str, q: Tensor, k: Tensor | None) -> None:
         )
 
 
+def packed(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands as tiles are read: adjacent features, rows and start aligned, D of whole 8 bytes.
+
+    Other layouts (transposed, expanded, an odd D, a slice that starts anywhere) would be read element by
+    element in every tile, which also costs registers.  They are copied once, O((N + M) * D), and a D that
+    does not fit is filled up with zeros, which add nothing to a product; see ``trimmed``.
+    """
+    width = configs.packed_width(operands[0].shape[1], operands[0].element_size())
+    return tuple(_packed(x, width) for x in operands)
+
+
+def _packed(x: Tensor, width: int) -> Tensor:
+    N, D = x.shape
+    if D < width:
+        return torch.nn.functional.pad(x, (0, width - D))
+    aligned = x.stride(0) * x.element_size() % configs.ROW_BYTES == 0 and x.data_ptr() % 16 == 0
+    if N == 0 or (aligned and x.stride(1) == 1):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def trimmed(x: Tensor, D: int) -> Tensor:
+    """A result without the features that ``packed`` added."""
+    return x if x.shape[1] == D else x[:, :D].contiguous()
+
+
+def alignment(*operands: Tensor) -> int:
+    """The largest power of two, to 16, that divides D and the row strides (in elements)."""
+    return math.gcd(16, *(n for t in operands for n in (t.shape[1], t.stride(0))))
+
+
 def tile_flags(config: Config, x: Tensor, y: Tensor) -> dict[str, Any]:
     """The compile-time arguments that every kernel of S tiles takes."""
     D = x.shape[1]
     block_d, num_d = configs.chunks(config, D)
     return {
-        "EVEN_M": y.shape[0] % config.block_m == 0,
         "EVEN_D": D == block_d * num_d,
+        "ALIGN": alignment(x, y),
         "PRECISION": configs.precision() if x.dtype == torch.float32 else "ieee",
-        "NUM_D": num_d,
+        "NUM_D": num_d if config.hold_x else 1,  # a loop over D is not part of what is compiled
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "BLOCK_D": block_d,

@@ -32,6 +32,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 HALF_LIFT = tl.constexpr(16384.0)
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+# One exponential may stand for two where its argument stays this small: exp(S - c) serves rows and
+# columns of a tile if S spans at most CALM_RANGE, and G = exp(S - c) (a_i + b_j) if the log-sum-exps of
+# rows and columns do.  With c in the middle |argument| <= 16 (8 for what matters of G), so its rounding
+# is below 1e-6, and no factor leaves float32.  Temperatures of 0.05 and more rarely go beyond.
+CALM_RANGE = tl.constexpr(32.0)
+CALM_SPREAD = tl.constexpr(16.0)
 # Triton's interpreter keeps bfloat16 as uint16 and multiplies those in tl.dot.  There the operands
 # are widened first, which is exact and what a tensor core does.
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -41,6 +47,15 @@ KIND_SOFTPLUS = tl.constexpr(1)
 
 
 # ---- helpers -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def aligned(n, ALIGN: tl.constexpr):
+    """n, of which the launcher knows that ALIGN divides it; so does the compiler then.
+
+    Triton itself looks for 16 only: without this, rows of 200 float16 are read two bytes at a time.
+    """
+    return n // ALIGN * ALIGN
 
 
 @triton.jit
@@ -101,14 +116,15 @@ def dot_chunks(xs, ys, NUM_D: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def dot_streamed(
     x_ptr, y_ptr, rows, row_ok, cols, col_ok, stride_xn, stride_xd, stride_yn, stride_yd, D,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NUM_D: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """<x_i, y_j> reading both sides chunk by chunk, for D too large to keep x resident."""
     s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for c in range(NUM_D):
-        x = load_chunk(x_ptr, rows, row_ok, stride_xn, stride_xd, c * BLOCK_D, D, BLOCK_D, EVEN_D)
-        y = load_chunk(y_ptr, cols, col_ok, stride_yn, stride_yd, c * BLOCK_D, D, BLOCK_D, EVEN_D)
+    # D is a run-time value on purpose: with a constant count the compiler unrolls the loop and spills.
+    for start in range(0, D, BLOCK_D):
+        x = load_chunk(x_ptr, rows, row_ok, stride_xn, stride_xd, start, D, BLOCK_D, EVEN_D)
+        y = load_chunk(y_ptr, cols, col_ok, stride_yn, stride_yd, start, D, BLOCK_D, EVEN_D)
         s = tile_dot(x, tl.trans(y), s, PRECISION)
     return s
 
@@ -117,6 +133,28 @@ def dot_streamed(
 def exp(x):
     """Exponential of a difference of logits."""
     return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def id_range(ids):
+    """Smallest and largest id of a block."""
+    return tl.min(ids, 0), tl.max(ids, 0)
+
+
+@triton.jit
+def load_ids(ids_ptr, index, count):
+    """Ids of a block.  Beyond the end the last one is repeated: a made-up id would widen the range.
+
+    Loaded where it is needed and again where it is needed again (from L1): 64-bit ids of a tile's columns
+    that stay alive through its epilogue cost 32 registers.
+    """
+    return tl.load(ids_ptr + tl.minimum(index, count - 1))
+
+
+@triton.jit
+def ids_may_meet(low, high, ids):
+    """Whether an id of the block can lie in [low, high]; False: no pair of the tile is excluded."""
+    return (tl.min(ids, 0) <= high) & (tl.max(ids, 0) >= low)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ _TL_DTYPES = {
 }
 # Elements of one program.  4096 float32 are 16 KB a side: enough loads in flight for 128 threads, and
 # a ResNet-50's 161 tensors make about 6,300 programs.
-_EMA_BLOCK = 4096
+EMA_BLOCK = 4096
 _ROW_BLOCK_D = 1024
 
 
@@ -256,7 +256,7 @@ class EmaPlan:
             addresses = [[t.data_ptr(), s.data_ptr()] for t, s in pairs]
             tensors, starts = [], []
             for index, (target, _) in enumerate(pairs):
-                for start in range(0, target.numel(), _EMA_BLOCK):
+                for start in range(0, target.numel(), EMA_BLOCK):
                     tensors.append(index)
                     starts.append(start)
             self._groups.append(
@@ -273,7 +273,7 @@ class EmaPlan:
                         "SOURCE": _TL_DTYPES[source_dtype],
                         "ACC": _TL_DTYPES[_acc(target_dtype, source_dtype)],
                         "ALIGNED": all(a % 16 == 0 for pair in addresses for a in pair),
-                        "BLOCK": _EMA_BLOCK,
+                        "BLOCK": EMA_BLOCK,
                     },
                 }
             )
