@@ -70,6 +70,7 @@ def check_loss(
     inputs: list[Tensor],
     *,
     slack: float | None = None,
+    loss_slack: float | None = None,
     name: str = "",
     dloss: Tensor | None = None,
 ) -> None:
@@ -80,6 +81,7 @@ def check_loss(
         reference: Its plain twin, called with the same in the same dtype and in float64.
         inputs: Floating-point tensors; all of them get gradients.
         slack: By default that of the dtype of the first input.
+        loss_slack: By default the smaller of slack and 2e-6.
         name: What is compared.
         dloss: Incoming gradient; ones by default.
     """
@@ -92,7 +94,8 @@ def check_loss(
         results.append((loss, torch.autograd.grad(loss, leaves, seed, allow_unused=True)))
     (loss, grads), (eager, eager_grads), (truth, true_grads) = results
     # The loss is accumulated in float32 even for halves.
-    check_budget(loss, eager, truth, min(slack, 2e-6), f"{name} loss", floor=1.0)
+    loss_slack = min(slack, 2e-6) if loss_slack is None else loss_slack
+    check_budget(loss, eager, truth, loss_slack, f"{name} loss", floor=1.0)
     for i, (g, e, t) in enumerate(zip(grads, eager_grads, true_grads, strict=True)):
         if t is None:
             assert g is None or not bool(g.any()), f"{name}: input {i} should get no gradient"

@@ -34,8 +34,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Just enough of a device for code that asks about one."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
-    monkeypatch.setattr(measure, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(measure, "MAX_ROUNDS", 2)
 
 
 def case(op: str, size: int, dim: int = 64) -> gpu_check.DeviceCase:
@@ -143,7 +143,9 @@ def test_inf_cl(dim: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> Non
     head_dims = fake_inf_cl(monkeypatch)
     small = case("clip", 20, dim)
     contender = gpu_check._inf_cl(small.at(device="cuda"), small.inputs())
-    assert measure.verify("inf_cl", small, contender, small.truth()) < 1e-5
+    assert (
+        measure.verify("inf_cl", small, contender, small.truth()) < 5e-4
+    )  # lse - positive cancels
     assert set(head_dims) == {head_dim}
     with pytest.raises(Missing, match="multiple of 16"):
         gpu_check._inf_cl(small.at(device="cuda", dim=100), small.inputs())

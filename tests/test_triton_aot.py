@@ -74,6 +74,18 @@ def test_budgets() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "variant", ["forward lse self", "backward lse", "attend", "panel softplus"]
+)
+def test_sizes_of_one_compile(variant: str) -> None:
+    """Triton makes integer arguments that are 1 constants, which the interpreter does not."""
+    D = 1024 if variant.startswith("panel") else 128
+    config = configs.lookup(aot.VARIANTS[variant][1], "sm_90", D, torch.bfloat16)
+    ones = ("N", "M", "tiles_per_split", "first_block", "row_blocks")
+    usage, _ = aot.compile_kernel(variant, "sm_90", "bfloat16", D, config, ones=ones)
+    assert usage.tensor_core == "wgmma"
+
+
 def test_a_kernel_over_its_budget_is_reported() -> None:
     """The checks see a spill, a lack of shared memory and a missing tensor core."""
     wide = aot.Case("backward lse", "sm_80", "bfloat16", 512, configs.Config(128, 64, 128, 8, 2))

@@ -9,7 +9,7 @@ import dense
 import pytest
 import torch
 from dense import Case, randn
-from helpers import SLACK, check_budget, poisoned
+from helpers import SLACK, check_budget
 from torch import Tensor
 
 from sslkernels.backends import triton as backend

@@ -200,7 +200,13 @@ def _source(
 
 
 def compile_kernel(
-    variant: str, arch: str, dtype: str, D: int, config: Config, precision: str = "ieee"
+    variant: str,
+    arch: str,
+    dtype: str,
+    D: int,
+    config: Config,
+    precision: str = "ieee",
+    ones: tuple[str, ...] = (),
 ) -> tuple[Usage, Any]:
     """Compile one variant for one architecture.
 
@@ -211,6 +217,7 @@ def compile_kernel(
         D: feature dimension, 1 to 1024.
         config: tile sizes and launch options.
         precision: ``input_precision`` of the dot products.
+        ones: Integer arguments that are 1, which Triton compiles in as constants.
 
     Returns:
         The usage and Triton's compiled kernel (its ``asm`` dict has every stage).
@@ -231,6 +238,7 @@ def compile_kernel(
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "BLOCK_D": block_d,
+        **dict.fromkeys(ones, 1),
     }
     target = target_of(arch)
     options = {

@@ -64,7 +64,7 @@ def _gradient_tile(
     """G of one tile; excluded and padded pairs are 0.
 
     Where the log-sum-exps of rows and columns lie close together one exponential is enough:
-    drow_i exp(S - row_i) + dcol_j exp(S - col_j) = exp(S - c) (drow_i exp(c - row_i) + dcol_j exp(c - col_j)).
+    drow_i exp(S - row_i) + dcol_j exp(S - col_j) = exp(S - c) (a_i + b_j) with a_i = drow_i exp(c - row_i).
     """
     if KIND == KIND_LSE:
         if HAS_ROW and HAS_COL:

@@ -15,11 +15,12 @@ from . import configs
 
 @dataclass
 class Launch:
-    """One recorded kernel launch: which kernel, its grid and its compile-time flags."""
+    """One recorded kernel launch: which kernel, its grid, its compile-time flags, its operands."""
 
     kernel: str
     grid: tuple[int, ...]
     flags: dict[str, Any] = field(default_factory=dict)
+    operand: torch.dtype | None = None  # of the first matrix among the inputs, x
 
 
 _recording: list[Launch] | None = None
@@ -41,7 +42,10 @@ def launch(
 ) -> None:
     """Launch on the device of the tensors (Triton launches on the current one)."""
     if _recording is not None:
-        _recording.append(Launch(kernel.__name__, grid, dict(flags)))
+        named = dict(zip((n for n in kernel.arg_names if n not in flags), args, strict=False))
+        x = named.get("x_ptr")
+        operand = x.dtype if isinstance(x, torch.Tensor) else None
+        _recording.append(Launch(kernel.__name__, grid, dict(flags), operand))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **configs.compiler_options(configs.arch_of(device)), **flags)

@@ -8,8 +8,8 @@ What all kernels share, and why:
 
 * A row index becomes int64 where it is multiplied by a stride or D, and stays int32 where it is only
   compared: there are fewer than 2^31 rows, and masks in int64 would cost twice the registers.
-* D is swept in ``NUM_D`` chunks of ``BLOCK_D``, the last one masked.  D = 768 is three chunks of
-  256 and wastes nothing, where padding to the next power of two would waste a quarter.
+* D is swept in chunks of ``BLOCK_D``, the last one masked.  D = 768 is six chunks of 128 and wastes
+  nothing, where padding to the next power of two would waste a quarter.
 * Loads are masked with 0 and *S* is masked with -inf before any maximum or exponential, so neither
   padded columns nor whatever lies behind a buffer can enter a reduction.
 * exp(S - m) = exp2((S - m) * LOG2_E), one hardware instruction.  The difference comes first: where the

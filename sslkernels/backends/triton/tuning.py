@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,9 @@ from . import configs, launch
 from .configs import Config
 
 _BLOCK_N = {"forward": (64, 128), "extremes": (64, 128), "fused": (32, 64, 128),
-            "panel": (64, 128), "product": (64, 128)}  # fmt: skip
+            "panel": (128, 256), "product": (128, 256)}  # fmt: skip
 _BLOCK_M = {"forward": (32, 64, 128), "extremes": (32, 64, 128), "fused": (32, 64, 128),
-            "panel": (64, 128), "product": (16, 32, 64)}  # fmt: skip
+            "panel": (64, 128, 256), "product": (16, 32, 64)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,32 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     """Configurations worth compiling; those that do not fit the device are dropped when tried."""
     half = dtype != torch.float32
     widths = (64, 128) if half else (16, 32)
+    if table == "product" and half:
+        widths = (128, 256)
+    holds: tuple[bool, ...] = (table != "panel",)
+    if table in ("forward", "extremes"):
+        holds = (True, False) if D <= 512 else (False,)
     found = []
-    for n, m, width, warps, stages in itertools.product(
-        _BLOCK_N[table], _BLOCK_M[table], widths, (4, 8), (1, 2, 3)
+    for n, m, width, stages, hold in itertools.product(
+        _BLOCK_N[table], _BLOCK_M[table], widths, (2, 3, 4) if half else (1, 2), holds
     ):
+        warps = 8 if n >= 128 else 4
         sums = n * (width if table == "product" else max(m, D if table == "fused" else 0))
         if 16 * 32 * warps <= sums <= 160 * 32 * warps:  # 16 to 160 sums a thread
-            for hold in (True, False) if table in ("forward", "extremes") else (True,):
-                found.append(Config(n, m, width, warps, stages, hold))
+            found.append(Config(n, m, width, warps, stages, hold))
     return found
+
+
+@contextlib.contextmanager
+def _dropping_what_does_not_compile() -> Iterator[None]:
+    """A candidate may need too much memory, or a pass of the compiler may give up on it."""
+    try:
+        yield
+    except triton.TritonError:
+        pass
+    except RuntimeError as error:
+        if "PassManager" not in str(error):  # such as an illegal access on the device
+            raise
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -125,7 +142,7 @@ def autotune(
         winner, fastest, tried = default, base, 0
         for config in candidates(table, D, dtype)[:limit]:
             with (
-                contextlib.suppress(triton.TritonError),
+                _dropping_what_does_not_compile(),
                 configs.override(**{**force, table: config}),  # type: ignore[arg-type]
             ):
                 fastest_now = _milliseconds(run, device)
