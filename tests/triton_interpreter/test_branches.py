@@ -106,6 +106,19 @@ def test_rows_without_any_pair_among_others(panels: bool) -> None:
     assert not got.dq[::3].any() and got.dq[1].any()
     for ours, plain, true in zip(got[:2], eager, truth, strict=False):
         check_budget(ours, plain, true, SLACK[torch.float32], "gradient")
+    # A row or column whose log-sum-exp is -inf has no gradient, also where no id says why.
+    case = make(40, 50, 24, ids="none")
+    row, col = forward(case, True)[:2]
+    row[3], col[7] = -torch.inf, -torch.inf
+    weights = drow.clone(), dcol.clone()
+    weights[0][3], weights[1][7] = 0.0, 0.0
+    with configs.override(**({"fused": None} if panels else {})):
+        got = backend.pairwise_backward(
+            "lse", case.q, case.k, case.scale, None, None, None, row, col, drow, dcol, True, True
+        )
+    eager, truth = (dense.gradients(case, *weights, t) for t in (torch.float32, torch.float64))
+    for ours, plain, true in zip(got[:2], eager, truth, strict=False):
+        check_budget(ours, plain, true, SLACK[torch.float32], "gradient")
 
 
 @interpreter_only
@@ -124,14 +137,18 @@ def test_a_tile_is_masked_only_where_ids_can_meet(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("D", [1, 7, 24, 33, 66])
+@pytest.mark.parametrize("D", [1, 7, 24, 33, 64, 66, 100, 300, 320])
 def test_layouts_are_read_or_copied(D: int, dtype: torch.dtype) -> None:
-    """Rows of whole 8 bytes that start on 16 are read as they are; the rest is copied, filled with 0."""
+    """Halves in rows of whole 8 bytes are read as they are; the rest is copied and filled with 0."""
+    widths = {
+        torch.float32: {1: 32, 7: 32, 24: 32, 33: 64, 66: 96, 100: 128},
+        torch.float16: {1: 16, 7: 16, 33: 48, 66: 80},
+    }[dtype]
     x = randn(9, D, seed=3).to(dtype)
     (same,) = plan.packed(x)
-    fits = D * x.element_size() % 8 == 0
+    assert same.shape[1] == {300: 320, **widths}.get(D, D)
+    fits = same.shape[1] == D
     assert (same is x) == fits
-    assert same.shape[1] == (D if fits else -(-D // 16) * 16)
     aligned, shifted = poisoned_rows(x), poisoned(x)
     assert (plan.packed(aligned)[0] is aligned) == fits
     for other in (shifted, x.T.contiguous().T, x[:1].expand(9, D), x[:, :1].expand(9, D)):

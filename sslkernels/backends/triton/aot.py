@@ -223,7 +223,7 @@ def compile_kernel(
         The usage and Triton's compiled kernel (its ``asm`` dict has every stage).
     """
     fn, table, flags = VARIANTS[variant]
-    D = configs.packed_width(D, torch.finfo(getattr(torch, dtype)).bits // 8)
+    D = configs.packed_width(D, getattr(torch, dtype))
     block_d, num_d = chunks(config, D)
     constants: dict[str, Any] = {
         **flags,
@@ -337,8 +337,9 @@ def _amd_usage(compiled: Any, arch: str) -> Usage:
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DIMS = (32, 64, 128, 256, 512, 1024)
-# A sample of the rest: filled up to 48, whole 8 bytes, whole 16 bytes, several chunks of each kind.
-RAGGED = (33, 100, 200, 300, 700)
+# A sample of the rest.  float16: filled up to 16, 48 and 144, read as they are in rows of whole 8 and
+# 16 bytes, filled up to 320; float32: filled up to 32, 64, 128, 160, 224 and 320.
+RAGGED = (7, 33, 100, 129, 200, 300)
 
 
 @dataclass(frozen=True)

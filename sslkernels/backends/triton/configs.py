@@ -146,9 +146,18 @@ def target_programs(device: torch.device) -> int:
 ROW_BYTES = 8
 
 
-def packed_width(D: int, element_size: int) -> int:
-    """D as the kernels see it: more than D only if rows of D elements are no whole ROW_BYTES."""
-    return D if D * element_size % ROW_BYTES == 0 else triton.cdiv(D, 16) * 16
+def packed_width(D: int, dtype: torch.dtype) -> int:
+    """D as the kernels see it; if it is more than D, operands are copied and filled up with zeros.
+
+    To D = 256 halves are read as they are where their rows are whole ROW_BYTES, the last chunk masked:
+    a queue of 65536 short keys would take longer to copy than to read.  Beyond that, and in float32,
+    a copy is little beside the products, and whole chunks leave more registers than masked ones.
+    """
+    if dtype == torch.float32:
+        return triton.cdiv(D, 32) * 32
+    if D > 256:
+        return triton.cdiv(D, 64) * 64
+    return D if D * dtype.itemsize % ROW_BYTES == 0 else triton.cdiv(D, 16) * 16
 
 
 def chunks(config: Config, D: int) -> tuple[int, int]:
@@ -197,10 +206,13 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
     # their operands from shared memory and leave room for that; mma.sync holds them in registers, so
     # it gets 32 columns, and 64 rows at D = 256.  Above 256 panels read less than the narrow tiles that
     # would fit.
-    TABLE[_family, "fused", "half"] = (
-        [(256, Config(128, 64, 128, 8, 2)), (ANY_D, None)]
-        if _family in ("hopper", "blackwell")
-        else [(128, Config(128, 32, 128, 8, 2)), (256, Config(64, 32, 128, 8, 2)), (ANY_D, None)]
+    TABLE[_family, "fused", "half"] = {
+        "hopper": [(256, Config(128, 64, 128, 8, 2)), (ANY_D, None)],
+        # With chunks of 128 attend spills 16 bytes where the only chunk is masked (D = 100).
+        "blackwell": [(256, Config(128, 64, 64, 8, 2)), (ANY_D, None)],
+    }.get(
+        _family,
+        [(128, Config(128, 32, 128, 8, 2)), (256, Config(64, 32, 128, 8, 2)), (ANY_D, None)],
     )
     TABLE[_family, "fused", "float32"] = [(64, Config(64, 32, 32, 8, 1)), (ANY_D, None)]
     # One tile a program and a short epilogue: 128 x 128 fits everywhere, twice that only with wgmma.

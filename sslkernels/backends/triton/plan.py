@@ -53,13 +53,13 @@ def check(name: str, q: Tensor, k: Tensor | None) -> None:
 
 
 def packed(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Operands as tiles are read: adjacent features, rows and start aligned, D of whole 8 bytes.
+    """Operands as tiles are read: adjacent features, rows and start aligned, D = ``packed_width``.
 
     Other layouts (transposed, expanded, an odd D, a slice that starts anywhere) would be read element by
     element in every tile, which also costs registers.  They are copied once, O((N + M) * D), and a D that
     does not fit is filled up with zeros, which add nothing to a product; see ``trimmed``.
     """
-    width = configs.packed_width(operands[0].shape[1], operands[0].element_size())
+    width = configs.packed_width(operands[0].shape[1], operands[0].dtype)
     return tuple(_packed(x, width) for x in operands)
 
 
