@@ -337,9 +337,9 @@ def _amd_usage(compiled: Any, arch: str) -> Usage:
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DIMS = (32, 64, 128, 256, 512, 1024)
-# A sample of the rest.  float16: filled up to 16, 48 and 144, read as they are in rows of whole 8 and
-# 16 bytes, filled up to 320; float32: filled up to 32, 64, 128, 160, 224 and 320.
-RAGGED = (7, 33, 100, 129, 200, 300)
+# A sample of the rest.  float16: filled up to 16, 48, 144 and 320, read as they are in rows of whole 8
+# (100) and 16 bytes (200), three whole chunks (96, 192); float32: filled up to multiples of 32.
+RAGGED = (7, 33, 96, 100, 129, 192, 200, 300)
 
 
 @dataclass(frozen=True)

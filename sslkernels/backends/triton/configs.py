@@ -190,6 +190,13 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
         (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
     ]
     TABLE[_family, "extremes", "half"] = TABLE[_family, "forward", "half"]
+    if _family == "ampere":
+        # 129 to 256 in one chunk: three of 64 (D = 144) spill.
+        TABLE[_family, "forward", "half"] = [
+            (128, Config(128, 64, 128, 8, 3)),
+            (256, Config(128, 64, 256, 8, 3)),
+            (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
+        ]
     if _family == "hopper":
         # wgmma reads both operands of a tile from shared memory: with 64 columns that takes as long as
         # the products, with 128 three quarters.  To D = 64 exponentials take longer than either.
@@ -212,7 +219,8 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
         "blackwell": [(256, Config(128, 64, 64, 8, 2)), (ANY_D, None)],
     }.get(
         _family,
-        [(128, Config(128, 32, 128, 8, 2)), (256, Config(64, 32, 128, 8, 2)), (ANY_D, None)],
+        # One chunk for 129 to 256: three of 64 (D = 192) spill.
+        [(128, Config(128, 32, 128, 8, 2)), (256, Config(64, 32, 256, 8, 2)), (ANY_D, None)],
     )
     TABLE[_family, "fused", "float32"] = [(64, Config(64, 32, 32, 8, 1)), (ANY_D, None)]
     # One tile a program and a short epilogue: 128 x 128 fits everywhere, twice that only with wgmma.
