@@ -55,7 +55,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalised halves are halves again, which CPU tensors are spared."""
     for module, name in ((contrastive, "_unit"), (common, "unit")):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda x, how, f=function: f(x, how).to(x.dtype))
+        monkeypatch.setattr(module, name, lambda x, *how, f=function: f(x, *how).to(x.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
