@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = sorted(
     p.as_posix() for p in Path("csrc/cpu").glob("*.cpp")
 )  # once per instruction set
+# AVX512-BF16 is AVX-512 and more arithmetic; see csrc/cpu/kernels.h.
+BF16_SOURCES = [
+    f"csrc/cpu/{name}.cpp"
+    for name in ("attend", "pairwise_backward", "pairwise_forward", "peak", "table")
+]
 COMMON_SOURCES = ["csrc/module.cpp", "csrc/dispatch.cpp"]  # once
 INCLUDED = [
     *Path("csrc").glob("*.h"),
@@ -111,7 +116,8 @@ class BuildExt(build_ext):
         for name, isa_flags in isas.items():
             folder = str(Path(self.build_temp, name))
             macros = [("SSLK_ISA_NS", name), *known]
-            jobs += [(source, folder, macros, isa_flags) for source in CPU_SOURCES]
+            sources = BF16_SOURCES if name == "avx512_bf16" else CPU_SOURCES
+            jobs += [(source, folder, macros, isa_flags) for source in sources]
         jobs += [
             (source, str(Path(self.build_temp, "common")), known, []) for source in COMMON_SOURCES
         ]

@@ -131,7 +131,7 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
             x = mask != 0 ? x : splat<T>(Limits<T>::kFloor);
             now[v] = x > now[v] ? x : now[v];
           } else {
-            x = exp2_v(x);
+            x = exponential<M>(x);
             if (masked) x = keep<T>(x, mask);
             sum[v] += x;
           }
@@ -325,11 +325,11 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
 }  // namespace
 
 int attend(const PairwiseArgs& args, const AttendOut& out) {
-  if (args.dtype == DType::f64) return attend_typed<MathF64>(args, out);
 #if defined(__AVX512BF16__)
-  if (args.bf16) return attend_typed<MathBF16>(args, out);
+  return args.bf16 ? attend_typed<MathBF16>(args, out) : avx512::attend(args, out);
+#else
+  return args.dtype == DType::f64 ? attend_typed<MathF64>(args, out) : attend_typed<MathF32>(args, out);
 #endif
-  return attend_typed<MathF32>(args, out);
 }
 
 SSLK_END

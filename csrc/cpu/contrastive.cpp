@@ -11,6 +11,8 @@
 // which keeps full relative accuracy when the positive dominates (small temperatures, aligned views),
 // where 1 - softmax cancels.  Sums over rows are in double and in row order.
 //
+// The tiles are called through the table of kernels: in bfloat16 they belong to another instruction set.
+//
 // Plain-torch twin: sslkernels/reference.py (nt_xent_loss, info_nce_loss, clip_loss).
 
 #include "engine.h"
@@ -124,7 +126,7 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
     out.mean_key = state.mean_key;
     out.threshold = rank != nullptr ? threshold : nullptr;
     out.rank = rank;
-    status = attend(p, out);
+    status = kernels().attend(p, out);
   } else {
     PairwiseForwardOut out;
     out.row = lse;
@@ -135,7 +137,7 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
       out.threshold_col = out.threshold_row;
       out.rank_col = rank != nullptr ? rank + n : nullptr;
     }
-    status = pairwise_forward(p, out);
+    status = kernels().pairwise_forward(p, out);
   }
   if (status != 0) return status;
 
@@ -217,7 +219,7 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
     out.capacity_q = pad_a;
     out.capacity_k = pad_b;
     out.unscaled = true;
-    const int status = pairwise_backward(p, out);
+    const int status = kernels().pairwise_backward(p, out);
     if (status != 0) return status;
   }
 

@@ -5,6 +5,20 @@
 #include "../sslkernels.h"
 #include "isa.h"
 
+// AVX512-BF16 adds arithmetic to AVX-512: of avx512_bf16 only the files with tiles are compiled
+// (setup.py), in bfloat16, and all else is avx512.
+#if defined(__AVX512BF16__)
+namespace sslk {
+namespace avx512 {
+int pairwise_forward(const PairwiseArgs&, const PairwiseForwardOut&);
+int pairwise_backward(const PairwiseArgs&, const PairwiseBackwardArgs&);
+int attend(const PairwiseArgs&, const AttendOut&);
+double peak_flops(bool bf16, int n_threads);
+const Kernels& table();
+}  // namespace avx512
+}  // namespace sslk
+#endif
+
 SSLK_BEGIN
 
 int pairwise_forward(const PairwiseArgs&, const PairwiseForwardOut&);     // pairwise_forward.cpp

@@ -65,7 +65,7 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
       } else {
         Vec<T> factor = splat<T>(row_factor);
         if constexpr (kCols) factor += col_factor[v];
-        w = (kMode == Mode::kFixed ? exp2_v(x) : logistic_v<T>(x)) * factor;
+        w = (kMode == Mode::kFixed ? exponential<M>(x) : logistic_v<T>(x)) * factor;
       }
       if constexpr (kMasked) {
         IVec<T> mask = (id[v] != e.q.ids.id[i + r]) & valid[v];
@@ -325,11 +325,11 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
 }  // namespace
 
 int pairwise_backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
-  if (args.dtype == DType::f64) return backward<MathF64>(args, b);
 #if defined(__AVX512BF16__)
-  if (args.bf16) return backward<MathBF16>(args, b);
+  return args.bf16 ? backward<MathBF16>(args, b) : avx512::pairwise_backward(args, b);
+#else
+  return args.dtype == DType::f64 ? backward<MathF64>(args, b) : backward<MathF32>(args, b);
 #endif
-  return backward<MathF32>(args, b);
 }
 
 // Rows that a gradient buffer must hold for the kernel to accumulate in it (see PairwiseBackwardArgs).

@@ -114,7 +114,7 @@ inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& column
       T* sum_at = pass.row.sum + (i + r) * L;
       Vec<T> sum = load<T>(sum_at);
       unroll<NV>([&](auto v) SSLK_INLINE {
-        Vec<T> x = kMode == Mode::kSoftplus ? softplus_v<T>(t[r][v]) : exp2_v(t[r][v]);
+        Vec<T> x = kMode == Mode::kSoftplus ? softplus_v<T>(t[r][v]) : exponential<M>(t[r][v]);
         if constexpr (kMasked) x = keep<T>(x, mask[r][v]);
         sum += x;
         if constexpr (kCols) columns.sum[v] += x;
@@ -327,11 +327,11 @@ int forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
 }  // namespace
 
 int pairwise_forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
-  if (args.dtype == DType::f64) return forward<MathF64>(args, out);
 #if defined(__AVX512BF16__)
-  if (args.bf16) return forward<MathBF16>(args, out);
+  return args.bf16 ? forward<MathBF16>(args, out) : avx512::pairwise_forward(args, out);
+#else
+  return args.dtype == DType::f64 ? forward<MathF64>(args, out) : forward<MathF32>(args, out);
 #endif
-  return forward<MathF32>(args, out);
 }
 
 SSLK_END

@@ -52,9 +52,10 @@ double best_of_runs(int n_threads) {
 // FLOP/s of n_threads threads together: float32, or bfloat16 products added in float32.
 double peak_flops([[maybe_unused]] bool bf16, int n_threads) {
 #if defined(__AVX512BF16__)
-  if (bf16) return best_of_runs<MathBF16>(n_threads);
-#endif
+  return bf16 ? best_of_runs<MathBF16>(n_threads) : avx512::peak_flops(false, n_threads);
+#else
   return best_of_runs<MathF32>(n_threads);
+#endif
 }
 
 SSLK_END

@@ -171,20 +171,32 @@ constexpr double kLn2 = 0.69314718055994530942;
 // 2^t for t <= 127 (1023).  Arguments below the smallest normal exponent are clamped there, so that no
 // denormal appears.  float: degree 5, relative error 7.5e-8 on [-1/2, 1/2] (minimax in relative error);
 // double: degree 12, 6e-20 before rounding.
-inline __attribute__((always_inline)) Vec<float> exp2_v(Vec<float> t) {
+// kCoarse: degree 4, 2.6e-6, for operands that were rounded to bfloat16 (2e-3).
+template <bool kCoarse>
+inline SSLK_INLINE Vec<float> exp2_of(Vec<float> t) {
   t = t < -126.0f ? splat<float>(-126.0f) : t;  // a NaN compares false and stays
   // 1.5 * 2^23 + 127: adding it leaves round(t) + 127, the exponent field of 2^round(t), in the low bits.
   const float magic = 12583039.0f;
   Vec<float> shifted = t + magic;
   Vec<float> f = t - (shifted - magic);
-  Vec<float> p = splat<float>(0.0013276472167819943f);
-  p = p * f + 0.0096755413310213911f;
-  p = p * f + 0.055507132728753912f;
-  p = p * f + 0.24022119723969178f;
-  p = p * f + 0.69314696706526493f;
-  p = p * f + 1.0000000716546416f;
+  Vec<float> p;
+  if constexpr (kCoarse) {
+    p = splat<float>(0.009570101967668544f);
+    p = p * f + 0.055917860761546305f;
+    p = p * f + 0.2402474483031089f;
+    p = p * f + 0.6931218146828059f;
+    p = p * f + 0.9999992614437773f;
+  } else {
+    p = splat<float>(0.0013276472167819943f);
+    p = p * f + 0.0096755413310213911f;
+    p = p * f + 0.055507132728753912f;
+    p = p * f + 0.24022119723969178f;
+    p = p * f + 0.69314696706526493f;
+    p = p * f + 1.0000000716546416f;
+  }
   return p * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
 }
+inline SSLK_INLINE Vec<float> exp2_v(Vec<float> t) { return exp2_of<false>(t); }
 
 inline __attribute__((always_inline)) Vec<double> exp2_v(Vec<double> t) {
   t = t < -1022.0 ? splat<double>(-1022.0) : t;

@@ -10,15 +10,27 @@ SSLK_BEGIN
 #define SSLK_STRING(x) SSLK_STRING_(x)
 
 #if defined(__AVX512BF16__)
-constexpr bool kBf16 = true;
+
+const Kernels& table() {
+  static const Kernels kernels = [] {
+    Kernels all = avx512::table();
+    all.isa = SSLK_STRING(SSLK_ISA_NS);
+    all.bf16 = true;
+    all.pairwise_forward = pairwise_forward;
+    all.pairwise_backward = pairwise_backward;
+    all.attend = attend;
+    all.peak_flops = peak_flops;
+    return all;
+  }();
+  return kernels;
+}
+
 #else
-constexpr bool kBf16 = false;
-#endif
 
 const Kernels& table() {
   static const Kernels kernels = {
       SSLK_STRING(SSLK_ISA_NS),
-      kBf16,
+      false,
       pairwise_forward,
       pairwise_backward,
       attend,
@@ -35,5 +47,7 @@ const Kernels& table() {
   };
   return kernels;
 }
+
+#endif
 
 SSLK_END

@@ -55,6 +55,16 @@ inline SSLK_INLINE void multiply_add(Vec<AccOfMath<M>>& acc, Vec<ElemOf<M>> a, V
   }
 }
 
+// 2^t as exact as the operands deserve.
+template <class M>
+inline SSLK_INLINE Vec<AccOfMath<M>> exponential(Vec<AccOfMath<M>> t) {
+  if constexpr (M::kPack == 2) {
+    return exp2_of<true>(t);
+  } else {
+    return exp2_v(t);
+  }
+}
+
 template <class M>
 struct Tile {
   using Acc = AccOfMath<M>;
@@ -117,15 +127,12 @@ inline void gemm_panel(AccOfMath<M>* c, int64_t ldc, int64_t rows, const ElemOf<
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, L = Tile<M>::L;
   for (int64_t i = 0; i < rows; i += MR) {
-    T* ci = c + i * ldc;
     Vec<T> acc[MR][NV];
     dot_tile<M, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc);
     // C is added at the end: waiting for it at the start would stall the multiply-adds.
     unroll<MR>([&](auto r) SSLK_INLINE {
-      unroll<NV>([&](auto v) SSLK_INLINE {
-        T* at = ci + r * ldc + v * L;
-        store<T>(at, load<T>(at) + acc[r][v]);
-      });
+      unroll<NV>([&](auto v) SSLK_INLINE { store<T>(c + v * L, load<T>(c + v * L) + acc[r][v]); });
+      c += ldc;
     });
   }
 }
