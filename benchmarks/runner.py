@@ -89,7 +89,7 @@ def headline_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     jobs.append(times(case("moco", 65536), only, {}))
     jobs.append(times(case("enqueue", 65536), only, {}))
     jobs += [times(case("ema", size), only, {}) for size in (40, 161)]
-    jobs += [times(case(op, 1024), only, compiled | slow)
+    jobs += [times(case(op, 2048), only, compiled | slow)
              for op in ("clip", "siglip", "sup_con", "triplet")]  # fmt: skip
     jobs += [Job(case("nt_xent", 8192), [name], "memory") for name in wanted(BIG)]
     moco = (OURS, "eager", "MoCo [D, K]")
