@@ -176,6 +176,9 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   const int64_t stride = round_up(d, kRowAlign);
   const int64_t pad_a = bank ? 0 : padded_rows(args.dtype, joint ? 2 * n : n);
   const int64_t pad_b = joint || bank || !want_b ? 0 : padded_rows(args.dtype, n);
+  // Where the results have the shape that the tiles accumulate in, they need no scratch.
+  const bool in_place =
+      !joint && !bank && stride == d && pad_a == n && (args.dtype == DType::f32 || args.dtype == DType::f64);
 
   Workspace w;
   T *buffers = nullptr, *weight = nullptr, *ga = nullptr, *gb = nullptr;
@@ -185,9 +188,12 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   w.plan(&weight, 2 * n);
   w.plan(&along, n);
   w.plan(&row_ids, 2 * n);
-  if (want_a) w.plan(&ga, pad_a * stride);
-  if (want_b) w.plan(&gb, pad_b * stride);
+  const bool scratch_a = want_a && !(in_place && b.da != nullptr), scratch_b = want_b && !in_place;
+  if (scratch_a) w.plan(&ga, pad_a * stride);
+  if (scratch_b) w.plan(&gb, pad_b * stride);
   if (!w.allocate()) return -1;
+  if (want_a && !scratch_a) ga = static_cast<T*>(b.da);
+  if (want_b && !scratch_b) gb = static_cast<T*>(b.db);
 
   const T* lse = static_cast<const T*>(state.lse);
   const T* inv = static_cast<const T*>(state.inv);

@@ -106,12 +106,13 @@ def siglip_loss(
     if logit_bias is not None:
         bias = checks.scalar(op, "logit_bias", logit_bias, image_features)
     x, y = common.unit(image_features, normalize), common.unit(text_features, normalize)
-    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.
-    ids = torch.arange(len(x), device=x.device)
-    negatives = pairwise("softplus", x, y, scale=scale, bias=bias, ids_q=ids, ids_k=ids).row
+    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.  They come
+    # first: autograd then starts with the tiles, whose scratch is gone before other gradients exist.
     positive = common.dots(x, y) * scale
     if bias is not None:
         positive = positive + bias
+    ids = torch.arange(len(x), device=x.device)
+    negatives = pairwise("softplus", x, y, scale=scale, bias=bias, ids_q=ids, ids_k=ids).row
     return common.reduce(common.softplus(-positive) + negatives, reduction)
 
 
@@ -160,13 +161,14 @@ def sup_con_loss(
     scale = checks.inverse_temperature(op, temperature, z)
     n = len(z)
     z = common.unit(z, normalize)
-    lse = pairwise("lse", z, scale=scale, ids_q=torch.arange(n, device=z.device)).row
-    wide = z.to(lse.dtype)
+    wide = z.to(accumulation_dtype(z.dtype))
     classes = rows.segments(labels)
     sums = rows.take_rows(rows.accumulate_rows(wide, classes, n), classes)
     ones = torch.ones_like(wide[:, :1])
     counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
     positive = (wide * (sums - wide)).sum(1) * scale / counts.clamp(min=1)
+    # After the positives: autograd then starts with the tiles, when little else is alive.
+    lse = pairwise("lse", z, scale=scale, ids_q=torch.arange(n, device=z.device)).row
     loss = torch.where(counts > 0, lse - positive, 0.0)
     if reduction == "mean":
         used = common.reduce((counts > 0).to(lse.dtype), "sum")
