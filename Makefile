@@ -51,11 +51,11 @@ test-fast: test-setup ## run the tests that take seconds
 build: $(VENV)/.build ## compile the C++ extension in place (SSLKERNELS_WERROR=1, DEBUG=1, SSLKERNELS_CUDA=1)
 
 .PHONY: bench
-bench: test-setup ## benchmark against PyTorch and other libraries: the headline table, 2 to 4 minutes
+bench: $(VENV)/.bench ## benchmark against PyTorch and other libraries: the headline table, 2 to 4 minutes
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: bench-full
-bench-full: test-setup ## every benchmark, size and contender
+bench-full: $(VENV)/.bench ## every benchmark, size and contender
 	$(BIN)/python -m benchmarks --full $(ARGS)
 
 .PHONY: gpu-check
@@ -86,6 +86,10 @@ clean: ## remove everything that was built, and .venv; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- Set-up --------------------------------------------------------------------------------------
+
+# lightly alone: its dependency torchvision would replace torch by another build.
+$(VENV)/.bench: test-setup constraints.txt
+	@test -f $@ -a $@ -nt constraints.txt || { $(INSTALL) --no-deps lightly && touch $@; }
 
 .PHONY: test-setup
 test-setup:
