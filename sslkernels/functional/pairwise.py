@@ -161,12 +161,10 @@ def sup_con_loss(
     scale = checks.inverse_temperature(op, temperature, z)
     n = len(z)
     z = common.unit(z, normalize)
-    wide = z.to(accumulation_dtype(z.dtype))
     classes = rows.segments(labels)
-    sums = rows.take_rows(rows.accumulate_rows(wide, classes, n), classes)
-    ones = torch.ones_like(wide[:, :1])
+    ones = torch.ones((n, 1), dtype=scale.dtype, device=z.device)
     counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
-    positive = (wide * (sums - wide)).sum(1) * scale / counts.clamp(min=1)
+    positive = rows.class_dots(z, classes) * scale / counts.clamp(min=1)
     # After the positives: autograd then starts with the tiles, when little else is alive.
     lse = pairwise("lse", z, scale=scale, ids_q=torch.arange(n, device=z.device)).row
     loss = torch.where(counts > 0, lse - positive, 0.0)
