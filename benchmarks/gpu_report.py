@@ -60,14 +60,15 @@ def compiled_table(results: list[aot.Result], archs: list[str], dims: list[int])
     for arch in archs:
         mine = [r for r in results if r.case.arch == arch]
         limit = configs.limits(arch)
-        found = sorted({r.usage.tensor_core for r in mine if r.usage and r.case.dtype != "float32"})
+        tiles = [r for r in mine if r.case.config is not None and r.case.dtype != "float32"]
+        found = sorted({r.usage.tensor_core or "none" for r in tiles if r.usage})
         spilled = sum(r.usage.spill_bytes for r in mine if r.usage)
         lines += [
             "",
             f"### {arch}",
             "",
             f"{len(mine)} kernels, {spilled} bytes spilled, shared memory limit {limit.source}, "
-            f"16-bit products by {', '.join(found) or 'none'}.",
+            f"16-bit products by {', '.join(found)}.",
             "",
             *_table(mine, dims),
         ]

@@ -76,7 +76,7 @@ KERNELS: dict[str, Callable[[int, int, int, int], Work]] = {
         2 * N * M,
     ),
     "attend (MoCo): forward and gradient": lambda N, M, D, b: Work(
-        (4 if D <= 256 else 6) * N * M * D,
+        (6 if _panels(N, M, D, b) else 4) * N * M * D,
         _operands(N, M, D, b) + 4 * N * D + _panels(N, M, D, b),
         N * M,
     ),

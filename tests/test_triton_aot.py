@@ -86,6 +86,18 @@ def test_sizes_of_one_compile(variant: str) -> None:
     assert usage.tensor_core == "wgmma"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [128, 1024])
+@pytest.mark.parametrize("variant", ["forward lse self", "forward lse rows"])
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_without_ranks(arch: str, variant: str, D: int) -> None:
+    """What a loss without metrics launches: fewer features must not cost more registers."""
+    config = configs.lookup("forward", arch, D, torch.bfloat16)
+    without = ("HAS_RANK_ROW", "HAS_RANK_COL")
+    usage, _ = aot.compile_kernel(variant, arch, "bfloat16", D, config, without=without)
+    assert not usage.problems("bfloat16")
+
+
 def test_a_kernel_over_its_budget_is_reported() -> None:
     """The checks see a spill, a lack of shared memory and a missing tensor core."""
     wide = aot.Case("backward lse", "sm_80", "bfloat16", 512, configs.Config(128, 64, 128, 8, 2))

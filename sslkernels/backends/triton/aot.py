@@ -207,6 +207,7 @@ def compile_kernel(
     config: Config,
     precision: str = "ieee",
     ones: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
 ) -> tuple[Usage, Any]:
     """Compile one variant for one architecture.
 
@@ -218,6 +219,7 @@ def compile_kernel(
         config: tile sizes and launch options.
         precision: ``input_precision`` of the dot products.
         ones: Integer arguments that are 1, which Triton compiles in as constants.
+        without: Flags of optional features to leave out.
 
     Returns:
         The usage and Triton's compiled kernel (its ``asm`` dict has every stage).
@@ -239,6 +241,7 @@ def compile_kernel(
         "BLOCK_M": config.block_m,
         "BLOCK_D": block_d,
         **dict.fromkeys(ones, 1),
+        **dict.fromkeys(without, False),
     }
     target = target_of(arch)
     options = {
