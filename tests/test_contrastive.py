@@ -42,8 +42,9 @@ def run(backend: str, layout: str, reduction: str, *inputs: Tensor | None) -> li
 
 
 # (2, 3): less than a tile; (33, 24): half a block and one; (65, 129): odd rows, one feature too many;
-# (130, 100): several blocks.
-@pytest.mark.parametrize("shape", [(2, 3), (33, 24), (65, 129), (130, 100)], ids=str)
+# (130, 100): several blocks; (576, 16): whole blocks and vectors of every instruction set, for which
+# gradients are accumulated in the results themselves.
+@pytest.mark.parametrize("shape", [(2, 3), (33, 24), (65, 129), (130, 100), (576, 16)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_agrees_with_the_composition(isa: str, layout: str, shape, dtype: torch.dtype) -> None:
@@ -65,6 +66,25 @@ def test_agrees_with_the_composition(isa: str, layout: str, shape, dtype: torch.
                 error = (x.double() - y).abs().max().item()
                 size = max(y.abs().max().item(), 1e-3)
                 assert error <= TOLERANCE[dtype] * size, (name, isa, layout, reduction, error, size)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_some_gradients(isa: str, layout: str, wanted: tuple[int, ...]) -> None:
+    """Of a, b and scale, each alone too, where results double as scratch: the same as with all."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(576, 16), torch.randn(576, 16), torch.tensor(5.0)]
+    bank = torch.randn(70, 16) if layout == "bank" else None
+    grads = []
+    for chosen in (wanted, (0, 1, 2)):
+        leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(inputs)]
+        contrastive(layout, leaves[0], leaves[1], bank, scale=leaves[2]).loss.backward()
+        grads.append([x.grad for x in leaves])
+    for i, (x, y) in enumerate(zip(*grads, strict=True)):
+        assert (x is None) == (i not in wanted)
+        if x is not None:
+            # One side alone is another pass over the tiles, in another order.
+            torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-6 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -24,8 +24,7 @@ namespace {
 // f(x), but 0 where a row has no negatives (lse = -inf) or e^x is not a normal number.
 Vec<double> flush(Vec<double> x, Vec<double> f) { return x < -708.0 ? Vec<double>{} : f; }
 
-// The head, several rows at a time: visit(r, count, p - lse) for rows r .. r + count, count <= W, of the
-// negated argument of the softplus.
+// The head, several rows at a time: visit(r, count, lse - p) for rows r .. r + count, count <= W.
 template <class T, class Visit>
 void for_all_rows(const ContrastiveArgs& args, const ContrastiveState& state, Visit visit) {
   constexpr int W = Simd<double>::kLanes;
