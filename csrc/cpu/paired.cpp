@@ -25,8 +25,6 @@
 SSLK_BEGIN
 namespace {
 
-constexpr int64_t kSerialElements = 1 << 15;  // below: one thread
-
 double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
 double logistic(double x) { return x > 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }

@@ -100,11 +100,13 @@ void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* 
     for (int64_t i = i0; i < i1; i += MR) {
       const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
       T* to = g + (i - i0) * Tile<M>::kLdG + (j - j0);
-      if (exclude || ragged || i + MR > e.q.n) {
-        weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_share);
-      } else {
-        weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_share);
+      if constexpr (kUnmasked<T, kMode>) {
+        if (!exclude && !ragged && i + MR <= e.q.n) {
+          weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_share);
+          continue;
+        }
       }
+      weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_share);
     }
   }
 }
@@ -171,12 +173,13 @@ void run(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_
   });
 }
 
+// kSoftplus has one variant, with factors of columns: they are zero where there are none.
 template <class M, bool kCols>
 void run_mode(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_k) {
   switch (pass.e.mode) {
     case Mode::kFixed: return run<M, Mode::kFixed, kCols>(pass, scratch, want_q, want_k);
     case Mode::kOnline: return run<M, Mode::kOnline, kCols>(pass, scratch, want_q, want_k);
-    case Mode::kSoftplus: return run<M, Mode::kSoftplus, kCols>(pass, scratch, want_q, want_k);
+    case Mode::kSoftplus: return run<M, Mode::kSoftplus, true>(pass, scratch, want_q, want_k);
   }
 }
 
@@ -259,7 +262,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   if (M::kPack > 1) w.plan(&g_elems, 2 * g_size * e.threads);
   w.plan(&pass.row.factor, e.q.n_pad);
   w.plan(&pass.row.lse, e.q.n_pad);
-  if (!args.self && cols) {
+  if (!args.self && (cols || softplus)) {
     w.plan(&pass.col.factor, e.k.n_pad);
     w.plan(&pass.col.lse, e.k.n_pad);
   }
@@ -294,6 +297,8 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
     pass.col = pass.row;
   } else if (cols) {
     fill_weight(e, pass.col, b.col, b.dcol, e.k.n, e.k.n_pad, fold);
+  } else if (softplus) {
+    std::memset(pass.col.factor, 0, size_t(e.k.n_pad) * sizeof(T));
   }
   if (softplus) std::memset(pass.g_sum, 0, size_t(e.q.n_pad) * L * sizeof(T));
   pass.dq = dq.at;

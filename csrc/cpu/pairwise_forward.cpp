@@ -172,11 +172,13 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
     const bool ragged = j + NR > e.k.n;
     for (int64_t i = i0; i < i1; i += MR) {
       const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
-      if (exclude || ragged || i + MR > e.q.n) {
-        reduce_tile<M, kMode, kCols, true>(pass, columns, a, b, i, col_rank);
-      } else {
-        reduce_tile<M, kMode, kCols, false>(pass, columns, a, b, i, col_rank);
+      if constexpr (kUnmasked<T, kMode>) {
+        if (!exclude && !ragged && i + MR <= e.q.n) {
+          reduce_tile<M, kMode, kCols, false>(pass, columns, a, b, i, col_rank);
+          continue;
+        }
       }
+      reduce_tile<M, kMode, kCols, true>(pass, columns, a, b, i, col_rank);
     }
     if (kCols) merge_columns<M, kMode>(pass.col, columns, j);
   }

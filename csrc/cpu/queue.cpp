@@ -19,7 +19,7 @@ namespace {
 
 // Elements that make another thread worth starting: 8 bytes each, with stores that miss every cache,
 // take about as long as starting a team.
-constexpr int64_t kGrain = 8192;
+constexpr int64_t kKeyGrain = 8192;
 
 constexpr double kEps = 1e-12;  // torch.nn.functional.normalize
 
@@ -57,7 +57,7 @@ inline __attribute__((always_inline)) A sum_of_squares(const A* x, int n) {
 }
 
 template <class Q, class K, class A>
-void write_row(Q* out, const K* key, int64_t dim, bool normalize) {
+void write_key(Q* out, const K* key, int64_t dim, bool normalize) {
   A buffer[kBlock];
   A divisor = A(1);
   if (normalize) {
@@ -104,13 +104,13 @@ void write_rows(const EnqueueArgs& args, int64_t ptr, int64_t first) {
   const int64_t n = args.keys.n, size = args.size, dim = args.dim;
   const K* keys = static_cast<const K*>(args.keys.data);
   Q* queue = static_cast<Q*>(args.queue);
-  int64_t parts = (n - first) * dim / kGrain;
+  int64_t parts = (n - first) * dim / kKeyGrain;
   if (parts > args.n_threads) parts = args.n_threads;
   if (parts < 1) parts = 1;
 #pragma omp parallel for num_threads(int(parts)) schedule(static) if (parts > 1)
   for (int64_t i = first; i < n; ++i) {
     const int64_t row = (ptr + i) % size;
-    write_row<Q, K, typename AccOfQueue<Q, K>::type>(queue + row * dim, keys + i * args.keys.stride, dim,
+    write_key<Q, K, typename AccOfQueue<Q, K>::type>(queue + row * dim, keys + i * args.keys.stride, dim,
                                                      args.normalize);
   }
 }

@@ -21,8 +21,6 @@ struct RowState {
   T norm_p, norm_t, cosine;
 };
 
-constexpr int64_t kSerialElements = 1 << 15;  // below: one thread
-
 template <class T>
 struct Call {
   Source<T> p, t;

@@ -13,6 +13,8 @@ SSLK_BEGIN
 
 // Elements below which a loop over rows is not worth a second thread: about 10 us of work.
 constexpr int64_t kSerialRows = 1 << 14;
+// The same for passes over every element that keep a few sums.
+constexpr int64_t kSerialElements = 1 << 15;
 
 template <class T, class In>
 inline void read_row_as(const void* data, int64_t offset, int64_t d, T factor, T* out) {

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "isa.h"
 
@@ -24,12 +25,13 @@ template <int I>
 struct Constant {
   constexpr operator int() const { return I; }
 };
-template <int N, int I = 0, class F>
+template <class F, int... I>
+inline SSLK_INLINE void unroll_at(F& f, std::integer_sequence<int, I...>) {
+  (f(Constant<I>{}), ...);
+}
+template <int N, class F>
 inline SSLK_INLINE void unroll(F&& f) {
-  if constexpr (I < N) {
-    f(Constant<I>{});
-    unroll<N, I + 1>(f);
-  }
+  unroll_at(f, std::make_integer_sequence<int, N>{});
 }
 
 #if defined(__AVX512F__)

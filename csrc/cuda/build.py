@@ -151,7 +151,7 @@ def build_cuda_extension(
     compiler = env.get("CXX", "c++").split()
     bindings = [
         *compiler,
-        "-O2",
+        "-O1",
         "-std=c++17",
         "-fPIC",
         "-fvisibility=hidden",
