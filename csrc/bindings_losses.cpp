@@ -35,29 +35,31 @@ ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool norm
 }
 
 // state: [rows + 3 N] acc, which holds lse, positive and inv one after the other.
-ContrastiveState split_state(const ContrastiveArgs& args, uintptr_t state, uintptr_t mean_key) {
+ContrastiveState split_state(const ContrastiveArgs& args, uintptr_t state, uintptr_t mean_key, uintptr_t tiles) {
   const uintptr_t size = args.dtype == DType::f64 ? 8 : 4;
   const uintptr_t positive = state + uintptr_t(args.rows()) * size, inv = positive + uintptr_t(args.a.n) * size;
-  return {at<void>(state), at<void>(positive), at<void>(inv), at<void>(mean_key)};
+  return {at<void>(state), at<void>(positive), at<void>(inv), at<void>(mean_key), at<void>(tiles)};
 }
 
 void contrastive_forward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
                          int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
                          int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, bool bf16,
-                         int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t loss, uintptr_t rank) {
+                         int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t tiles, uintptr_t loss,
+                         uintptr_t rank) {
   py::gil_scoped_release release;
   ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
                                           bank_rows, stride_bank, scale, ids_q, ids_k, bf16, n_threads);
   NarrowIds narrow;
   narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
-  check(kernels().contrastive_forward(args, split_state(args, state, mean_key), at<void>(loss), at<int64_t>(rank)));
+  check(kernels().contrastive_forward(args, split_state(args, state, mean_key, tiles), at<void>(loss),
+                                      at<int64_t>(rank)));
 }
 
 double contrastive_backward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
                             int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
                             int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, bool bf16,
-                            int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t dloss, int64_t dloss_stride,
-                            uintptr_t da, uintptr_t db, bool want_scale) {
+                            int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t tiles, uintptr_t dloss,
+                            int64_t dloss_stride, uintptr_t da, uintptr_t db, bool want_scale) {
   py::gil_scoped_release release;
   ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
                                           bank_rows, stride_bank, scale, ids_q, ids_k, bf16, n_threads);
@@ -70,8 +72,12 @@ double contrastive_backward(int layout, int reduction, int dtype, bool normalize
   out.da = at<void>(da);
   out.db = at<void>(db);
   out.dscale = want_scale ? &dscale : nullptr;
-  check(kernels().contrastive_backward(args, split_state(args, state, mean_key), out));
+  check(kernels().contrastive_backward(args, split_state(args, state, mean_key, tiles), out));
   return dscale;
+}
+
+int64_t kept_tiles(int layout, int dtype, int64_t n, int64_t d) {
+  return kernels().kept_tiles(Layout(layout), DType(dtype), n, d);
 }
 
 RegressionArgs regression_args(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
@@ -168,6 +174,7 @@ double paired_backward(int reduction, int dtype, bool normalize, int64_t d, int6
 void bind_losses(py::module_& m) {
   m.def("contrastive_forward", &contrastive_forward);
   m.def("contrastive_backward", &contrastive_backward);
+  m.def("kept_tiles", &kept_tiles);
   m.def("regression_forward", &regression_forward);
   m.def("regression_backward", &regression_backward);
   m.def("paired_forward", &paired_forward);

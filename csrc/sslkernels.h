@@ -52,6 +52,7 @@ struct PairwiseForwardOut {
   const void* threshold_col = nullptr;  // [M] acc or null
   int64_t* rank_row = nullptr;          // [N]
   int64_t* rank_col = nullptr;          // [M]
+  void* tiles = nullptr;                // acc, or null: the logits, kept for backward (see ContrastiveState)
 };
 
 struct PairwiseBackwardArgs {
@@ -66,8 +67,9 @@ struct PairwiseBackwardArgs {
   int64_t stride = 0;
   int64_t capacity_q = 0;
   int64_t capacity_k = 0;
-  bool unscaled = false;    // kind lse: leave the factor `scale` out of dq and dk
-  double* dbias = nullptr;  // sum of G, or null
+  bool unscaled = false;        // kind lse: leave the factor `scale` out of dq and dk
+  const void* tiles = nullptr;  // what forward kept, or null: recomputed
+  double* dbias = nullptr;      // sum of G, or null
 };
 
 struct AttendOut {
@@ -113,6 +115,9 @@ struct ContrastiveState {
   void* positive = nullptr;  // [N] acc: <a_i, b_i> of the (normalised) rows, without scale
   void* inv = nullptr;       // [2N] acc: what a and b were multiplied with (1 without normalize)
   void* mean_key = nullptr;  // [N, D] acc, layout bank only
+  // [kept_tiles()] acc, or null: the logits of all tiles.  With few rows they are as small as the inputs, and
+  // reading them is faster than recomputing them.
+  void* tiles = nullptr;
 };
 
 struct ContrastiveBackwardArgs {
@@ -231,6 +236,7 @@ struct Kernels {
   double (*peak_flops)(bool bf16, int n_threads);
   int (*contrastive_forward)(const ContrastiveArgs&, const ContrastiveState&, void* loss, int64_t* rank);
   int (*contrastive_backward)(const ContrastiveArgs&, const ContrastiveState&, const ContrastiveBackwardArgs&);
+  int64_t (*kept_tiles)(Layout layout, DType dtype, int64_t n, int64_t d);  // elements; 0: not worth keeping
   int (*regression_forward)(const RegressionArgs&, void* state, void* loss);
   int (*regression_backward)(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
                              void* dprediction);

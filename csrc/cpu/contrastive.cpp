@@ -102,6 +102,9 @@ PairwiseArgs tiles(const ContrastiveArgs& args, const ContrastiveState& state, i
   return p;
 }
 
+// Logits of up to 4 MB are kept while they are fewer than 4 N D, twice as many as there are inputs.
+constexpr int64_t kMostKept = int64_t(1) << 20;
+
 template <class T>
 int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss, int64_t* rank) {
   const int64_t n = args.a.n, rows = args.rows();
@@ -131,6 +134,7 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
     out.row = lse;
     out.threshold_row = rank != nullptr ? threshold : nullptr;
     out.rank_row = rank;
+    out.tiles = state.tiles;
     if (args.layout == Layout::both) {
       out.col = lse + n;
       out.threshold_col = out.threshold_row;
@@ -224,6 +228,7 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
     out.capacity_q = pad_a;
     out.capacity_k = pad_b;
     out.unscaled = true;
+    out.tiles = state.tiles;
     const int status = kernels().pairwise_backward(p, out);
     if (status != 0) return status;
   }
@@ -284,6 +289,16 @@ int contrastive_forward(const ContrastiveArgs& args, const ContrastiveState& sta
 
 int contrastive_backward(const ContrastiveArgs& args, const ContrastiveState& state, const ContrastiveBackwardArgs& b) {
   return args.dtype == DType::f64 ? backward<double>(args, state, b) : backward<float>(args, state, b);
+}
+
+int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d) {
+  const bool joint = layout == Layout::joint;
+  const int64_t rows = joint ? 2 * n : n;
+  // Rows that one thread finishes in 10 us are not worth another array.
+  if (layout == Layout::bank || rows > 4 * d || rows * rows * d < kSerialWork) return 0;
+  const int64_t size =
+      dtype == DType::f64 ? kept_elements<MathF64>(joint, rows, rows) : kept_elements<MathF32>(joint, rows, rows);
+  return size <= kMostKept ? size : 0;
 }
 
 SSLK_END

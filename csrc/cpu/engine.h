@@ -70,6 +70,23 @@ struct Tournament {
   }
 };
 
+// Rows of a block.  Few blocks would leave threads idle: below 4 full blocks it is the smallest there is.
+template <class M>
+inline int64_t block_rows(int64_t larger_side) {
+  const int64_t small = Tile<M>::NR * (sizeof(AccOfMath<M>) == 4 ? 1 : 2);
+  return larger_side <= 4 * Tile<M>::kBlock ? small : Tile<M>::kBlock;
+}
+
+// Logits kept for backward: [kKeptHeader], of which the first is the number of rows of a block, then
+// [block][block] for every pair of blocks, self mode those of one triangle.
+constexpr int64_t kKeptHeader = 16;
+
+template <class M>
+inline int64_t kept_elements(bool self, int64_t n, int64_t m) {
+  const int64_t block = block_rows<M>(max64(n, m)), rows = ceil_div(n, block), cols = ceil_div(m, block);
+  return kKeptHeader + (self ? rows * (rows + 1) / 2 : rows * cols) * block * block;
+}
+
 // One operand.
 template <class M>
 struct Side {
@@ -110,8 +127,9 @@ struct Engine {
   int64_t block = kBlock;  // rows of a block: smaller for small problems, for parallelism
   int64_t group = 1;       // blocks that a thread visits together
   int threads;
-  bool resident;  // panels of all rows exist; else they are packed group by group
-  Side<M> q, k;   // k aliases q in self mode
+  bool resident;       // panels of all rows exist; else they are packed group by group
+  bool with_t = true;  // T panels are needed: not when the logits were kept
+  Side<M> q, k;        // k aliases q in self mode
   bool has_ids = false;
   Mode mode = Mode::kFixed;
   T unit = 0;        // t = unit * <q, k> + offset
@@ -124,9 +142,8 @@ struct Engine {
     k.source = a.self ? q.source : make_source<T>(a.dtype, a.k, a.inv_k, d);
     q.n = q.source.rows();
     k.n = k.source.rows();
-    // Few blocks would leave threads idle: below 4 full blocks use the smallest block there is.
-    const int64_t small = NR * (sizeof(T) == 4 ? 1 : 2), larger = max64(q.n, k.n);
-    if (larger <= 4 * kBlock) block = small;
+    const int64_t larger = max64(q.n, k.n);
+    block = block_rows<M>(larger);
     q.n_pad = round_up(q.n, kBlock);
     k.n_pad = round_up(k.n, kBlock);
     has_ids = a.ids_q != nullptr;
@@ -143,6 +160,12 @@ struct Engine {
   }
 
   int64_t blocks(const Side<M>& side) const { return ceil_div(side.n, block); }
+  // Where the logits of a pair of blocks are kept (self mode: bi <= bj).
+  int64_t kept_at(int64_t bi, int64_t bj) const {
+    const int64_t cols = blocks(k);
+    const int64_t pair = args.self ? bi * cols - bi * (bi - 1) / 2 + (bj - bi) : bi * cols + bj;
+    return kKeptHeader + pair * block * block;
+  }
   int64_t groups(const Side<M>& side) const { return ceil_div(blocks(side), group); }
 
   // Reserves ids, panels and the scratch of the threads.
@@ -157,7 +180,7 @@ struct Engine {
   }
 
   void plan_panels(Workspace& w, Side<M>& side, bool with_p) {
-    w.plan(&side.t, side.n_pad * depth);
+    if (with_t) w.plan(&side.t, side.n_pad * depth);
     if (with_p) w.plan(&side.p, side.n_pad / M::kPack * d_pad);
   }
 
@@ -236,8 +259,9 @@ struct Engine {
     return std::fabs(args.scale) * std::sqrt(largest_q) * std::sqrt(largest_k);
   }
 
-  // T panels of a group of blocks.
+  // T panels of a group of blocks; null when none are needed.
   const Elem* group_t(const Side<M>& side, int64_t index, GroupPanels<M>& own, const PackBuffer<M>& buffer) const {
+    if (!with_t) return nullptr;
     const int64_t first = index * group * block;
     if (side.t != nullptr) return side.t + first * depth;
     if (own.group != index) {

@@ -32,16 +32,25 @@ struct Pass {
   T* dq = nullptr;     // [n_pad][stride]
   T* dk = nullptr;     // [m_pad][stride]; dq in self mode
   int64_t stride = 0;
+  const T* tiles = nullptr;  // logits that forward kept, see Engine::kept_at
 };
 
 template <class M, Mode kMode, bool kCols, bool kMasked>
 inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, const ElemOf<M>* b, int64_t i, int64_t j,
-                                    AccOfMath<M>* g, AccOfMath<M> g_share) {
+                                    AccOfMath<M>* g, AccOfMath<M> g_share, const AccOfMath<M>* kept) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
   const Engine<M>& e = pass.e;
   Vec<T> t[MR][NV];
-  dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
+  if (kept != nullptr) {
+    unroll<MR>([&](auto r) SSLK_INLINE {
+      unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = load<T>(kept + r * e.block + v * L); });
+    });
+  } else {
+    dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
+    unroll<MR>([&](auto r)
+                   SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = t[r][v] * e.unit + e.offset; }); });
+  }
 
   Vec<T> col_factor[NV], col_lse[NV];
   IVec<T> id[NV], valid[NV];
@@ -57,7 +66,7 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
     const T row_factor = pass.row.factor[i + r];
     Vec<T> total = {};
     unroll<NV>([&](auto v) SSLK_INLINE {
-      const Vec<T> x = t[r][v] * e.unit + e.offset;
+      const Vec<T> x = t[r][v];
       Vec<T> w;
       if constexpr (kMode == Mode::kOnline) {
         w = exp2_v(x - pass.row.lse[i + r]) * row_factor;
@@ -94,19 +103,21 @@ void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* 
   const int64_t i0 = bi * e.block, i1 = min64(e.q.n, i0 + e.block);
   const int64_t j0 = bj * e.block, j1 = min64(e.k.n, j0 + e.block);
   const bool exclude = e.may_exclude(bi, bj);
+  const T* const tiles = pass.tiles == nullptr ? nullptr : pass.tiles + e.kept_at(bi, bj);
   for (int64_t j = j0; j < j1; j += NR) {
-    const ElemOf<M>* b = t_k + (j - j0) * e.depth;
+    const ElemOf<M>* b = tiles != nullptr ? nullptr : t_k + (j - j0) * e.depth;
     const bool ragged = j + NR > e.k.n;
     for (int64_t i = i0; i < i1; i += MR) {
-      const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
+      const ElemOf<M>* a = tiles != nullptr ? nullptr : t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
+      const T* const kept = tiles == nullptr ? nullptr : tiles + (i - i0) * e.block + (j - j0);
       T* to = g + (i - i0) * Tile<M>::kLdG + (j - j0);
       if constexpr (kUnmasked<T, kMode>) {
         if (!exclude && !ragged && i + MR <= e.q.n) {
-          weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_share);
+          weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_share, kept);
           continue;
         }
       }
-      weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_share);
+      weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_share, kept);
     }
   }
 }
@@ -152,7 +163,8 @@ void group_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t gi, int64_t gj
     const int64_t ni = min64(e.q.n - bi * e.block, e.block);
     for (int64_t bj = diagonal ? bi : bj0; bj < bj1; ++bj) {
       const int64_t nj = min64(e.k.n - bj * e.block, e.block);
-      weight_block<M, kMode, kCols>(pass, bi, bj, t_q + (bi - bi0) * t_size, t_k + (bj - bj0) * t_size, s.g);
+      weight_block<M, kMode, kCols>(pass, bi, bj, t_q == nullptr ? nullptr : t_q + (bi - bi0) * t_size,
+                                    t_k == nullptr ? nullptr : t_k + (bj - bj0) * t_size, s.g);
       encode_g(s, round_up(ni, MR), round_up(nj, NR));
       if (want_q) {
         gemm_block<M, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG,
@@ -241,6 +253,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
     swapped.inv_q = args.inv_k, swapped.inv_k = args.inv_q;
     swapped.ids_q = args.ids_k, swapped.ids_k = args.ids_q;
     out.row = b.col, out.col = b.row, out.drow = b.dcol, out.dcol = b.drow;
+    out.tiles = nullptr;  // they lie the other way round
     out.dq = b.dk, out.dk = nullptr, out.capacity_q = b.capacity_k, out.capacity_k = 0;
     return backward<M>(swapped, out);
   }
@@ -250,6 +263,12 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   const bool cols = args.self || b.dcol != nullptr;
   const bool rows_only_cols = b.drow == nullptr;  // only the column term: rows weigh nothing
   const bool softplus = args.kind == Kind::softplus;
+
+  const T* tiles = static_cast<const T*>(b.tiles);
+  if (tiles != nullptr && tiles[0] == T(e.block)) {  // else another instruction set kept them
+    pass.tiles = tiles;
+    e.with_t = false;
+  }
 
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;

@@ -27,6 +27,7 @@ template <class M>
 struct Pass {
   const Engine<M>& e;
   State<AccOfMath<M>> row, col;
+  AccOfMath<M>* tiles = nullptr;  // logits kept for backward, see Engine::kept_at
 };
 
 // Columns of one panel while it travels down the rows of a block.
@@ -40,7 +41,7 @@ struct PanelColumns {
 
 template <class M, Mode kMode, bool kCols, bool kMasked>
 inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& columns, const ElemOf<M>* a,
-                                    const ElemOf<M>* b, int64_t i, bool col_rank) {
+                                    const ElemOf<M>* b, int64_t i, bool col_rank, AccOfMath<M>* keep_at) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
   const Engine<M>& e = pass.e;
@@ -48,9 +49,15 @@ inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& column
   dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
 
   IVec<T> mask[MR][NV];
+  unroll<MR>([&](auto r)
+                 SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = t[r][v] * e.unit + e.offset; }); });
+  if (keep_at != nullptr) {
+    unroll<MR>([&](auto r) SSLK_INLINE {
+      unroll<NV>([&](auto v) SSLK_INLINE { store<T>(keep_at + r * e.block + v * L, t[r][v]); });
+    });
+  }
   unroll<MR>([&](auto r) SSLK_INLINE {
     unroll<NV>([&](auto v) SSLK_INLINE {
-      t[r][v] = t[r][v] * e.unit + e.offset;
       if constexpr (kMasked) {
         mask[r][v] = (columns.id[v] != e.q.ids.id[i + r]) & columns.valid[v];
         if (i + r >= e.q.n) mask[r][v] = IVec<T>{};
@@ -157,6 +164,7 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
   const int64_t j0 = bj * e.block, j1 = min64(e.k.n, j0 + e.block);
   const bool exclude = e.may_exclude(bi, bj);
   const bool col_rank = kCols && pass.col.rank != nullptr;
+  T* const tiles = pass.tiles == nullptr ? nullptr : pass.tiles + e.kept_at(bi, bj);
   for (int64_t j = j0; j < j1; j += NR) {
     PanelColumns<M> columns;
     const ElemOf<M>* b = t_k + (j - j0) * e.depth;
@@ -172,13 +180,14 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
     const bool ragged = j + NR > e.k.n;
     for (int64_t i = i0; i < i1; i += MR) {
       const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
+      T* const keep_at = tiles == nullptr ? nullptr : tiles + (i - i0) * e.block + (j - j0);
       if constexpr (kUnmasked<T, kMode>) {
         if (!exclude && !ragged && i + MR <= e.q.n) {
-          reduce_tile<M, kMode, kCols, false>(pass, columns, a, b, i, col_rank);
+          reduce_tile<M, kMode, kCols, false>(pass, columns, a, b, i, col_rank, keep_at);
           continue;
         }
       }
-      reduce_tile<M, kMode, kCols, true>(pass, columns, a, b, i, col_rank);
+      reduce_tile<M, kMode, kCols, true>(pass, columns, a, b, i, col_rank, keep_at);
     }
     if (kCols) merge_columns<M, kMode>(pass.col, columns, j);
   }
@@ -290,7 +299,8 @@ int forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
   using T = AccOfMath<M>;
   constexpr int L = Tile<M>::L;
   Engine<M> e(args);
-  Pass<M> pass{e, {}, {}};
+  Pass<M> pass{e, {}, {}, static_cast<T*>(out.tiles)};
+  if (pass.tiles != nullptr) pass.tiles[0] = T(e.block);
   const bool cols = args.self || out.col != nullptr;
   const bool ranks = out.threshold_row != nullptr;
   const bool col_ranks = args.self ? ranks : out.threshold_col != nullptr;

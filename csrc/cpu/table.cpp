@@ -38,6 +38,7 @@ const Kernels& table() {
       peak_flops,
       contrastive_forward,
       contrastive_backward,
+      kept_tiles,
       regression_forward,
       regression_backward,
       paired_forward,

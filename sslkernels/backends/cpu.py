@@ -191,7 +191,8 @@ def contrastive_forward(
     reduction: str,
     bf16: bool,
     want_rank: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    keep_tiles: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """A whole loss; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
     if bf16 and not _C.has_bf16():
         raise RuntimeError(
@@ -207,6 +208,8 @@ def contrastive_forward(
     state = torch.empty(rows + 3 * n, dtype=acc)
     mean_key = None if bank is None else torch.empty((n, d), dtype=acc)
     rank = torch.empty(rows, dtype=torch.int64) if want_rank else None
+    size = _C.kept_tiles(LAYOUTS[layout], DTYPES[a.dtype], n, d) if keep_tiles else 0
+    tiles = torch.empty(size, dtype=acc) if size > 0 else None
     bank_rows, bank_stride = 0, d
     if bank is not None:
         bank = _unit_rows(bank)
@@ -215,9 +218,9 @@ def contrastive_forward(
         LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
         a.stride(0), b.data_ptr(), b.stride(0), _address(bank), bank_rows, bank_stride,
         scale.data_ptr(), _address(ids_q), _address(ids_k), bf16, torch.get_num_threads(),
-        state.data_ptr(), _address(mean_key), loss.data_ptr(), _address(rank),
+        state.data_ptr(), _address(mean_key), _address(tiles), loss.data_ptr(), _address(rank),
     )  # fmt: skip
-    return loss, state, mean_key, rank
+    return loss, state, mean_key, rank, tiles
 
 
 def contrastive_backward(
@@ -232,6 +235,7 @@ def contrastive_backward(
     bf16: bool,
     state: Tensor,
     mean_key: Tensor | None,
+    tiles: Tensor | None,
     dloss: Tensor,
     want_da: bool,
     want_db: bool,
@@ -247,7 +251,7 @@ def contrastive_backward(
         LAYOUTS[layout], REDUCTIONS[reduction], DTYPES[a.dtype], normalize, d, n, a.data_ptr(),
         a.stride(0), b.data_ptr(), b.stride(0), 0, 0, d, scale.data_ptr(), _address(ids_q),
         _address(ids_k), bf16, torch.get_num_threads(), state.data_ptr(), _address(mean_key),
-        dloss.data_ptr(), stride, _address(da), _address(db), want_dscale,
+        _address(tiles), dloss.data_ptr(), stride, _address(da), _address(db), want_dscale,
     )  # fmt: skip
     return da, db, torch.scalar_tensor(dscale, dtype=state.dtype) if want_dscale else None
 

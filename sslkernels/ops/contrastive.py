@@ -75,6 +75,9 @@ class Contrastive(NamedTuple):
     state: Tensor  # [R + 3N], see State
     mean_key: Tensor | None  # [N, D] softmax-weighted mean of the bank; layout bank only
     rank: Tensor | None  # [R] int64, how many negatives are above the positive; if wanted
+    tiles: Tensor | None = (
+        None  # logits of a small batch, kept for backward; the backend's own layout
+    )
 
 
 def softmax_rows(layout: str, n: int) -> int:
@@ -248,12 +251,13 @@ def _normalize_backward(x_hat: Tensor, inv: Tensor, g: Tensor) -> Tensor:
 def _compute(
     layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
     ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool, want_rank: bool,
+    keep_tiles: bool = False,
 ) -> Contrastive:  # fmt: skip
     backend = registry.resolve(a.device)
     args = (layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, want_rank)
     fused = getattr(backend, "contrastive_forward", None)
     if fused is not None:
-        return Contrastive(*fused(*args))
+        return Contrastive(*fused(*args, keep_tiles))
     with no_autocast(a.device):
         return _composed_forward(backend, *args)
 
@@ -261,18 +265,16 @@ def _compute(
 def _compute_backward(
     layout: str, a: Tensor, b: Tensor, scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None,
     normalize: bool, reduction: str, bf16: bool, state: Tensor, mean_key: Tensor | None,
-    dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
+    dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool, tiles: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     backend = registry.resolve(a.device)
-    args = (
-        layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, state, mean_key, dloss,
-        want_da, want_db, want_dscale,
-    )  # fmt: skip
+    args = (layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, state, mean_key)
+    wanted = (dloss, want_da, want_db, want_dscale)
     fused = getattr(backend, "contrastive_backward", None)
     if fused is not None:
-        return fused(*args)
+        return fused(*args, tiles, *wanted)
     with no_autocast(a.device):
-        return _composed_backward(backend, *args)
+        return _composed_backward(backend, *args, *wanted)
 
 
 # The registered ops return a tensor for everything: [0] where there is nothing.
@@ -331,8 +333,9 @@ class _ContrastiveFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, eager: bool, *args):  # type: ignore[no-untyped-def]
+        tiles = None
         if eager:
-            out = _compute(*args)
+            *out, tiles = _compute(*args, keep_tiles=True)
         else:
             with below_autograd():
                 out = torch.ops.sslkernels.contrastive.default(*args)
@@ -341,7 +344,7 @@ class _ContrastiveFunction(torch.autograd.Function):
         ctx.plain = (eager, layout, normalize, reduction, bf16, registry.override())
         # Of the bank nothing is kept: it may be overwritten before backward.
         ids_k = None if layout == "bank" else ids_k
-        ctx.save_for_backward(a, b, scale, ids_q, ids_k, state, mean_key)
+        ctx.save_for_backward(a, b, scale, ids_q, ids_k, state, mean_key, tiles)
         ctx.mark_non_differentiable(*(x for x in (state, mean_key, rank) if x is not None))
         ctx.set_materialize_grads(False)
         return tuple(out)
@@ -352,13 +355,13 @@ class _ContrastiveFunction(torch.autograd.Function):
         if dloss is None:
             return (None,) * 12
         eager, layout, normalize, reduction, bf16, backend = ctx.plain
-        a, b, scale, ids_q, ids_k, state, mean_key = ctx.saved_tensors
+        a, b, scale, ids_q, ids_k, state, mean_key, tiles = ctx.saved_tensors
         _, _, need_a, need_b, _, need_scale, *_ = ctx.needs_input_grad
         tail = (state, mean_key, dloss, need_a, need_b, need_scale)
         with registry.backend(backend) if backend is not None else nullcontext():
             if eager and is_plain_eager() and are_plain(dloss):
                 da, db, dscale = _compute_backward(
-                    layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, *tail
+                    layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16, *tail, tiles
                 )
             else:
                 if mean_key is None:
