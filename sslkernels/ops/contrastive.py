@@ -335,7 +335,7 @@ class _ContrastiveFunction(torch.autograd.Function):
     def forward(ctx: Any, eager: bool, *args):  # type: ignore[no-untyped-def]
         tiles = None
         if eager:
-            *out, tiles = _compute(*args, keep_tiles=True)
+            *out, tiles = _compute(*args, True)
         else:
             with below_autograd():
                 out = torch.ops.sslkernels.contrastive.default(*args)
