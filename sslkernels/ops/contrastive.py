@@ -249,9 +249,8 @@ def _normalize_backward(x_hat: Tensor, inv: Tensor, g: Tensor) -> Tensor:
 
 
 def _compute(
-    layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
+    keep_tiles: bool, layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
     ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool, want_rank: bool,
-    keep_tiles: bool = False,
 ) -> Contrastive:  # fmt: skip
     backend = registry.resolve(a.device)
     args = (layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, want_rank)
@@ -281,7 +280,7 @@ def _compute_backward(
 
 
 def _forward(*args):  # type: ignore[no-untyped-def]
-    out = _compute(*args)
+    out = _compute(False, *args)
     a = args[1]
     mean_key = a.new_empty(0, dtype=out.state.dtype) if out.mean_key is None else out.mean_key
     rank = a.new_empty(0, dtype=torch.int64) if out.rank is None else out.rank
@@ -335,7 +334,7 @@ class _ContrastiveFunction(torch.autograd.Function):
     def forward(ctx: Any, eager: bool, *args):  # type: ignore[no-untyped-def]
         tiles = None
         if eager:
-            *out, tiles = _compute(*args, True)
+            *out, tiles = _compute(True, *args)
         else:
             with below_autograd():
                 out = torch.ops.sslkernels.contrastive.default(*args)
@@ -431,5 +430,5 @@ def contrastive(
     if is_plain_eager() and are_plain(a, b, scale) and (bank is None or are_plain(bank)):
         if needs_grad(a, b, scale):
             return Contrastive(*_ContrastiveFunction.apply(True, *args))
-        return _compute(*args)
+        return _compute(False, *args)
     return Contrastive(*torch.ops.sslkernels.contrastive.default(*args))
