@@ -11,7 +11,6 @@ from helpers import SLACK, check_budget, check_loss, engine, engines, poisoned, 
 from torch import Tensor
 
 import sslkernels
-from sslkernels.ops import rows
 from sslkernels.ops.pairwise import attend, extremes, pairwise
 
 NEG_INF = float("-inf")
@@ -600,8 +599,6 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
         "attend": (ops.attend, (q, k.detach(), scale, ids_q, ids_k, row_at)),
         "extremes": (ops.extremes, (plain[0], None, plain[2], None, ids_q, None)),
         "accumulate_rows": (ops.accumulate_rows, (q, ids_q % 3, 3)),
-        "class_dots": (ops.class_dots, (q, ids_q % 3)),
-        "class_dots_backward": (ops.class_dots_backward, (q.detach(), ids_q % 3, q.detach()[:, 0])),
         "take_rows": (ops.take_rows, (q, ids_k)),
         "mined_triplets": (ops.mined_triplets, (q, ids_q % 2, 0.2, True, False)),
         "mined_triplets_backward": (
@@ -719,15 +716,3 @@ def test_attend_refuses_keys_that_require_grad() -> None:
 def test_slack_table_covers_every_dtype() -> None:
     """helpers.SLACK is what the budget of a dtype is looked up in."""
     assert set(SLACK) == set(DTYPES)
-
-
-def test_class_dots() -> None:
-    """Against the dense formula and finite differences; a class of one gives exactly 0."""
-    torch.manual_seed(0)
-    z = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    classes = torch.tensor([0, 1, 0, 2, 2, 2, 3, 1, 0])
-    same = (classes[:, None] == classes) & ~torch.eye(9, dtype=torch.bool)
-    ours = rows.class_dots(z, classes)
-    torch.testing.assert_close(ours, ((z @ z.T) * same).sum(1))
-    assert ours[6] == 0
-    assert torch.autograd.gradcheck(lambda x: rows.class_dots(x, classes), (z,))

@@ -11,19 +11,10 @@ from sslkernels._types import ContrastiveMetrics
 from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
 from sslkernels.ops import rows
 
-EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
-
 
 def unit(x: Tensor, normalize: bool) -> Tensor:
-    """Rows x / max(||x||, 1e-12), or x as it is; accumulation dtype on CPUs, that of x on GPUs.
-
-    Halves are normalised in float32: in float16 the 1e-12 would be 0 and a zero row NaN.  On GPUs they
-    are halves again afterwards, for the tensor cores.
-    """
-    if not normalize:
-        return x
-    y = F.normalize(x.to(accumulation_dtype(x.dtype)), dim=1, eps=EPS)
-    return y if x.device.type == "cpu" else y.to(x.dtype)
+    """Rows x / max(||x||, 1e-12), or x as it is; accumulation dtype on CPUs, that of x on GPUs."""
+    return rows.unit_rows(x) if normalize else x
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sslkernels.backends.chunked import accumulation_dtype
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
 from sslkernels.ops.pairwise import extremes
-from sslkernels.ops.rows import take_rows
+from sslkernels.ops.rows import two_distances
 from sslkernels.ops.triplet import mined_triplets
 
 _TRIPLET_REDUCTIONS = ("mean", "sum", "mean_nonzero")
@@ -104,12 +104,10 @@ def _hard_terms(z: Tensor, labels: Tensor, margin: float, cosine: bool) -> tuple
             square = centred.square().sum(1)
             positive, negative = extremes(centred, scale=scale, bias_k=square, ids_q=labels)
     valid = (positive >= 0) & (negative >= 0)
-    distances = []
-    for chosen in (positive, negative):
-        other = take_rows(z, chosen.clamp(min=0))
-        # The distances that count are computed again from the two rows: no cancellation.
-        distances.append(1 - common.dots(z, other) if cosine else _euclidean(z, other))
-    terms = F.relu(distances[0] - distances[1] + margin)
+    d_positive, d_negative = two_distances(
+        z, positive.clamp(min=0), negative.clamp(min=0), cosine=cosine
+    )
+    terms = F.relu(d_positive - d_negative + margin)
     return torch.where(valid, terms, 0.0), valid
 
 

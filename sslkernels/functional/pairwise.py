@@ -14,6 +14,7 @@ from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
 from sslkernels.ops import rows
 from sslkernels.ops.pairwise import pairwise
+from sslkernels.ops.positives import with_positives
 
 
 def nt_xent_multiview(
@@ -106,13 +107,11 @@ def siglip_loss(
     if logit_bias is not None:
         bias = checks.scalar(op, "logit_bias", logit_bias, image_features)
     x, y = common.unit(image_features, normalize), common.unit(text_features, normalize)
-    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.  They come
-    # first: autograd then starts with the tiles, whose scratch is gone before other gradients exist.
-    positive = common.dots(x, y) * scale
+    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.
+    negatives, cosine = with_positives("softplus", x, y, scale=scale, bias=bias)
+    positive = cosine * scale
     if bias is not None:
         positive = positive + bias
-    ids = torch.arange(len(x), device=x.device)
-    negatives = pairwise("softplus", x, y, scale=scale, bias=bias, ids_q=ids, ids_k=ids).row
     return common.reduce(common.softplus(-positive) + negatives, reduction)
 
 
@@ -164,9 +163,8 @@ def sup_con_loss(
     classes = rows.segments(labels)
     ones = torch.ones((n, 1), dtype=scale.dtype, device=z.device)
     counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
-    positive = rows.class_dots(z, classes) * scale / counts.clamp(min=1)
-    # After the positives: autograd then starts with the tiles, when little else is alive.
-    lse = pairwise("lse", z, scale=scale, ids_q=torch.arange(n, device=z.device)).row
+    lse, positive = with_positives("lse", z, scale=scale, classes=classes)
+    positive = positive * scale / counts.clamp(min=1)
     loss = torch.where(counts > 0, lse - positive, 0.0)
     if reduction == "mean":
         used = common.reduce((counts > 0).to(lse.dtype), "sum")

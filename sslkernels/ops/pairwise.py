@@ -32,6 +32,7 @@ from sslkernels.ops._library import (
     no_autocast,
     once_differentiable,
 )
+from sslkernels.ops.rows import dots
 
 # exp(TINY * <q, k>) is 1 for any representable dot product that is not itself near 1e13; TINY *
 # TINY and the products with gradients stay far from float32's smallest normal number, 1e-38.
@@ -80,7 +81,7 @@ def _pairwise(
         )
 
 
-def _pairwise_backward(
+def tile_gradients(
     kind: Kind,
     q: Tensor,
     k: Tensor | None,
@@ -96,6 +97,10 @@ def _pairwise_backward(
     want_dk: bool,
     want_dscale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, scale and bias in the accumulation dtype; [0] or 0 where not wanted.
+
+    Those of q and k belong to the caller, who may go on adding to them.
+    """
     if want_dscale:
         scale = torch.where(scale == 0, torch.full_like(scale, TINY), scale)
     with no_autocast(q.device):
@@ -117,11 +122,15 @@ def _pairwise_backward(
     dscale = torch.zeros_like(scale)
     if want_dscale:
         operand, gradient = (q, dq) if k is None or want_dq or not want_dk else (k, dk)
-        dscale = fixed_sum((operand.to(gradient.dtype) * gradient).sum(1)) / scale
+        dscale = fixed_sum(dots(operand, gradient)) / scale
         if k is None:
             dscale = dscale / 2
-    dq = dq.to(q.dtype) if want_dq else torch.empty_like(dq[:0], dtype=q.dtype)
-    return dq, dk.to(q.dtype), dscale, dbias
+    return (dq if want_dq else dq.new_empty(0)), dk, dscale, dbias
+
+
+def _pairwise_backward(kind: Kind, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dscale, dbias = tile_gradients(kind, q, *args)
+    return dq.to(q.dtype), dk.to(q.dtype), dscale, dbias
 
 
 def _attend(

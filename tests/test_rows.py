@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops on rows, and tiles with positives: against torch's own ops in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import check_loss, engine, engines, threads
+from torch import Tensor
+
+from sslkernels.ops import rows
+from sslkernels.ops.positives import with_positives
+
+CLASSES = torch.tensor([0, 1, 0, 2, 2, 2, 3, 1, 0])
+
+
+@pytest.fixture(params=engines())
+def on_engine(request):
+    """Run the test on each backend and instruction set."""
+    with engine(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[False, True], ids=["one chunk", "many chunks"])
+def chunked_rows(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of a few rows in one chunk, and in chunks of one to three rows."""
+    if request.param:
+        monkeypatch.setattr(rows, "CPU_CHUNK", 16)
+
+
+def matrix(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------- unit rows
+
+
+@pytest.mark.usefixtures("chunked_rows")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_unit_rows(dtype: torch.dtype) -> None:
+    """As torch's normalize in float32; rows of zeros and below eps; rows with a stride."""
+    x = matrix(7, 5)
+    if dtype != torch.float16:  # its range is smaller than the gradient of such rows
+        x[2], x[3], x[4] = 0, 1e15 * x[3], 1e-20 * x[4]
+    wide = torch.zeros(7, 11, dtype=dtype)
+    wide[:, ::2][:, :5] = x.to(dtype)
+    weight = matrix(7, 5, 1)
+    check_loss(
+        lambda z: (rows.unit_rows(z) * weight).sum(1),
+        lambda z: (F.normalize(z if z.dtype == torch.float64 else z.float()) * weight).sum(1),
+        [wide[:, ::2][:, :5]],
+    )
+
+
+def test_unit_rows_of_nan() -> None:
+    """A NaN stays in its row, in both directions."""
+    x = matrix(3, 4)
+    x[1, 2] = torch.nan
+    y = rows.unit_rows(x.requires_grad_())
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for result in (y, dx):
+        assert result.isnan().any(1).tolist() == [False, True, False]
+
+
+# --------------------------------------------------------------------------------- two distances
+
+
+def distances(z: Tensor, first: Tensor, second: Tensor, cosine: bool) -> Tensor:
+    """[2, N] with plain indexing."""
+    wide = z if z.dtype == torch.float64 else z.float()
+    if cosine:
+        return torch.stack([1 - (wide * wide[index]).sum(1) for index in (first, second)])
+    return torch.stack([(wide - wide[index]).norm(dim=1) for index in (first, second)])
+
+
+@pytest.mark.usefixtures("chunked_rows")
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_two_distances(dtype: torch.dtype, cosine: bool) -> None:
+    """Rows that are chosen often, never, by themselves (distance 0), and equal rows."""
+    z = matrix(9, 6)
+    z[7] = z[1]
+    first, second = torch.tensor([3, 7, 3, 3, 4, 0, 3, 1, 8]), torch.arange(9).flip(0)
+    weight = matrix(2, 9, 1)
+    check_loss(
+        lambda x: (torch.stack(rows.two_distances(x, first, second, cosine=cosine)) * weight).sum(),
+        lambda x: (distances(x, first, second, cosine) * weight).sum(),
+        [z.to(dtype)],
+    )
+
+
+def test_two_distances_of_equal_rows_have_gradient_0() -> None:
+    z = torch.ones(3, 4, requires_grad=True)
+    d, _ = rows.two_distances(z, torch.tensor([1, 2, 0]), torch.arange(3), cosine=False)
+    (dz,) = torch.autograd.grad(d.sum(), z)
+    assert d.tolist() == [0, 0, 0] and not dz.any()
+
+
+# -------------------------------------------------------------------------- tiles with positives
+
+
+def dense(
+    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, classes: Tensor
+) -> list[Tensor]:
+    """[row, positive] from the whole matrix."""
+    wide = q if q.dtype == torch.float64 else q.float()
+    keys = wide if k is None else k.to(wide.dtype)
+    dot = wide @ keys.T
+    own = torch.eye(len(q), dtype=torch.bool)
+    s = dot * scale + (0 if bias is None else bias)
+    if kind == "lse":
+        row = s.masked_fill(own, -torch.inf).logsumexp(1)
+    else:
+        row = F.softplus(s, threshold=40.0).masked_fill(own, 0).sum(1)
+    same = (classes[:, None] == classes) & ~own
+    return [row, dot.diagonal() if k is not None else (dot * same).sum(1)]
+
+
+@pytest.mark.usefixtures("chunked_rows")
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+@pytest.mark.parametrize("mode", ["cross", "self"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_with_positives(on_engine: str, dtype: torch.dtype, mode: str, kind: str) -> None:
+    """Both outputs with weights of their own; gradients of everything, the scale and bias too."""
+    n, d = len(CLASSES), 6
+    weight = matrix(2, n, 5)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = [matrix(n, d).to(dtype), torch.full((), 1.5, dtype=acc)]
+    if mode == "cross":
+        inputs.insert(1, matrix(n, d, 2).to(dtype))
+    if kind == "softplus":
+        inputs.append(torch.full((), -0.5, dtype=acc))
+
+    def loss(function: Callable) -> Callable:
+        def run(q: Tensor, *rest: Tensor) -> Tensor:
+            k = rest[0] if mode == "cross" else None
+            scale, *bias = rest[1:] if mode == "cross" else rest
+            out = function(q, k, scale, bias[0] if bias else None)
+            return (torch.stack(list(out)) * weight).sum()
+
+        return run
+
+    def ours(q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None):
+        classes = CLASSES if k is None else None
+        return with_positives(kind, q, k, scale=scale, bias=bias, classes=classes)
+
+    check_loss(
+        loss(ours),
+        loss(lambda q, k, scale, bias: dense(kind, q, k, scale, bias, CLASSES)),
+        inputs,
+        name=f"{on_engine} {mode} {kind}",
+    )
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_with_positives_one_input_alone(wanted: tuple[int, ...]) -> None:
+    """The gradient of each input does not depend on who else wants one."""
+    values = [matrix(9, 6), matrix(9, 6, 1), torch.tensor(2.0)]
+
+    def gradients(who: tuple[int, ...]) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_(i in who) for i, x in enumerate(values)]
+        out = with_positives("softplus", inputs[0], inputs[1], scale=inputs[2])
+        return list(torch.autograd.grad(sum(x.sum() for x in out), [inputs[i] for i in who]))
+
+    everything = gradients((0, 1, 2))
+    for i, got in zip(wanted, gradients(wanted), strict=True):
+        torch.testing.assert_close(got, everything[i], rtol=1e-6, atol=1e-6)
+
+
+def test_positive_of_a_class_of_one_is_0() -> None:
+    """Exactly, and so is its gradient: what rounding leaves would be a positive that is none."""
+    z = matrix(9, 6).requires_grad_()
+    positive = with_positives("lse", z, scale=torch.tensor(1.0), classes=CLASSES).positive
+    assert positive[6] == 0
+    assert not torch.autograd.grad(positive.sum(), z)[0][6].any()
+
+
+def test_self_mode_without_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="with_positives: self mode .* needs classes, got None"):
+        with_positives("lse", matrix(3, 2), scale=torch.tensor(1.0))
+
+
+# ---------------------------------------------------------------------------------- the torch ops
+
+
+def op_inputs() -> dict[str, tuple[Callable, tuple]]:
+    """Arguments of each op that reach every branch of its schema."""
+    ops = torch.ops.sslkernels
+    z, k = (matrix(9, 5, s).double().requires_grad_() for s in (0, 1))
+    scale, bias = (torch.full((), v).double().requires_grad_() for v in (2.0, 0.3))
+    ids, first, v = torch.arange(9), CLASSES, matrix(9, 1).double()[:, 0]
+    plain = [x.detach() for x in (z, k, scale, bias)]
+    return {
+        "accumulate_rows": (ops.accumulate_rows, (z, CLASSES, 4)),
+        "take_rows": (ops.take_rows, (z, CLASSES)),
+        "unit_rows": (ops.unit_rows, (z,)),
+        "unit_rows half": (ops.unit_rows, (plain[0].half().requires_grad_(),)),
+        "unit_rows_backward": (ops.unit_rows_backward, (plain[0], v.abs(), plain[1])),
+        "two_distances": (ops.two_distances, (z, first, ids, False)),
+        "two_distances cosine": (ops.two_distances, (z, first, ids, True)),
+        "two_distances_backward": (
+            ops.two_distances_backward,
+            (plain[0], first, ids, False, v.abs(), v.abs(), v, None),
+        ),
+        "with_positives": (ops.with_positives, ("softplus", z, k, scale, bias, ids, None)),
+        "with_positives self": (ops.with_positives, ("lse", z, None, scale, None, ids, CLASSES)),
+        "with_positives_backward": (
+            ops.with_positives_backward,
+            ("softplus", *plain, ids, None, v, v, v, True, False, True),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_inputs()))
+def test_opcheck(name: str) -> None:
+    """Schema, fake, autograd registration and AOT dispatch, with dynamic shapes."""
+    op, arguments = op_inputs()[name]
+    torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.usefixtures("chunked_rows")
+def test_gradcheck() -> None:
+    z, k = (matrix(9, 3, s).double().requires_grad_() for s in (0, 1))
+    scale, bias = (torch.full((), v).double().requires_grad_() for v in (1.5, 0.3))
+    check = torch.autograd.gradcheck
+    first, second = CLASSES, torch.arange(9).roll(1)
+    assert check(rows.unit_rows, (z,))
+    assert torch.autograd.gradgradcheck(rows.unit_rows, (z,))
+    assert check(lambda z: rows.two_distances(z, first, second, cosine=True), (z,))
+    far = torch.arange(9).roll(2)
+    assert check(lambda z: rows.two_distances(z, far, second, cosine=False), (z,))
+    assert check(
+        lambda q, k, s, b: with_positives("softplus", q, k, scale=s, bias=b), (z, k, scale, bias)
+    )
+    assert check(lambda q, s: with_positives("lse", q, scale=s, classes=CLASSES), (z, scale))
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("two_distances", lambda z: rows.two_distances(z, CLASSES, CLASSES, cosine=True)[0]),
+        (
+            "with_positives",
+            lambda z: with_positives("lse", z, scale=torch.tensor(1.0), classes=CLASSES).row,
+        ),
+    ],
+)
+def test_second_derivative_raises(name: str, function: Callable) -> None:
+    z = matrix(9, 4).requires_grad_()
+    (first,) = torch.autograd.grad(function(z).square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"sslkernels::{name}: second derivatives"):
+        first.sum().backward()
+
+
+def test_one_output_used() -> None:
+    """The other's gradient is absent, not an error and not garbage."""
+    z, k = matrix(9, 4), matrix(9, 4, 1)
+    for i in range(2):
+        leaf = z.clone().requires_grad_()
+        pick = rows.two_distances(leaf, CLASSES, CLASSES.flip(0), cosine=True)[i]
+        (got,) = torch.autograd.grad(pick.sum(), leaf)
+        (want,) = torch.autograd.grad(
+            distances(leaf, CLASSES, CLASSES.flip(0), True)[i].sum(), leaf
+        )
+        torch.testing.assert_close(got, want)
+        pick = with_positives("lse", leaf, k, scale=torch.tensor(1.5))[i]
+        (got,) = torch.autograd.grad(pick.sum(), leaf)
+        true = dense("lse", leaf, k, torch.tensor(1.5), None, CLASSES)[i]
+        torch.testing.assert_close(got, torch.autograd.grad(true.sum(), leaf)[0])
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    """Several chunks and several threads' shares of each."""
+    z = matrix(2000, 150)
+    first, second = (
+        torch.randint(2000, (2000,), generator=torch.Generator().manual_seed(s)) for s in range(2)
+    )
+
+    def run() -> list[Tensor]:
+        leaf = z.clone().requires_grad_()
+        unit = rows.unit_rows(leaf)
+        out = [
+            *rows.two_distances(unit, first, second, cosine=False),
+            *with_positives("lse", unit, scale=torch.tensor(2.0), classes=first),
+        ]
+        return [*out, *torch.autograd.grad(sum(x.sum() for x in out), leaf)]
+
+    with threads(1):
+        one = run()
+    with threads(2):
+        assert all(torch.equal(a, b) for a, b in zip(run(), one, strict=True))
