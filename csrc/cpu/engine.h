@@ -127,9 +127,10 @@ struct Engine {
   int64_t block = kBlock;  // rows of a block: smaller for small problems, for parallelism
   int64_t group = 1;       // blocks that a thread visits together
   int threads;
-  bool resident;       // panels of all rows exist; else they are packed group by group
-  bool with_t = true;  // T panels are needed: not when the logits were kept
-  Side<M> q, k;        // k aliases q in self mode
+  bool resident;           // panels of all rows exist; else they are packed group by group
+  bool with_t = true;      // T panels are needed: not when the logits were kept
+  bool q_in_turn = false;  // each group of q meets all of k before the next: its panels need not outlive that
+  Side<M> q, k;            // k aliases q in self mode
   bool has_ids = false;
   Mode mode = Mode::kFixed;
   T unit = 0;        // t = unit * <q, k> + offset
@@ -168,19 +169,29 @@ struct Engine {
   }
   int64_t groups(const Side<M>& side) const { return ceil_div(blocks(side), group); }
 
+  // Whether the tiles read rows of q from P panels, which the gradients need anyway: T panels of q would be a
+  // copy too many.  Pairs of rows can't be read as pairs of features.
+  static bool q_from_p(bool with_p) { return with_p && M::kPack == 1; }
+
+  // Whether threads pack the T panels of q for themselves.
+  bool own_t_q(bool with_p) const { return !q_from_p(with_p) && (!resident || (q_in_turn && !args.self)); }
+
+  // How many panels of a group each thread has memory for.
+  int64_t own_panels(bool with_p) const { return own_t_q(with_p) + (resident ? 0 : 1 + 2 * with_p); }
+
   // Reserves ids, panels and the scratch of the threads.
   void plan(Workspace& w, ThreadScratch<M>** scratch, T** buffers, Elem** panels, bool with_p) {
     plan_ids(w, q);
     if (!args.self || !has_ids) plan_ids(w, k);
-    if (resident) plan_panels(w, q, with_p);
-    if (resident && !args.self) plan_panels(w, k, with_p);
+    if (resident) plan_panels(w, q, with_t && (args.self || !(q_from_p(with_p) || own_t_q(with_p))), with_p);
+    if (resident && !args.self) plan_panels(w, k, with_t, with_p);
     w.plan(scratch, threads);
     w.plan(buffers, PackBuffer<M>::size(d) * threads);
-    if (!resident) w.plan(panels, group_elements() * (with_p ? 4 : 2) * threads);
+    if (own_panels(with_p) > 0) w.plan(panels, group_elements() * own_panels(with_p) * threads);
   }
 
-  void plan_panels(Workspace& w, Side<M>& side, bool with_p) {
-    if (with_t) w.plan(&side.t, side.n_pad * depth);
+  void plan_panels(Workspace& w, Side<M>& side, bool t_too, bool with_p) {
+    if (t_too) w.plan(&side.t, side.n_pad * depth);
     if (with_p) w.plan(&side.p, side.n_pad / M::kPack * d_pad);
   }
 
@@ -198,13 +209,16 @@ struct Engine {
     for (int t = 0; t < threads; ++t) {
       ThreadScratch<M>& s = *new (scratch + t) ThreadScratch<M>();
       s.buffer = PackBuffer<M>(buffers + t * PackBuffer<M>::size(d), d);
+      Elem* at = panels + t * group_elements() * own_panels(with_p);
+      const auto take = [&] {
+        Elem* here = at;
+        at += group_elements();
+        return here;
+      };
+      if (own_t_q(with_p)) s.t_q.memory = take();
       if (resident) continue;
-      Elem* at = panels + t * group_elements() * (with_p ? 4 : 2);
-      s.t_q.memory = at;
-      s.t_k.memory = at + group_elements();
-      if (!with_p) continue;
-      s.p_q.memory = at + 2 * group_elements();
-      s.p_k.memory = at + 3 * group_elements();
+      s.t_k.memory = take();
+      if (with_p) s.p_q.memory = take(), s.p_k.memory = take();
     }
     fill_all_ids();
   }

@@ -90,6 +90,7 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
   using T = AccOfMath<M>;
   constexpr int L = Tile<M>::L;
   Engine<M> e(args);
+  e.q_in_turn = true;
   Pass<M> pass{e, nullptr, {}, {}};
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;

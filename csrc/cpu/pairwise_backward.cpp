@@ -28,16 +28,27 @@ struct Pass {
   using T = AccOfMath<M>;
   const Engine<M>& e;
   Weight<T> row, col;
-  T* g_sum = nullptr;  // [n_pad][L], softplus only: sums of G for the bias
-  T* dq = nullptr;     // [n_pad][stride]
-  T* dk = nullptr;     // [m_pad][stride]; dq in self mode
+  double* g_sum = nullptr;  // [blocks of q], softplus only: sums of G for the bias
+  T* dq = nullptr;          // [n_pad][stride]
+  T* dk = nullptr;          // [m_pad][stride]; dq in self mode
   int64_t stride = 0;
   const T* tiles = nullptr;  // logits that forward kept, see Engine::kept_at
 };
 
+// The rows of q that a tile reads: of P panels, or of T panels where those hold something else.
+template <class M>
+inline const ElemOf<M>* tile_rows(const Engine<M>& e, const ElemOf<M>* block, int64_t i) {
+  constexpr int NR = Tile<M>::NR;
+  if constexpr (M::kPack == 1) {
+    return block + i * NR;
+  } else {
+    return block + i / NR * NR * e.depth + i % NR;
+  }
+}
+
 template <class M, Mode kMode, bool kCols, bool kMasked>
 inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, const ElemOf<M>* b, int64_t i, int64_t j,
-                                    AccOfMath<M>* g, AccOfMath<M> g_share, const AccOfMath<M>* kept) {
+                                    AccOfMath<M>* g, Vec<AccOfMath<M>>& g_sum, const AccOfMath<M>* kept) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
   const Engine<M>& e = pass.e;
@@ -47,7 +58,11 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
       unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = load<T>(kept + r * e.block + v * L); });
     });
   } else {
-    dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
+    if constexpr (M::kPack == 1) {
+      dot_tile_of_p<M, NV>(a, e.block, b, e.depth, t);
+    } else {
+      dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
+    }
     unroll<MR>([&](auto r)
                    SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = t[r][v] * e.unit + e.offset; }); });
   }
@@ -64,7 +79,6 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
   });
   unroll<MR>([&](auto r) SSLK_INLINE {
     const T row_factor = pass.row.factor[i + r];
-    Vec<T> total = {};
     unroll<NV>([&](auto v) SSLK_INLINE {
       const Vec<T> x = t[r][v];
       Vec<T> w;
@@ -82,22 +96,17 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
         w = keep<T>(w, mask);
       }
       store<T>(g + r * Tile<M>::kLdG + v * L, w);
-      if constexpr (kMode == Mode::kSoftplus) total += w;
+      if constexpr (kMode == Mode::kSoftplus) g_sum += w;
     });
-    if constexpr (kMode == Mode::kSoftplus) {
-      T* at = pass.g_sum + (i + r) * L;
-      store<T>(at, load<T>(at) + total * g_share);
-    }
   });
 }
 
-// G of the block pair (bi, bj), rows padded to MR and columns to NR with zeros.
+// G of the block pair (bi, bj), rows padded to MR and columns to NR with zeros.  `q`: see tile_rows.
 template <class M, Mode kMode, bool kCols>
-void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t_q, const ElemOf<M>* t_k,
+void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* q, const ElemOf<M>* t_k,
                   AccOfMath<M>* g) {
   using T = AccOfMath<M>;
-  // A diagonal block of self mode holds (i, j) and (j, i), each with both terms: count it half.
-  const T g_share = pass.e.args.self && bi == bj ? T(0.5) : T(1);
+  Vec<T> g_sum = {};
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR;
   const Engine<M>& e = pass.e;
   const int64_t i0 = bi * e.block, i1 = min64(e.q.n, i0 + e.block);
@@ -108,17 +117,21 @@ void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* 
     const ElemOf<M>* b = tiles != nullptr ? nullptr : t_k + (j - j0) * e.depth;
     const bool ragged = j + NR > e.k.n;
     for (int64_t i = i0; i < i1; i += MR) {
-      const ElemOf<M>* a = tiles != nullptr ? nullptr : t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
+      const ElemOf<M>* a = tiles != nullptr ? nullptr : tile_rows<M>(e, q, i - i0);
       const T* const kept = tiles == nullptr ? nullptr : tiles + (i - i0) * e.block + (j - j0);
       T* to = g + (i - i0) * Tile<M>::kLdG + (j - j0);
       if constexpr (kUnmasked<T, kMode>) {
         if (!exclude && !ragged && i + MR <= e.q.n) {
-          weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_share, kept);
+          weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_sum, kept);
           continue;
         }
       }
-      weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_share, kept);
+      weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_sum, kept);
     }
+  }
+  if constexpr (kMode == Mode::kSoftplus) {
+    // A diagonal block of self mode holds (i, j) and (j, i), each with both terms: count it half.
+    pass.g_sum[bi] += double(sum_lanes<T>(g_sum)) * (e.args.self && bi == bj ? 0.5 : 1.0);
   }
 }
 
@@ -154,17 +167,19 @@ void group_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t gi, int64_t gj
   const Engine<M>& e = pass.e;
   const int64_t bi0 = gi * e.group, bi1 = min64(e.blocks(e.q), bi0 + e.group);
   const int64_t bj0 = gj * e.group, bj1 = min64(e.blocks(e.k), bj0 + e.group);
-  const ElemOf<M>* t_q = e.group_t(e.q, gi, s.t_q, s.buffer);
-  const ElemOf<M>* t_k = diagonal ? t_q : e.group_t(e.k, gj, s.t_k, s.buffer);
-  const ElemOf<M>* p_q = want_k || diagonal ? e.group_p(e.q, gi, s.p_q, s.buffer) : nullptr;
+  const bool q_from_p = e.q_from_p(true);
+  const ElemOf<M>* t_q = q_from_p ? nullptr : e.group_t(e.q, gi, s.t_q, s.buffer);
+  const ElemOf<M>* t_k = diagonal && !q_from_p ? t_q : e.group_t(e.k, gj, s.t_k, s.buffer);
+  const ElemOf<M>* p_q = q_from_p || want_k || diagonal ? e.group_p(e.q, gi, s.p_q, s.buffer) : nullptr;
   const ElemOf<M>* p_k = diagonal ? p_q : (want_q ? e.group_p(e.k, gj, s.p_k, s.buffer) : nullptr);
   const int64_t t_size = e.block * e.depth, p_rows = e.block / M::kPack, p_size = p_rows * e.d_pad;
   for (int64_t bi = bi0; bi < bi1; ++bi) {
     const int64_t ni = min64(e.q.n - bi * e.block, e.block);
     for (int64_t bj = diagonal ? bi : bj0; bj < bj1; ++bj) {
       const int64_t nj = min64(e.k.n - bj * e.block, e.block);
-      weight_block<M, kMode, kCols>(pass, bi, bj, t_q == nullptr ? nullptr : t_q + (bi - bi0) * t_size,
-                                    t_k == nullptr ? nullptr : t_k + (bj - bj0) * t_size, s.g);
+      // Without T panels the logits were kept, and nothing of q and k is read.
+      const ElemOf<M>* q = q_from_p ? p_q + (bi - bi0) * p_size : t_q == nullptr ? nullptr : t_q + (bi - bi0) * t_size;
+      weight_block<M, kMode, kCols>(pass, bi, bj, q, t_k == nullptr ? nullptr : t_k + (bj - bj0) * t_size, s.g);
       encode_g(s, round_up(ni, MR), round_up(nj, NR));
       if (want_q) {
         gemm_block<M, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG,
@@ -245,7 +260,7 @@ struct Output {
 template <class M>
 int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   using T = AccOfMath<M>;
-  constexpr int L = Tile<M>::L, kBlock = Tile<M>::kBlock, kLdG = Tile<M>::kLdG;
+  constexpr int kBlock = Tile<M>::kBlock, kLdG = Tile<M>::kLdG;
   if (!args.self && b.dq == nullptr && b.dk != nullptr) {  // the same problem, transposed
     PairwiseArgs swapped = args;
     PairwiseBackwardArgs out = b;
@@ -285,7 +300,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
     w.plan(&pass.col.factor, e.k.n_pad);
     w.plan(&pass.col.lse, e.k.n_pad);
   }
-  if (softplus) w.plan(&pass.g_sum, e.q.n_pad * L);
+  if (softplus) w.plan(&pass.g_sum, e.blocks(e.q));
   dq.plan(w, b.dq, b, b.capacity_q, e.q.n_pad, pass.stride);
   if (!args.self) dk.plan(w, b.dk, b, b.capacity_k, e.k.n_pad, pass.stride);
   if (!w.allocate()) return -1;
@@ -319,7 +334,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   } else if (softplus) {
     std::memset(pass.col.factor, 0, size_t(e.k.n_pad) * sizeof(T));
   }
-  if (softplus) std::memset(pass.g_sum, 0, size_t(e.q.n_pad) * L * sizeof(T));
+  for (int64_t i = 0; softplus && i < e.blocks(e.q); ++i) pass.g_sum[i] = 0;
   pass.dq = dq.at;
   pass.dk = args.self ? dq.at : dk.at;
   const int64_t rows = e.q.n_pad + (dk.at != nullptr ? e.k.n_pad : 0);
@@ -340,7 +355,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   if (dk.scratch != nullptr || softplus) dk.finish(b.dk, e.k.n, args.d, b.stride, pass.stride, factor);
   if (b.dbias != nullptr) {
     double sum = 0;
-    for (int64_t i = 0; softplus && i < e.q.n * L; ++i) sum += double(pass.g_sum[i]);
+    for (int64_t i = 0; softplus && i < e.blocks(e.q); ++i) sum += pass.g_sum[i];
     *b.dbias = sum;
   }
   return 0;

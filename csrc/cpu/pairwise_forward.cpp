@@ -302,6 +302,7 @@ int forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
   Pass<M> pass{e, {}, {}, static_cast<T*>(out.tiles)};
   if (pass.tiles != nullptr) pass.tiles[0] = T(e.block);
   const bool cols = args.self || out.col != nullptr;
+  e.q_in_turn = !cols;
   const bool ranks = out.threshold_row != nullptr;
   const bool col_ranks = args.self ? ranks : out.threshold_col != nullptr;
 

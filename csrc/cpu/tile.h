@@ -98,16 +98,21 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// acc[r][v] = sum over k < depth of a[r * a_row + k * a_k] * b[k * NR + v * L ...].
+template <class M, int NV>
+inline SSLK_INLINE void clear_tile(Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+  unroll<Tile<M>::MR>([&](auto r)
+                          SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<AccOfMath<M>>{}; }); });
+}
+
+// acc[r][v] += sum over k < depth of a[r * a_row + k * a_k] * b[k * NR + v * L ...].
 // kUnitRow: the rows of A are adjacent (a packed panel or G^T), so a_row is 1 at compile time.
 template <class M, int NV, bool kUnitRow>
-inline SSLK_INLINE void dot_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
+inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
                                  const ElemOf<M>* __restrict b, int64_t depth,
                                  Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
   using E = ElemOf<M>;
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, L = Tile<M>::L;
   const int64_t row = kUnitRow ? 1 : a_row;
-  unroll<MR>([&](auto r) SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<AccOfMath<M>>{}; }); });
   for (int64_t k = 0; k < depth; ++k) {
     Vec<E> bv[NV];
     unroll<NV>([&](auto v) SSLK_INLINE { bv[v] = load<E>(b + v * L); });
@@ -117,6 +122,29 @@ inline SSLK_INLINE void dot_tile(const ElemOf<M>* __restrict a, int64_t a_row, i
     });
     a += a_k;
     b += NR;
+  }
+}
+
+// The same from nothing.
+template <class M, int NV, bool kUnitRow>
+inline SSLK_INLINE void dot_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
+                                 const ElemOf<M>* __restrict b, int64_t depth,
+                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+  clear_tile<M, NV>(acc);
+  add_dots<M, NV, kUnitRow>(a, a_row, a_k, b, depth, acc);
+}
+
+// The same, in the same order, with A in the D-panels of gemm_block: `a` is its first row in the first panel.
+template <class M, int NV>
+inline SSLK_INLINE void dot_tile_of_p(const ElemOf<M>* __restrict a, int64_t p_rows, const ElemOf<M>* __restrict b,
+                                      int64_t depth, Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+  static_assert(M::kPack == 1, "P panels hold pairs of rows, not pairs of features");
+  constexpr int NR = Tile<M>::NR;
+  clear_tile<M, NV>(acc);
+  for (int64_t k = 0; k < depth; k += NR) {
+    add_dots<M, NV, false>(a, NR, 1, b, min64(NR, depth - k), acc);
+    a += p_rows * NR;
+    b += NR * NR;
   }
 }
 
