@@ -8,6 +8,7 @@ computes is compared with the CPU backend: the same bits for EMA, the error budg
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
@@ -299,9 +300,23 @@ def test_cpu_tensors_are_refused(extension: ModuleType, monkeypatch: pytest.Monk
     assert module.available() == torch.cuda.is_available()
 
 
-def test_empty_lists_launch_nothing(cuda: ModuleType) -> None:
+def _launches(extension: ModuleType) -> int:
+    """How many kernels the emulation was told to launch so far."""
+    counter = ctypes.CDLL(extension.__file__).emulation_launches
+    counter.restype = ctypes.c_longlong
+    return int(counter())
+
+
+def test_empty_lists_launch_nothing(cuda: ModuleType, extension: ModuleType) -> None:
+    """Counted by the emulation, which counts the update that is not empty."""
+    before = _launches(extension)
     cuda.EmaPlan([], []).run(0.5)
     cuda.EmaPlan([torch.zeros(0)], [torch.zeros(0)]).run(0.5)
+    counters = torch.zeros(2, dtype=torch.int64)
+    cuda.enqueue_(torch.zeros(4, 3), counters[0], counters[1], torch.ones(0, 3), True)
+    assert _launches(extension) == before and not counters.any()
+    cuda.EmaPlan([torch.zeros(0), torch.zeros(2)], [torch.zeros(0), torch.ones(2)]).run(0.5)
+    assert _launches(extension) == before + 1
 
 
 def test_import_without_the_extension() -> None:

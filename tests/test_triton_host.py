@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
 
-from sslkernels.backends.triton import configs, gradients, launch, plan  # noqa: E402
+from sslkernels.backends.triton import configs, gradients, launch, plan, updates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 MULTIPROCESSORS = 132
@@ -41,7 +41,7 @@ def launches(
         assert not unknown, f"{kernel.__name__} has no {unknown}"
         seen.append((kernel.__name__, grid, {**dict(zip(names, args, strict=True)), **flags}))
 
-    for module in (launch, gradients, plan):
+    for module in (launch, gradients, plan, updates):
         monkeypatch.setattr(module, "launch", record)
     monkeypatch.setattr(configs, "arch_of", lambda device: request.param)
     monkeypatch.setattr(configs, "interpreting", lambda: True)
@@ -94,9 +94,11 @@ def test_nothing_is_read_on_the_host(size, dtype: torch.dtype, launches) -> None
         assert attended.rank.shape == (N,)
     picked = launch.extremes(q, k, scale, torch.empty(columns), ids_q, ids_k)
     assert picked.max_same.shape == picked.min_other.shape == (N,)
-    assert {"forward_kernel", "combine_kernel", "extremes_kernel"} <= {
-        name for name, *_ in launches
-    }
+    unit, norm = updates.normalize_rows(q)
+    dx = updates.normalize_rows_backward(torch.empty(()).expand(N, D), q, norm)
+    assert unit.shape == dx.shape == (N, D) and norm.shape == (N,)
+    wanted = {"forward_kernel", "combine_kernel", "extremes_kernel", "normalize_kernel"}
+    assert wanted | {"normalize_backward_kernel"} <= {name for name, *_ in launches}
     for name, grid, arguments in launches:
         assert all(1 <= n <= most for n, most in zip(grid, GRID_LIMITS, strict=False)), (name, grid)
         # Beyond the operands: O((N + M) D) words or 64 MiB a buffer (``plan.slot_words``), and the
@@ -117,7 +119,8 @@ def test_a_host_read_is_noticed(launches) -> None:
 
 def test_no_source_line_reads_a_tensor() -> None:
     """Nor is there a call that waits for the device in the host code's source."""
-    for module in (launch, gradients, plan):
+    rows = (updates.normalize_rows, updates.normalize_rows_backward)
+    for module in (launch, gradients, plan, *rows):
         source = inspect.getsource(module)
         for call in (".item(", ".tolist(", ".cpu(", "synchronize", ".numpy("):
             assert call not in source, f"{module.__name__}: {call}"

@@ -20,8 +20,11 @@ TESTS = Path(__file__).parent
 # Two processes at a time, of about the same length.
 GROUPS = {
     "engine": ["test_engine.py"],
-    "others": ["test_branches.py", "test_order.py", "test_updates.py", "test_losses.py"],
-}
+    "others": [
+        "test_branches.py", "test_order.py", "test_updates.py", "test_losses.py",
+        "test_normalization.py",
+    ],
+}  # fmt: skip
 LIMIT_S = 900
 
 

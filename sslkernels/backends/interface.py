@@ -140,3 +140,29 @@ class Backend(Protocol):
     ) -> Extremes:
         """Arg-max over equal ids and arg-min over different ids, per row."""
         ...
+
+
+class RowKernels(Protocol):
+    """What a backend may have beyond the primitives: Triton has it, the others leave it to torch.
+
+    Used for float32, bfloat16 and float16; a backend that has one has both.
+    """
+
+    def normalize_rows(
+        self,
+        x: Tensor,  # [N, D], any strides
+        eps: float,
+        out: Tensor | None,  # [N, D] contiguous, any floating dtype; None: a new one, dtype of x
+    ) -> tuple[Tensor, Tensor]:
+        """Return x / max(|x|, eps) in ``out`` and |x| [N] acc, accumulated in acc for halves too."""
+        ...
+
+    def normalize_rows_backward(
+        self,
+        dunit: Tensor,  # [N, D], any floating dtype and strides
+        x: Tensor,  # [N, D]
+        norm: Tensor,  # [N] acc, as returned
+        eps: float,
+    ) -> Tensor:
+        """Return dx in the dtype of x; below eps the norm is a constant: dunit / eps."""
+        ...

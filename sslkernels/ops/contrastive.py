@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
-from sslkernels.ops import registry
+from sslkernels.ops import normalization, registry
 from sslkernels.ops._library import (
     LIB,
     below_autograd,
@@ -37,8 +37,7 @@ from sslkernels.ops._library import (
     once_differentiable,
 )
 from sslkernels.ops.eager import are_plain, is_plain_eager
-
-EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
+from sslkernels.ops.normalization import UnitRows, unit_rows, unit_rows_backward
 
 _SHARED = (
     "str layout, Tensor a, Tensor b, Tensor? bank, Tensor scale, Tensor? ids_q, Tensor? ids_k, "
@@ -88,51 +87,49 @@ def softmax_rows(layout: str, n: int) -> int:
 # ------------------------------------------------------------------ composition from primitives
 
 
-def _unit(x: Tensor, inv: Tensor | None, bf16: bool) -> Tensor:
-    """Normalised rows: accumulation dtype on CPUs; on GPUs halves stay halves, for the tensor cores."""
-    y = x if inv is None else x.to(inv.dtype) * inv[:, None]
-    if bf16:
-        return y.to(torch.bfloat16)
-    return y if x.device.type == "cpu" else y.to(x.dtype)
-
-
-def _inverse_norms(x: Tensor) -> Tensor:
-    acc = x.to(accumulation_dtype(x.dtype))
-    return 1.0 / torch.linalg.vector_norm(acc, dim=1).clamp(min=EPS)
-
-
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     acc = accumulation_dtype(a.dtype)
     return (a.to(acc) * b.to(acc)).sum(1)
 
 
 class _Rows(NamedTuple):
-    """Both views as the tiles see them, and their ids."""
+    """Both views, and their ids, as the tiles see them."""
 
-    a: Tensor
-    b: Tensor
+    a: Tensor  # [N, D] tile operand
+    b: Tensor  # [N, D] tile operand
+    joint: Tensor  # [2N, D] both in one; layout joint only
+    exact_a: Tensor  # [N, D] the same without ``bf16``
+    exact_b: Tensor
+    sides: tuple[UnitRows, UnitRows] | None  # None without normalize
     ids_q: Tensor | None
     ids_k: Tensor | None
 
     @classmethod
     def make(
-        cls,
-        layout: str,
-        a: Tensor,
-        b: Tensor,
-        ids_q: Tensor | None,
-        ids_k: Tensor | None,
-        inv: Tensor | None,
-        bf16: bool,
-    ) -> _Rows:
-        n = a.shape[0]
-        a = _unit(a, None if inv is None else inv[:n], bf16)
-        b = _unit(b, None if inv is None else inv[n:], bf16)
+        cls, backend: ModuleType, layout: str, a: Tensor, b: Tensor, ids_q: Tensor | None,
+        ids_k: Tensor | None, normalize: bool, bf16: bool,
+    ) -> _Rows:  # fmt: skip
+        n, joint, sides = a.shape[0], a.new_empty(0), None
+        if normalize:
+            halves: tuple[Tensor | None, Tensor | None] = (None, None)
+            if layout == "joint":  # in one buffer from the start
+                joint = a.new_empty((2 * n, a.shape[1]), dtype=normalization.operand_dtype(a))
+                halves = (joint[:n], joint[n:])
+            sides = unit_rows(backend, a, halves[0]), unit_rows(backend, b, halves[1])
+            a, b = sides[0].unit, sides[1].unit
+        elif layout == "joint":
+            joint = torch.cat((a, b))
+        exact_a, exact_b = a, b
+        if bf16 and layout == "joint":
+            joint = joint.to(torch.bfloat16)
+            a, b = joint[:n], joint[n:]
+        elif bf16:
+            a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
         if layout != "bank":
             ids_q = torch.arange(n, device=a.device) if ids_q is None else ids_q
             ids_k = None if layout == "joint" else ids_q
             ids_q = torch.cat((ids_q, ids_q)) if layout == "joint" else ids_q
-        return cls(a, b, ids_q, ids_k)
+        return cls(a, b, joint, exact_a, exact_b, sides, ids_q, ids_k)
 
 
 def _composed_forward(
@@ -141,24 +138,23 @@ def _composed_forward(
     want_rank: bool,
 ) -> Contrastive:  # fmt: skip
     n = a.shape[0]
-    acc = accumulation_dtype(a.dtype)
-    inv = torch.cat((_inverse_norms(a), _inverse_norms(b))) if normalize else None
-    rows = _Rows.make(layout, a, b, ids_q, ids_k, inv, bf16)
-    exact = _Rows.make(layout, a, b, ids_q, ids_k, inv, False) if bf16 else rows
-    positive = _dots(exact.a, exact.b)
+    rows = _Rows.make(backend, layout, a, b, ids_q, ids_k, normalize, bf16)
+    positive = _dots(rows.exact_a, rows.exact_b)
     logit = positive * scale
     threshold = logit if want_rank else None
     mean_key = None
     if layout == "bank":
         if bank is None:
             raise ValueError("contrastive: layout 'bank' needs bank, got None")
-        keys = _unit(bank, _inverse_norms(bank) if normalize else None, bf16)
-        lse, mean_key, rank = backend.attend(
-            rows.a, keys.to(rows.a.dtype), scale, rows.ids_q, rows.ids_k, threshold
-        )
+        if normalize:
+            keys = torch.empty(bank.shape, dtype=rows.a.dtype, device=bank.device)
+            unit_rows(backend, bank, out=keys)
+        else:
+            keys = bank.to(rows.a.dtype)
+        lse, mean_key, rank = backend.attend(rows.a, keys, scale, rows.ids_q, rows.ids_k, threshold)
     elif layout == "joint":
         lse, _, rank, _ = backend.pairwise_forward(
-            "lse", torch.cat((rows.a, rows.b)), None, scale, None, rows.ids_q, None, False,
+            "lse", rows.joint, None, scale, None, rows.ids_q, None, False,
             None if threshold is None else threshold.repeat(2), None,
         )  # fmt: skip
     else:
@@ -176,8 +172,11 @@ def _composed_forward(
     loss = per_row if reduction == "none" else fixed_sum(per_row)
     if reduction == "mean":
         loss = loss / max(1, per_row.numel())
-    factors = torch.ones(2 * n, dtype=acc, device=a.device) if inv is None else inv
-    state = torch.cat((lse, positive, factors))
+    if rows.sides is None:
+        inv = torch.ones(2 * n, dtype=accumulation_dtype(a.dtype), device=a.device)
+    else:
+        inv = 1.0 / torch.cat([side.norm for side in rows.sides]).clamp(min=normalization.EPS)
+    state = torch.cat((lse, positive, inv))
     return Contrastive(loss, state, mean_key, rank if want_rank else None)
 
 
@@ -187,9 +186,8 @@ def _composed_backward(
     mean_key: Tensor | None, dloss: Tensor, want_da: bool, want_db: bool, want_dscale: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     n = a.shape[0]
-    lse, positive, inv = State.split(state, n)
-    factors = inv if normalize else None
-    rows = _Rows.make(layout, a, b, ids_q, ids_k, factors, bf16)
+    lse, positive, _ = State.split(state, n)
+    rows = _Rows.make(backend, layout, a, b, ids_q, ids_k, normalize, bf16)
     two = len(lse) > n
     logit = positive * scale
     weight = torch.sigmoid(lse - (logit.repeat(2) if two else logit))
@@ -200,15 +198,14 @@ def _composed_backward(
     if layout == "both":
         weight = weight / 2
     pair = (weight[:n] + weight[n:] if two else weight)[:, None]
-    exact = _Rows.make(layout, a, b, ids_q, ids_k, factors, False) if bf16 else rows
-    wa, wb = exact.a.to(weight.dtype), exact.b.to(weight.dtype)
+    wa, wb = rows.exact_a.to(weight.dtype), rows.exact_b.to(weight.dtype)
     if mean_key is not None:
         ga, gb = scale * weight[:, None] * mean_key, torch.zeros_like(wb)
     elif layout == "joint":
-        z = torch.cat((rows.a, rows.b))
         g = backend.pairwise_backward(
-            "lse", z, None, scale, None, rows.ids_q, None, lse, None, weight, None, True, False
-        ).dq
+            "lse", rows.joint, None, scale, None, rows.ids_q, None, lse, None, weight, None, True,
+            False,
+        ).dq  # fmt: skip
         ga, gb = g[:n], g[n:]
     else:
         row, col, drow, dcol = lse, None, weight, None
@@ -229,28 +226,24 @@ def _composed_backward(
             dscale = fixed_sum(along) / scale
     if want_db:
         db = gb - scale * pair * wa
-    if normalize:
-        da = None if da is None else _normalize_backward(wa, inv[:n], da)
-        db = None if db is None else _normalize_backward(wb, inv[n:], db)
+    da = da if want_da else None
+    if rows.sides is not None:
+        da = None if da is None else unit_rows_backward(backend, rows.sides[0], da)
+        db = None if db is None else unit_rows_backward(backend, rows.sides[1], db)
     return (
-        da.to(a.dtype) if want_da and da is not None else None,
+        None if da is None else da.to(a.dtype),
         None if db is None else db.to(b.dtype),
         dscale,
     )
-
-
-def _normalize_backward(x_hat: Tensor, inv: Tensor, g: Tensor) -> Tensor:
-    """d(x / max(|x|, eps)); below eps the norm is a constant."""
-    along = torch.where(inv < 1 / EPS, (x_hat * g).sum(1), torch.zeros_like(inv))
-    return (g - x_hat * along[:, None]) * inv[:, None]
 
 
 # ---------------------------------------------------------------------------------- kernels
 
 
 def _compute(
-    keep_tiles: bool, layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool, want_rank: bool,
+    keep_tiles: bool, layout: str, a: Tensor, b: Tensor, bank: Tensor | None, scale: Tensor,
+    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str, bf16: bool,
+    want_rank: bool,
 ) -> Contrastive:  # fmt: skip
     backend = registry.resolve(a.device)
     args = (layout, a, b, bank, scale, ids_q, ids_k, normalize, reduction, bf16, want_rank)

@@ -7,12 +7,14 @@
 Each key serves one query, so there is no matrix product to gain from: the keys are read once in forward,
 which also makes their softmax-weighted mean (all that the gradient of the query needs), and once more in
 backward only when they get a gradient of their own; otherwise they are not kept.  Differentiable once.
-The CPU backend does it in one call; elsewhere it is torch operations on blocks of queries.
+The CPU backend does it in one call; elsewhere it is torch operations on blocks of queries, around the row
+kernels of the backend where it has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from sslkernels.ops._library import (
     no_autocast,
     once_differentiable,
 )
-from sslkernels.ops.contrastive import EPS
+from sslkernels.ops.normalization import EPS, UnitRows, unit_rows, unit_rows_backward
 
 define(
     "paired(Tensor query, Tensor positive_key, Tensor negative_keys, Tensor scale, Tensor? ids_q, "
@@ -58,34 +60,38 @@ class Paired(NamedTuple):
 # ------------------------------------------------------------------------- composition in torch
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=EPS)
-
-
 class _Block(NamedTuple):
     """The negatives of a block of queries."""
 
     rows: slice
     keys: Tensor  # [rows, M, D] normalised, accumulation dtype
-    norm: Tensor | None  # [rows, M, 1]
+    units: UnitRows | None  # the same as [rows * M, D]; None without normalize
     cosine: Tensor  # [rows, M]
     excluded: Tensor  # [rows, M] bool
 
 
+def _wide_unit(backend: ModuleType, x: Tensor, acc: torch.dtype) -> UnitRows:
+    """Rows in the accumulation dtype: none of them goes to tensor cores."""
+    return unit_rows(backend, x, torch.empty(x.shape, dtype=acc, device=x.device))
+
+
 def _blocks(
-    q: Tensor, negative_keys: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool
-) -> Iterator[_Block]:
+    backend: ModuleType, q: Tensor, negative_keys: Tensor, ids_q: Tensor | None,
+    ids_k: Tensor | None, normalize: bool,
+) -> Iterator[_Block]:  # fmt: skip
     """Negatives in blocks of a few megabytes; q: the (normalised) queries."""
     n, m, d = negative_keys.shape
     for rows in row_blocks(n, m * d, 1):
-        keys = negative_keys[rows].to(q.dtype)
-        norm = _norm(keys) if normalize else None
-        keys = keys if norm is None else keys / norm
+        keys, units = negative_keys[rows], None
+        if normalize:
+            units = _wide_unit(backend, keys.flatten(0, 1), q.dtype)
+            keys = units.unit.view(keys.shape)
+        keys = keys.to(q.dtype)
         cosine = (keys @ q[rows, :, None]).squeeze(2)
         excluded = torch.zeros_like(cosine, dtype=torch.bool)
         if ids_q is not None and ids_k is not None:
             excluded = ids_q[rows, None] == ids_k[rows]
-        yield _Block(rows, keys, norm, cosine, excluded)
+        yield _Block(rows, keys, units, cosine, excluded)
 
 
 def _softmax(logits: Tensor, lse: Tensor, excluded: Tensor) -> Tensor:
@@ -94,21 +100,23 @@ def _softmax(logits: Tensor, lse: Tensor, excluded: Tensor) -> Tensor:
 
 
 def _composed_forward(
-    query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: str,
+    backend: ModuleType, query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor,
+    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str,
 ) -> Paired:  # fmt: skip
     n, d = query.shape
     acc = accumulation_dtype(query.dtype)
-    q, p = query.to(acc), positive_key.to(acc)
-    norms = q.new_ones(2 * n)
+    norms = query.new_ones(2 * n, dtype=acc)
     if normalize:
-        norms = torch.cat((_norm(q), _norm(p))).squeeze(1)
-        q, p = q / norms[:n, None], p / norms[n:, None]
+        units = [_wide_unit(backend, x, acc) for x in (query, positive_key)]
+        norms = torch.cat([side.norm for side in units]).clamp(min=EPS)
+        q, p = (side.unit for side in units)
+    else:
+        q, p = query.to(acc), positive_key.to(acc)
     positive = (q * p).sum(1)
     lse, mean_key = q.new_full((n,), NEG_INF), q.new_zeros(n, d)
     rank = torch.zeros(n, dtype=torch.int64, device=q.device)
     similarity, allowed = q.new_zeros(n), q.new_zeros(n)
-    for block in _blocks(q, negative_keys, ids_q, ids_k, normalize):
+    for block in _blocks(backend, q, negative_keys, ids_q, ids_k, normalize):
         rows, excluded = block.rows, block.excluded
         logits = (block.cosine * scale).masked_fill(excluded, NEG_INF)
         if logits.shape[1] > 0:
@@ -128,43 +136,43 @@ def _composed_forward(
 
 
 def _composed_backward(
-    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, scale: Tensor,
-    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str, lse: Tensor,
-    positive: Tensor, norms: Tensor, mean_key: Tensor, dloss: Tensor, want_query: bool,
-    want_positive: bool,
+    backend: ModuleType, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None,
+    scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str,
+    lse: Tensor, positive: Tensor, norms: Tensor, mean_key: Tensor, dloss: Tensor,
+    want_query: bool, want_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    n = query.shape[0]
-    norm_q, norm_p = norms[:n, None], norms[n:, None]
-    q, p = query.to(lse.dtype) / norm_q, positive_key.to(lse.dtype) / norm_p
+    n, acc = query.shape[0], lse.dtype
+    units_q = units_p = None
+    if normalize:
+        units_q = _wide_unit(backend, query, acc)
+        units_p = _wide_unit(backend, positive_key, acc)
+    q = query.to(acc) if units_q is None else units_q.unit
+    p = positive_key.to(acc) if units_p is None else units_p.unit
+
+    def finish(units: UnitRows | None, gradient: Tensor) -> Tensor:
+        """The gradient of what was given from that of the rows used."""
+        if units is not None:
+            gradient = unit_rows_backward(backend, units, gradient)
+        return gradient.to(query.dtype)
+
     weight = torch.sigmoid(lse - positive * scale) * dloss
     weight = (weight / max(1, n) if reduction == "mean" else weight)[:, None]
     gap = mean_key - p
     dquery, dpositive, dnegatives = (query.new_empty(0) for _ in range(3))
     if want_query:
-        dquery = _finish(q, norm_q, scale * weight * gap, normalize).to(query.dtype)
+        dquery = finish(units_q, scale * weight * gap)
     if want_positive:
-        dpositive = _finish(p, norm_p, -scale * weight * q, normalize).to(query.dtype)
+        dpositive = finish(units_p, -scale * weight * q)
     if negative_keys is not None:
         dnegatives = torch.empty_like(negative_keys, memory_format=torch.contiguous_format)
-        for block in _blocks(q, negative_keys, ids_q, ids_k, normalize):
+        for block in _blocks(backend, q, negative_keys, ids_q, ids_k, normalize):
             rows, excluded = block.rows, block.excluded
             share = weight[rows] * scale * _softmax(block.cosine * scale, lse[rows], excluded)
-            g: Tensor = q[rows, None, :]
-            if block.norm is not None:
-                along = torch.where(block.norm > EPS, block.cosine[:, :, None], 0.0)
-                g = (g - along * block.keys) / block.norm
-            g = (share[:, :, None] * g).masked_fill(excluded[:, :, None], 0.0)
-            dnegatives[rows] = g.to(query.dtype)
+            g = (share[:, :, None] * q[rows, None, :]).flatten(0, 1)
+            g = finish(block.units, g).view(block.keys.shape)
+            dnegatives[rows] = g.masked_fill(excluded[:, :, None], 0.0)
     dscale = fixed_sum(weight[:, 0] * (q * gap).sum(1))
     return dquery, dpositive, dnegatives, dscale
-
-
-def _finish(x_hat: Tensor, norm: Tensor, g: Tensor, normalize: bool) -> Tensor:
-    """d(x / max(|x|, eps)); below eps the norm is a constant."""
-    if not normalize:
-        return g
-    along = torch.where(norm > EPS, (x_hat * g).sum(1, keepdim=True), torch.zeros_like(norm))
-    return (g - x_hat * along) / norm
 
 
 # --------------------------------------------------------------------------------------- kernels
@@ -172,19 +180,21 @@ def _finish(x_hat: Tensor, norm: Tensor, g: Tensor, normalize: bool) -> Tensor:
 
 def _forward(query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction):  # type: ignore[no-untyped-def]
     args = (query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction)
-    fused = getattr(registry.resolve(query.device), "paired_forward", None)
+    backend = registry.resolve(query.device)
+    fused = getattr(backend, "paired_forward", None)
     if fused is not None:
         return fused(*args)
     with no_autocast(query.device):
-        return tuple(_composed_forward(*args))
+        return tuple(_composed_forward(backend, *args))
 
 
 def _backward(query, *args):  # type: ignore[no-untyped-def]
-    fused = getattr(registry.resolve(query.device), "paired_backward", None)
+    backend = registry.resolve(query.device)
+    fused = getattr(backend, "paired_backward", None)
     if fused is not None:
         return fused(query, *args)
     with no_autocast(query.device):
-        return _composed_backward(query, *args)
+        return _composed_backward(backend, query, *args)
 
 
 def _forward_fake(query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction):  # type: ignore[no-untyped-def]

@@ -17,7 +17,7 @@ from torch import Tensor
 from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
 from sslkernels.ops import registry
 from sslkernels.ops._library import LIB, below_autograd, define, needs_grad, once_differentiable
-from sslkernels.ops.contrastive import EPS
+from sslkernels.ops.normalization import EPS
 
 define("regression(Tensor prediction, Tensor target, str reduction) -> (Tensor loss, Tensor state)")
 define(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels.ops import normalization, registry
 from sslkernels.ops._library import (
     LIB,
     below_autograd,
@@ -23,6 +24,7 @@ from sslkernels.ops._library import (
     needs_grad,
     once_differentiable,
 )
+from sslkernels.ops.normalization import EPS
 
 define("accumulate_rows(Tensor src, Tensor index, SymInt n) -> Tensor")
 define("take_rows(Tensor src, Tensor index) -> Tensor")
@@ -34,7 +36,6 @@ define(
     "Tensor d_second, Tensor? g_first, Tensor? g_second) -> Tensor"
 )
 
-EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
 # Elements of a chunk: on CPUs temporaries stay in the cache, on GPUs launches stay few.
 CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 22
 
@@ -111,22 +112,23 @@ def add_class_dots_gradient_(dz: Tensor, z: Tensor, index: Tensor, g: Tensor) ->
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.to(accumulation_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=1).clamp(min=EPS)
-    y = wide / norm[:, None]
-    return y if x.device.type == "cpu" else y.to(x.dtype), norm
+    _, unit, norm = normalization.unit_rows(registry.resolve(x.device), x)
+    return unit, norm
 
 
 def _unit_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    acc = accumulation_dtype(x.dtype)
-    y = x.new_empty(x.shape, dtype=acc if x.device.type == "cpu" else x.dtype)
-    return y, x.new_empty((x.shape[0],), dtype=acc)
+    y = x.new_empty(x.shape, dtype=normalization.operand_dtype(x))
+    return y, x.new_empty((x.shape[0],), dtype=accumulation_dtype(x.dtype))
 
 
 def _unit_rows_backward(x: Tensor, norm: Tensor, dy: Tensor) -> Tensor:
+    kernel = normalization.row_kernel(registry.resolve(x.device), "normalize_rows_backward", x)
+    if kernel is not None:
+        by_kernel: Tensor = kernel(dy, x, norm, EPS)
+        return by_kernel
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     for c in chunks(x):
-        length = norm[c, None]
+        length = norm[c, None].clamp(min=EPS)
         y, g = x[c].to(norm.dtype) / length, dy[c].to(norm.dtype)
         along = (y * g).sum(1, keepdim=True)
         along = torch.where(length > EPS, along, 0.0)  # below eps the norm is a constant
@@ -194,6 +196,7 @@ class _UnitRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Any:
         with below_autograd():
             y, norm = torch.ops.sslkernels.unit_rows.default(x)
+        ctx.backend = registry.override()
         ctx.save_for_backward(x, norm)
         ctx.mark_non_differentiable(norm)
         ctx.set_materialize_grads(False)
@@ -205,7 +208,7 @@ class _UnitRows(torch.autograd.Function):
             return None
         x, norm = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            with below_autograd():
+            with below_autograd(), registry.backend(ctx.backend):
                 return torch.ops.sslkernels.unit_rows_backward.default(x, norm, dy)
         # With torch's own ops, for second derivatives: it is the loss that has none, or has them.
         wide, g = x.to(norm.dtype), dy.to(norm.dtype)

@@ -10,15 +10,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
 DEVICE = os.environ.get("SSLKERNELS_TEST_DEVICE", "cpu")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING or DEVICE == "cuda" else ["test_*.py"]
 if DEVICE == "cuda" and not INTERPRETING:
     collect_ignore_glob = ["test_order.py"]  # it drives the interpreter
+
+
+def _round_bfloat16_as_compiled_code_does() -> None:
+    """To the nearest, ties to even.  The interpreter cuts digits off, which shrinks every number."""
+    builder = interpreter.InterpreterBuilder
+    cast_impl = builder.cast_impl
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32).astype(np.uint64)
+        nearest = bits + 0x7FFF + (bits >> 16 & 1)
+        rounded = np.where(np.isnan(src.data), bits | 0x400000, nearest) >> 16
+        return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+    builder.cast_impl = cast
+
+
+if INTERPRETING:
+    from triton.runtime import interpreter
+
+    _round_bfloat16_as_compiled_code_does()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

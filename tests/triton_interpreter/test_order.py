@@ -98,7 +98,8 @@ def _everything(kind: str, size: tuple[int, int | None, int]) -> list[Tensor]:
     queue, position, fill = torch.zeros(50, size[2]), torch.tensor([45]), torch.tensor([7])
     backend.enqueue_(queue, position, fill, case.q, True)
     unit, norm = backend.normalize_rows(case.q)
-    return [*results, target, queue, position, fill, unit, norm]
+    dx = backend.normalize_rows_backward(torch.flip(case.q, (0, 1)), case.q, norm)
+    return [*results, target, queue, position, fill, unit, norm, dx]
 
 
 @pytest.mark.parametrize("kind", ["lse", "softplus"])

@@ -109,17 +109,19 @@ def normalize_backward_kernel(
         mask = row_ok[:, None] & (features < D)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + features.to(tl.int64)[None, :] * stride_xd
         g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features.to(tl.int64)[None, :] * stride_gd
-        x = _convert(tl.load(x_ptrs, mask=mask, other=0.0), ACC)
-        along += tl.sum(x * _convert(tl.load(g_ptrs, mask=mask, other=0.0), ACC), 1)
-    along = tl.where(tiny, 0.0, along / (divisor * divisor))
+        unit = _convert(tl.load(x_ptrs, mask=mask, other=0.0), ACC) / divisor[:, None]
+        along += tl.sum(unit * _convert(tl.load(g_ptrs, mask=mask, other=0.0), ACC), 1)
+    along = tl.where(tiny, 0.0, along)
     for start in range(0, D, BLOCK_D):
         features = start + tl.arange(0, BLOCK_D)
         mask = row_ok[:, None] & (features < D)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xn + features.to(tl.int64)[None, :] * stride_xd
         g_ptrs = dunit_ptr + rows[:, None] * stride_gn + features.to(tl.int64)[None, :] * stride_gd
-        x = _convert(tl.load(x_ptrs, mask=mask, other=0.0), ACC)
+        # Not x times along / norm^2, which is rounded: what cancels must cancel (all of it for D = 1).
+        unit = _convert(tl.load(x_ptrs, mask=mask, other=0.0), ACC) / divisor[:, None]
         dunit = _convert(tl.load(g_ptrs, mask=mask, other=0.0), ACC)
-        dx = _convert((dunit - x * along[:, None]) / divisor[:, None], dx_ptr.dtype.element_ty)
+        dx = (dunit - unit * along[:, None]) / divisor[:, None]
+        dx = _convert(dx, dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + rows[:, None] * D + features[None, :], dx, mask=mask)
 
 
@@ -133,19 +135,31 @@ def _acc(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def normalize_rows(x: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+def normalize_rows(
+    x: Tensor, eps: float = 1e-12, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x / max(||x||_2, eps) for each row, and the norms.
 
     Args:
         x: [N, D] float64, float32, bfloat16 or float16, any strides.
         eps: Smallest divisor, applied in the accumulation dtype (1e-12 would be 0 in float16).
+        out: [N, D] contiguous, any floating dtype, where the rows go; by default a new tensor in the
+            dtype of x.
 
     Returns:
-        unit [N, D] in the dtype of x, contiguous; norm [N] float32 (float64 for float64).
+        unit [N, D], contiguous; norm [N] float32 (float64 for float64).
+
+    Raises:
+        ValueError: If out is not contiguous or has another shape than x.
     """
     N, D = x.shape
     acc = _acc(x.dtype)
-    unit = torch.empty(N, D, dtype=x.dtype, device=x.device)
+    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
+        raise ValueError(
+            f"normalize_rows: out must be contiguous and {list(x.shape)}, "
+            f"got {list(out.shape)} with strides {list(out.stride())}"
+        )
+    unit = torch.empty(N, D, dtype=x.dtype, device=x.device) if out is None else out
     norm = torch.zeros(N, dtype=acc, device=x.device)
     if N == 0 or D == 0:
         return unit, norm
