@@ -66,7 +66,7 @@ def test_same_bits_as_recomputed(isa: str, layout: str, shape, dtype: torch.dtyp
                 assert torch.equal(ours, recomputed)
 
 
-def saved_bytes(layout: str, n: int, d: int, grad: bool) -> int:
+def saved_bytes(layout: str, n: int, d: int, grad: bool, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that autograd saves beyond the inputs."""
     sizes: dict[int, int] = {}
 
@@ -74,7 +74,7 @@ def saved_bytes(layout: str, n: int, d: int, grad: bool) -> int:
         sizes[x.data_ptr()] = x.numel() * x.element_size()
         return x
 
-    inputs = [x.requires_grad_(grad) for x in leaves(n, d, torch.float32, 5.0)]
+    inputs = [x.requires_grad_(grad) for x in leaves(n, d, dtype, 5.0)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         contrastive(layout, inputs[0], inputs[1], scale=inputs[2])
     return sum(size for at, size in sizes.items() if at not in {x.data_ptr() for x in inputs})
@@ -89,6 +89,11 @@ def test_what_is_kept_is_bounded(layout: str) -> None:
         assert saved_bytes(layout, many, d, True) <= state
         assert saved_bytes(layout, few, d, True) <= min(6 * few * rows * d * 4, MOST_BYTES) + state
         assert saved_bytes(layout, few, d, False) == 0
+    # Bytes count, not numbers: these would be kept in float32.
+    many = 650 if layout == "joint" else 900
+    assert saved_bytes(layout, many, 400, True) > MOST_BYTES // 2
+    assert saved_bytes(layout, many, 400, True, torch.float64) <= 5 * many * 8
+    assert saved_bytes(layout, 400, 400, True, torch.float64) > 400 * 400 * 8
     assert saved_bytes(layout, 256 // rows, 64, True) > 256 * 256 * 2  # a triangle at least
 
 

@@ -98,6 +98,17 @@ def test_without_ranks(arch: str, variant: str, D: int) -> None:
     assert not usage.problems("bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("rows", "unit"), [("float32", "*bf16"), ("bfloat16", "*fp32"), ("float16", "*fp32")]
+)
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_rows_written_in_another_dtype(arch: str, rows: str, unit: str) -> None:
+    """A float32 queue for ``compute_dtype``, and halves of paired keys in float32."""
+    usage, compiled = aot.compile_small("normalize", arch, rows, {"unit_ptr": unit})
+    assert not usage.problems(rows, "normalize")
+    assert unit.removeprefix("*") in str(compiled.src.signature["unit_ptr"])
+
+
 def test_a_kernel_over_its_budget_is_reported() -> None:
     """The checks see a spill, a lack of shared memory and a missing tensor core."""
     wide = aot.Case("backward lse", "sm_80", "bfloat16", 512, configs.Config(128, 64, 128, 8, 2))

@@ -102,8 +102,8 @@ PairwiseArgs tiles(const ContrastiveArgs& args, const ContrastiveState& state, i
   return p;
 }
 
-// Logits of up to 4 MB are kept while they are fewer than 4 N D, twice as many as there are inputs.
-constexpr int64_t kMostKept = int64_t(1) << 20;
+// Logits are kept while they are about twice as many as the inputs, and never more bytes than this.
+constexpr int64_t kMostKeptBytes = int64_t(4) << 20;
 
 template <class T>
 int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss, int64_t* rank) {
@@ -296,9 +296,9 @@ int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d) {
   const int64_t rows = joint ? 2 * n : n;
   // Rows that one thread finishes in 10 us are not worth another array.
   if (layout == Layout::bank || rows > 4 * d || rows * rows * d < kSerialWork) return 0;
-  const int64_t size =
-      dtype == DType::f64 ? kept_elements<MathF64>(joint, rows, rows) : kept_elements<MathF32>(joint, rows, rows);
-  return size <= kMostKept ? size : 0;
+  const bool f64 = dtype == DType::f64;
+  const int64_t size = f64 ? kept_elements<MathF64>(joint, rows, rows) : kept_elements<MathF32>(joint, rows, rows);
+  return size * (f64 ? 8 : 4) <= kMostKeptBytes ? size : 0;
 }
 
 SSLK_END

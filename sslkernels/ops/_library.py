@@ -20,6 +20,38 @@ def define(schema: str) -> None:
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def implement(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    apply: Callable[..., Any] | None = None,
+    inputs: tuple[int, ...] = (),
+) -> None:
+    """Register an op that ``define`` has declared.
+
+    Args:
+        name: Without the namespace.
+        kernel: For every device; chooses the backend itself.
+        fake: Shapes and dtypes.
+        apply: ``apply`` of the autograd.Function around the op; None: the op is not differentiable.
+        inputs: Which arguments it is differentiable in: where none needs a gradient, ``apply`` is
+            not called.
+    """
+    LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sslkernels::{name}", fake, lib=LIB)
+    if apply is None:
+        return
+    op = getattr(torch.ops.sslkernels, name).default
+
+    def autograd(*args: Any) -> Any:
+        if needs_grad(*(args[i] for i in inputs)):
+            return apply(*args)
+        with below_autograd():
+            return op(*args)
+
+    LIB.impl(name, autograd, "Autograd")
+
+
 def below_autograd() -> AbstractContextManager[Any]:
     """Dispatch to the kernels below autograd."""
     return torch._C._AutoDispatchBelowAutograd()

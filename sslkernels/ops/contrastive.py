@@ -20,6 +20,7 @@ in one call; for the others it is composed here from the primitives of ``backend
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,15 +30,16 @@ from torch import Tensor
 from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
 from sslkernels.ops import normalization, registry
 from sslkernels.ops._library import (
-    LIB,
     below_autograd,
     define,
+    implement,
     needs_grad,
     no_autocast,
     once_differentiable,
 )
 from sslkernels.ops.eager import are_plain, is_plain_eager
 from sslkernels.ops.normalization import UnitRows, unit_rows, unit_rows_backward
+from sslkernels.ops.rows import dots
 
 _SHARED = (
     "str layout, Tensor a, Tensor b, Tensor? bank, Tensor scale, Tensor? ids_q, Tensor? ids_k, "
@@ -74,9 +76,7 @@ class Contrastive(NamedTuple):
     state: Tensor  # [R + 3N], see State
     mean_key: Tensor | None  # [N, D] softmax-weighted mean of the bank; layout bank only
     rank: Tensor | None  # [R] int64, how many negatives are above the positive; if wanted
-    tiles: Tensor | None = (
-        None  # logits of a small batch, kept for backward; the backend's own layout
-    )
+    tiles: Tensor | None = None  # logits kept for backward, in the backend's own layout
 
 
 def softmax_rows(layout: str, n: int) -> int:
@@ -85,11 +85,6 @@ def softmax_rows(layout: str, n: int) -> int:
 
 
 # ------------------------------------------------------------------ composition from primitives
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    acc = accumulation_dtype(a.dtype)
-    return (a.to(acc) * b.to(acc)).sum(1)
 
 
 class _Rows(NamedTuple):
@@ -139,7 +134,7 @@ def _composed_forward(
 ) -> Contrastive:  # fmt: skip
     n = a.shape[0]
     rows = _Rows.make(backend, layout, a, b, ids_q, ids_k, normalize, bf16)
-    positive = _dots(rows.exact_a, rows.exact_b)
+    positive = dots(rows.exact_a, rows.exact_b)
     logit = positive * scale
     threshold = logit if want_rank else None
     mean_key = None
@@ -373,18 +368,11 @@ class _ContrastiveFunction(torch.autograd.Function):
         )
 
 
-def _autograd(layout, a, b, bank, scale, *rest):  # type: ignore[no-untyped-def]
-    if needs_grad(a, b, scale):
-        return _ContrastiveFunction.apply(False, layout, a, b, bank, scale, *rest)
-    with below_autograd():
-        return torch.ops.sslkernels.contrastive.default(layout, a, b, bank, scale, *rest)
-
-
-LIB.impl("contrastive", _forward, "CompositeExplicitAutograd")
-LIB.impl("contrastive_backward", _backward, "CompositeExplicitAutograd")
-LIB.impl("contrastive", _autograd, "Autograd")
-torch.library.register_fake("sslkernels::contrastive", _forward_fake, lib=LIB)
-torch.library.register_fake("sslkernels::contrastive_backward", _backward_fake, lib=LIB)
+implement(
+    "contrastive", _forward, _forward_fake, partial(_ContrastiveFunction.apply, False),
+    inputs=(1, 2, 4),
+)  # fmt: skip
+implement("contrastive_backward", _backward, _backward_fake)
 
 
 def contrastive(

@@ -38,6 +38,17 @@ def row_kernel(backend: ModuleType, name: str, x: Tensor) -> Any | None:
     return None if x.dtype == torch.float64 else getattr(backend, name, None)
 
 
+def divide(x: Tensor, norm: Tensor, out: Tensor | None = None) -> Tensor:
+    """[N, D]: x / max(norm, EPS), dtype of norm [N] unless ``out`` has another."""
+    return torch.div(x.to(norm.dtype), norm.clamp(min=EPS)[:, None], out=out)
+
+
+def project(unit: Tensor, norm: Tensor, dunit: Tensor) -> Tensor:
+    """[N, D]: the gradient of x / max(|x|, EPS) for dunit; below EPS the norm is a constant."""
+    along = torch.where(norm < EPS, 0.0, (unit * dunit).sum(1))
+    return (dunit - unit * along[:, None]) / norm.clamp(min=EPS)[:, None]
+
+
 def unit_rows(backend: ModuleType, x: Tensor, out: Tensor | None = None) -> UnitRows:
     """Normalise rows; not differentiable.
 
@@ -51,9 +62,8 @@ def unit_rows(backend: ModuleType, x: Tensor, out: Tensor | None = None) -> Unit
     kernel = row_kernel(backend, "normalize_rows", x)
     if kernel is not None:
         return UnitRows(x, *kernel(x, EPS, out))
-    wide = x.to(accumulation_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=1)
-    return UnitRows(x, torch.div(wide, norm.clamp(min=EPS)[:, None], out=out), norm)
+    norm = torch.linalg.vector_norm(x.to(accumulation_dtype(x.dtype)), dim=1)
+    return UnitRows(x, divide(x, norm, out), norm)
 
 
 def unit_rows_backward(backend: ModuleType, rows: UnitRows, dunit: Tensor) -> Tensor:
@@ -68,6 +78,4 @@ def unit_rows_backward(backend: ModuleType, rows: UnitRows, dunit: Tensor) -> Te
     if kernel is not None:
         dx: Tensor = kernel(dunit, rows.x, rows.norm, EPS)
         return dx
-    x_hat = rows.unit.to(rows.norm.dtype)
-    along = torch.where(rows.norm < EPS, 0.0, (x_hat * dunit).sum(1))
-    return (dunit - x_hat * along[:, None]) / rows.norm.clamp(min=EPS)[:, None]
+    return project(rows.unit.to(rows.norm.dtype), rows.norm, dunit)

@@ -23,10 +23,9 @@ from torch import Tensor
 from sslkernels.backends.chunked import NEG_INF, accumulation_dtype, fixed_sum, row_blocks
 from sslkernels.ops import registry
 from sslkernels.ops._library import (
-    LIB,
     below_autograd,
     define,
-    needs_grad,
+    implement,
     no_autocast,
     once_differentiable,
 )
@@ -264,18 +263,8 @@ class _PairedFunction(torch.autograd.Function):
         )
 
 
-def _autograd(query, positive_key, negative_keys, scale, *rest):  # type: ignore[no-untyped-def]
-    if needs_grad(query, positive_key, negative_keys, scale):
-        return _PairedFunction.apply(query, positive_key, negative_keys, scale, *rest)
-    with below_autograd():
-        return torch.ops.sslkernels.paired.default(query, positive_key, negative_keys, scale, *rest)
-
-
-LIB.impl("paired", _forward, "CompositeExplicitAutograd")
-LIB.impl("paired_backward", _backward, "CompositeExplicitAutograd")
-LIB.impl("paired", _autograd, "Autograd")
-torch.library.register_fake("sslkernels::paired", _forward_fake, lib=LIB)
-torch.library.register_fake("sslkernels::paired_backward", _backward_fake, lib=LIB)
+implement("paired", _forward, _forward_fake, _PairedFunction.apply, inputs=(0, 1, 2, 3))
+implement("paired_backward", _backward, _backward_fake)
 
 
 def paired(

@@ -25,10 +25,9 @@ from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
 from sslkernels.backends.interface import Attend, Extremes, Kind, PairwiseForward
 from sslkernels.ops import registry
 from sslkernels.ops._library import (
-    LIB,
     below_autograd,
     define,
-    needs_grad,
+    implement,
     no_autocast,
     once_differentiable,
 )
@@ -339,32 +338,10 @@ class _AttendFunction(torch.autograd.Function):
         return dq, None, dscale, None, None, None
 
 
-def _pairwise_autograd(
-    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, *rest: Any
-) -> Any:
-    if needs_grad(q, k, scale, bias):
-        return _Pairwise.apply(kind, q, k, scale, bias, *rest)
-    with below_autograd():
-        return torch.ops.sslkernels.pairwise.default(kind, q, k, scale, bias, *rest)
-
-
-def _attend_autograd(q: Tensor, k: Tensor, scale: Tensor, *rest: Any) -> Any:
-    if needs_grad(q, k, scale):
-        return _AttendFunction.apply(q, k, scale, *rest)
-    with below_autograd():
-        return torch.ops.sslkernels.attend.default(q, k, scale, *rest)
-
-
-for _name, _kernel, _fake, _autograd in (
-    ("pairwise", _pairwise, _pairwise_fake, _pairwise_autograd),
-    ("pairwise_backward", _pairwise_backward, _pairwise_backward_fake, None),
-    ("attend", _attend, _attend_fake, _attend_autograd),
-    ("extremes", _extremes, _extremes_fake, None),
-):
-    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sslkernels::{_name}", _fake, lib=LIB)
-    if _autograd is not None:
-        LIB.impl(_name, _autograd, "Autograd")
+implement("pairwise", _pairwise, _pairwise_fake, _Pairwise.apply, inputs=(1, 2, 3, 4))
+implement("pairwise_backward", _pairwise_backward, _pairwise_backward_fake)
+implement("attend", _attend, _attend_fake, _AttendFunction.apply, inputs=(0, 1, 2))
+implement("extremes", _extremes, _extremes_fake)
 
 
 # ------------------------------------------------------------------------- public functions

@@ -20,10 +20,9 @@ from sslkernels.backends.chunked import accumulation_dtype
 from sslkernels.backends.interface import Kind
 from sslkernels.ops import registry
 from sslkernels.ops._library import (
-    LIB,
     below_autograd,
     define,
-    needs_grad,
+    implement,
     no_autocast,
     once_differentiable,
 )
@@ -137,20 +136,8 @@ class _Function(torch.autograd.Function):
         )
 
 
-def _autograd(
-    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, *rest: Any
-) -> Any:
-    if needs_grad(q, k, scale, bias):
-        return _Function.apply(kind, q, k, scale, bias, *rest)
-    with below_autograd():
-        return torch.ops.sslkernels.with_positives.default(kind, q, k, scale, bias, *rest)
-
-
-LIB.impl("with_positives", _forward, "CompositeExplicitAutograd")
-LIB.impl("with_positives_backward", _backward, "CompositeExplicitAutograd")
-LIB.impl("with_positives", _autograd, "Autograd")
-torch.library.register_fake("sslkernels::with_positives", _forward_fake, lib=LIB)
-torch.library.register_fake("sslkernels::with_positives_backward", _backward_fake, lib=LIB)
+implement("with_positives", _forward, _forward_fake, _Function.apply, inputs=(1, 2, 3, 4))
+implement("with_positives_backward", _backward, _backward_fake)
 
 
 def with_positives(

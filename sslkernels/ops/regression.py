@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
 from sslkernels.ops import registry
-from sslkernels.ops._library import LIB, below_autograd, define, needs_grad, once_differentiable
+from sslkernels.ops._library import below_autograd, define, implement, once_differentiable
 from sslkernels.ops.normalization import EPS
 
 define("regression(Tensor prediction, Tensor target, str reduction) -> (Tensor loss, Tensor state)")
@@ -103,18 +103,8 @@ class _Regression(torch.autograd.Function):
         return gradient, None, None
 
 
-def _autograd(prediction, target, reduction):  # type: ignore[no-untyped-def]
-    if needs_grad(prediction):
-        return _Regression.apply(prediction, target, reduction)
-    with below_autograd():
-        return torch.ops.sslkernels.regression.default(prediction, target, reduction)
-
-
-LIB.impl("regression", _forward, "CompositeExplicitAutograd")
-LIB.impl("regression_backward", _backward, "CompositeExplicitAutograd")
-LIB.impl("regression", _autograd, "Autograd")
-torch.library.register_fake("sslkernels::regression", _forward_fake, lib=LIB)
-torch.library.register_fake("sslkernels::regression_backward", _backward_fake, lib=LIB)
+implement("regression", _forward, _forward_fake, _Regression.apply, inputs=(0,))
+implement("regression_backward", _backward, _backward_fake)
 
 
 def regression(prediction: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

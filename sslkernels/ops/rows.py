@@ -18,10 +18,9 @@ from torch import Tensor
 from sslkernels.backends.chunked import accumulation_dtype
 from sslkernels.ops import normalization, registry
 from sslkernels.ops._library import (
-    LIB,
     below_autograd,
     define,
-    needs_grad,
+    implement,
     once_differentiable,
 )
 from sslkernels.ops.normalization import EPS
@@ -128,11 +127,8 @@ def _unit_rows_backward(x: Tensor, norm: Tensor, dy: Tensor) -> Tensor:
         return by_kernel
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     for c in chunks(x):
-        length = norm[c, None].clamp(min=EPS)
-        y, g = x[c].to(norm.dtype) / length, dy[c].to(norm.dtype)
-        along = (y * g).sum(1, keepdim=True)
-        along = torch.where(length > EPS, along, 0.0)  # below eps the norm is a constant
-        dx[c] = y.mul_(along).neg_().add_(g).div_(length)
+        unit = normalization.divide(x[c], norm[c])
+        dx[c] = normalization.project(unit, norm[c], dy[c].to(norm.dtype))
     return dx
 
 
@@ -211,12 +207,9 @@ class _UnitRows(torch.autograd.Function):
             with below_autograd(), registry.backend(ctx.backend):
                 return torch.ops.sslkernels.unit_rows_backward.default(x, norm, dy)
         # With torch's own ops, for second derivatives: it is the loss that has none, or has them.
-        wide, g = x.to(norm.dtype), dy.to(norm.dtype)
-        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        clamped = length.clamp(min=EPS)
-        y = wide / clamped
-        along = torch.where(length > EPS, (y * g).sum(1, keepdim=True), 0.0)
-        return ((g - y * along) / clamped).to(x.dtype)
+        norm = torch.linalg.vector_norm(x.to(norm.dtype), dim=1)
+        unit = normalization.divide(x, norm)
+        return normalization.project(unit, norm, dy.to(norm.dtype)).to(x.dtype)
 
 
 class _TwoDistances(torch.autograd.Function):
@@ -265,46 +258,12 @@ class _Take(torch.autograd.Function):
         return torch.ops.sslkernels.accumulate_rows.default(dout, *ctx.saved_tensors, ctx.n), None
 
 
-def _accumulate_autograd(src: Tensor, index: Tensor, n: Any) -> Any:
-    if needs_grad(src):
-        return _Accumulate.apply(src, index, n)
-    with below_autograd():
-        return torch.ops.sslkernels.accumulate_rows.default(src, index, n)
-
-
-def _take_autograd(src: Tensor, index: Tensor) -> Any:
-    if needs_grad(src):
-        return _Take.apply(src, index)
-    with below_autograd():
-        return torch.ops.sslkernels.take_rows.default(src, index)
-
-
-def _unit_rows_autograd(x: Tensor) -> Any:
-    if needs_grad(x):
-        return _UnitRows.apply(x)
-    with below_autograd():
-        return torch.ops.sslkernels.unit_rows.default(x)
-
-
-def _two_distances_autograd(z: Tensor, first: Tensor, second: Tensor, cosine: bool) -> Any:
-    if needs_grad(z):
-        return _TwoDistances.apply(z, first, second, cosine)
-    with below_autograd():
-        return torch.ops.sslkernels.two_distances.default(z, first, second, cosine)
-
-
-for _name, _kernel, _fake, _autograd in (
-    ("accumulate_rows", _accumulate, _accumulate_fake, _accumulate_autograd),
-    ("take_rows", _take, _take_fake, _take_autograd),
-    ("unit_rows", _unit_rows, _unit_rows_fake, _unit_rows_autograd),
-    ("unit_rows_backward", _unit_rows_backward, _unit_rows_backward_fake, None),
-    ("two_distances", _two_distances, _two_distances_fake, _two_distances_autograd),
-    ("two_distances_backward", _two_distances_backward, _two_distances_backward_fake, None),
-):
-    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sslkernels::{_name}", _fake, lib=LIB)
-    if _autograd is not None:
-        LIB.impl(_name, _autograd, "Autograd")
+implement("accumulate_rows", _accumulate, _accumulate_fake, _Accumulate.apply, inputs=(0,))
+implement("take_rows", _take, _take_fake, _Take.apply, inputs=(0,))
+implement("unit_rows", _unit_rows, _unit_rows_fake, _UnitRows.apply, inputs=(0,))
+implement("unit_rows_backward", _unit_rows_backward, _unit_rows_backward_fake)
+implement("two_distances", _two_distances, _two_distances_fake, _TwoDistances.apply, inputs=(0,))
+implement("two_distances_backward", _two_distances_backward, _two_distances_backward_fake)
 
 
 def accumulate_rows(src: Tensor, index: Tensor, n: int) -> Tensor:

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from sslkernels.backends.chunked import accumulation_dtype, row_blocks
 from sslkernels.ops._library import (
-    LIB,
     below_autograd,
     define,
-    needs_grad,
+    implement,
     no_autocast,
     once_differentiable,
 )
@@ -181,18 +180,8 @@ class _Mined(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-def _autograd(z: Tensor, ids: Tensor, *options: Any) -> Any:
-    if needs_grad(z):
-        return _Mined.apply(z, ids, *options)
-    with below_autograd():
-        return torch.ops.sslkernels.mined_triplets.default(z, ids, *options)
-
-
-LIB.impl("mined_triplets", _mined_triplets, "CompositeExplicitAutograd")
-LIB.impl("mined_triplets_backward", _mined_triplets_backward, "CompositeExplicitAutograd")
-LIB.impl("mined_triplets", _autograd, "Autograd")
-torch.library.register_fake("sslkernels::mined_triplets", _fake, lib=LIB)
-torch.library.register_fake("sslkernels::mined_triplets_backward", _backward_fake, lib=LIB)
+implement("mined_triplets", _mined_triplets, _fake, _Mined.apply, inputs=(0,))
+implement("mined_triplets_backward", _mined_triplets_backward, _backward_fake)
 
 
 class MinedTriplets(NamedTuple):

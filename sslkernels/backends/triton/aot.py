@@ -255,9 +255,22 @@ def compile_kernel(
     return _amd_usage(compiled, arch), compiled
 
 
-def compile_small(name: str, arch: str, dtype: str) -> tuple[Usage, Any]:
-    """Compile one of ``SMALL``; dtype is that of its operands, and of EMA's targets."""
+def compile_small(
+    name: str, arch: str, dtype: str, other_types: dict[str, str] | None = None
+) -> tuple[Usage, Any]:
+    """Compile one of ``SMALL``.
+
+    Args:
+        name: A key of ``SMALL``.
+        arch: As in ``compile_kernel``.
+        dtype: That of its operands, and of EMA's targets.
+        other_types: Types of arguments that differ from those of ``SMALL``, like "*bf16".
+
+    Returns:
+        As ``compile_kernel``.
+    """
     fn, constants, types = SMALL[name]
+    types = {**types, **(other_types or {})}
     constants = {
         k: getattr(triton.language, dtype) if v == "T" else v for k, v in constants.items()
     }
