@@ -60,7 +60,7 @@ def load_lightly(module: str) -> Any:
     ``lightly.models.utils`` it needs only a gather across processes, which a benchmark in one
     process never calls.
     """
-    if importlib.util.find_spec("torchvision") is not None or module in sys.modules:
+    if importlib.util.find_spec("torchvision") is not None or "lightly" in sys.modules:
         return _import(module)
     spec = importlib.util.find_spec("lightly")
     if spec is None or not spec.submodule_search_locations:
