@@ -296,9 +296,7 @@ class _Pairs:
     def run(self, decay: float, stochastic_rounding: bool, seed: int, step: int) -> None:
         """Update through the op, and copy the rest."""
         if self.targets:
-            torch.ops.sslkernels.ema_update_(
-                self.targets, self.sources, decay, stochastic_rounding, seed, step
-            )
+            _ops.call_op(self.targets, self.sources, decay, stochastic_rounding, seed, step)
         for target, source in zip(self.copy_targets, self.copy_sources, strict=True):
             target.copy_(source)
 

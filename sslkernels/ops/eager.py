@@ -28,8 +28,8 @@ try:
 except ImportError:  # the registry reports the missing extension; plans are then not kept
     pass
 
-# Until torch 2.4 it takes one tensor only.
-_BUMPS_LISTS = not torch.__version__.startswith("2.4.")
+# Torch 2.4 knows lists of tensors that are written to neither in bump_version nor in functionalization.
+WRITES_LISTS = not torch.__version__.startswith("2.4.")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -49,7 +49,7 @@ def are_plain(*tensors: Any) -> bool:
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that tensors were written through their addresses."""
-    if _BUMPS_LISTS:
+    if WRITES_LISTS:
         torch.autograd.graph.increment_version(tensors)
     else:
         for tensor in tensors:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sslkernels.backends import updates_torch
 from sslkernels.ops import registry
-from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch
+from sslkernels.ops.eager import WRITES_LISTS, are_plain, bump_versions, is_plain_eager, watch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -267,6 +267,22 @@ _PLANS: dict[tuple[int, int, int], tuple[Any, Update]] = {}
 _MAX_PLANS = 16
 
 
+def call_op(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    decay: float,
+    stochastic_rounding: bool,
+    seed: int,
+    step: int,
+) -> None:
+    """The op as torch sees it."""
+    torch.ops.sslkernels.ema_update_(targets, sources, decay, stochastic_rounding, seed, step)
+
+
+if not WRITES_LISTS:  # torch.compile then runs it between two graphs
+    call_op = torch.compiler.disable(call_op)
+
+
 def update(
     targets: list[Tensor],
     sources: list[Tensor],
@@ -297,4 +313,4 @@ def update(
             return
     check_pairs("ema_update_", targets, sources)  # the dispatcher's own messages name no argument
     with torch.no_grad():
-        torch.ops.sslkernels.ema_update_(targets, sources, decay, stochastic_rounding, seed, step)
+        call_op(targets, sources, decay, stochastic_rounding, seed, step)
