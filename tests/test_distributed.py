@@ -146,7 +146,7 @@ def compute(rank: int, world: int, group: Any, wrong_group: Any) -> dict[Any, An
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (str(folder),), nprocs=max(SIZES))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(max(SIZES))]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(max(SIZES))]
 
 
 @pytest.fixture(params=sorted(SIZES))
