@@ -120,7 +120,7 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
             break
         shuffle(order)  # nobody always follows the same neighbour
         for name in order:
-            if repeats[name] > 1:  # a short step is not to pay for what the one before left in the caches
+            if repeats[name] > 1:  # the caches are what the step before left
                 timer(ready[name].step, 1)
             samples[name].append(timer(ready[name].step, repeats[name]))
     gc.enable()
