@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from helpers import engine, engines
 
 import sslkernels
 from sslkernels.ops import registry
@@ -48,3 +49,10 @@ def clean_state() -> Iterator[None]:
         torch.set_num_threads(threads)
         sslkernels.set_backend(asked_for)
         pytest.fail(f"threads and backend were {(threads, asked_for)}, the test left {left}")
+
+
+@pytest.fixture(params=engines())
+def on_engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each backend and instruction set."""
+    with engine(request.param):
+        yield request.param

@@ -7,18 +7,11 @@ import math
 
 import pytest
 import torch
-from helpers import check_budget, engine, engines, threads
+from helpers import check_budget, threads
 
 from sslkernels import metrics, reference
 
 SIZES = [(1, 8), (2, 1), (3, 24), (65, 129), (130, 8), (700, 32)]
-
-
-@pytest.fixture(params=engines())
-def on_engine(request):
-    """Run the test on each backend and instruction set."""
-    with engine(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import SLACK, check_budget, check_loss, engine, engines, threads
+from helpers import SLACK, check_budget, check_loss, threads
 from torch import Tensor
 
 import sslkernels
@@ -21,13 +21,6 @@ SIZES = [
     (1, 1, 1), (1, 3, 2), (2, 15, 3), (3, 17, 129), (5, 1, 128), (4, 200, 1), (65, 33, 24), (33, 16, 64),
     (2, 5, 600),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=engines())
-def on_engine(request):
-    """Run the test on each backend and instruction set."""
-    with engine(request.param):
-        yield request.param
 
 
 def inputs(n: int, m: int, d: int, dtype=torch.float32, temperature=0.2) -> list[Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_loss, engine, engines, threads
+from helpers import check_loss, threads
 from torch import Tensor
 
 from sslkernels.ops import rows
@@ -20,13 +20,6 @@ from sslkernels.ops.positives import with_positives
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = torch.tensor([0, 1, 0, 2, 2, 2, 3, 1, 0])
-
-
-@pytest.fixture(params=engines())
-def on_engine(request):
-    """Run the test on each backend and instruction set."""
-    with engine(request.param):
-        yield request.param
 
 
 @pytest.fixture(params=[False, True], ids=["one chunk", "many chunks"])

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every loss says of bad input: the op, the argument, what must hold, and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import sslkernels as ssl
+
+GOOD = torch.ones(8, 4)
+LABELS = torch.zeros(8, dtype=torch.int64)
+ERRORS = [
+    (
+        lambda: ssl.nt_xent_loss(torch.ones(8, 128), torch.ones(8, 64)),
+        ValueError,
+        r"nt_xent_loss: z1 and z2 must have the same shape, got \[8, 128\] and \[8, 64\]",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD.long(), GOOD.long()),
+        TypeError,
+        "nt_xent_loss: z1 must be float64, float32, bfloat16 or float16, got int64",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD.half()),
+        TypeError,
+        "nt_xent_loss: z1 and z2 must have the same dtype, got float32 and float16",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD.to("meta")),
+        ValueError,
+        "nt_xent_loss: z1 and z2 must be on the same device, got cpu and meta",
+    ),
+    (lambda: ssl.nt_xent_loss(GOOD, GOOD, 0.0), ValueError, "temperature must be > 0, got 0.0"),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, float("nan")),
+        ValueError,
+        "temperature must be > 0, got nan",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, "0.1"),
+        TypeError,
+        "temperature must be a number, got str",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, torch.ones(2)),
+        ValueError,
+        r"temperature must be a float or a 0-d tensor, got shape \[2\]",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD, GOOD, reduction="avg"),
+        ValueError,
+        r"reduction must be one of \['mean', 'sum', 'none'\], got 'avg'",
+    ),
+    (
+        lambda: ssl.nt_xent_loss(GOOD[None], GOOD[None]),
+        ValueError,
+        r"z1 must have 2 dimensions, got shape \[1, 8, 4\]",
+    ),
+    (lambda: ssl.nt_xent_loss(GOOD), TypeError, "z2 must be a tensor, got None"),
+    (lambda: ssl.nt_xent_loss([GOOD]), ValueError, "at least two views are needed, got 1"),
+    (lambda: ssl.nt_xent_loss([GOOD, GOOD], GOOD), TypeError, "z2 must be left out"),
+    (
+        lambda: ssl.nt_xent_loss([GOOD, GOOD, GOOD[:3]]),
+        ValueError,
+        r"views\[0\] and views\[2\] must have the same shape",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD[:, :3]),
+        ValueError,
+        r"query and negative_keys must have the same last dimension, got \[8, 4\] and \[8, 3\]",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD, negative_mode="both"),
+        ValueError,
+        "negative_mode must be 'unpaired' or 'paired', got 'both'",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD[:3, None], negative_mode="paired"),
+        ValueError,
+        "paired negative_keys must have one block of rows for each query",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, GOOD, query_ids=LABELS),
+        ValueError,
+        "query_ids with negative_keys needs negative_ids",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, negative_ids=LABELS),
+        ValueError,
+        "negative_ids needs query_ids and negative_keys",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, query_ids=LABELS[:3]),
+        ValueError,
+        r"query_ids must have shape \[8\], got \[3\]",
+    ),
+    (
+        lambda: ssl.info_nce_loss(GOOD, GOOD, query_ids=GOOD[:, 0]),
+        TypeError,
+        "query_ids must be integers, got float32",
+    ),
+    (
+        lambda: ssl.clip_loss(GOOD, [1.0], 1.0),
+        TypeError,
+        "text_features must be a tensor, got list",
+    ),
+    (
+        lambda: ssl.siglip_loss(GOOD, GOOD, 1.0, "b"),
+        TypeError,
+        "logit_bias must be a float or a 0-d tensor, got str",
+    ),
+    (
+        lambda: ssl.sup_con_loss(GOOD, LABELS[:5]),
+        ValueError,
+        r"labels must have shape \[8\], got \[5\]",
+    ),
+    (
+        lambda: ssl.dcl_loss(GOOD, GOOD, sigma=-1.0),
+        ValueError,
+        "dcl_loss: sigma must be > 0, got -1.0",
+    ),
+    (
+        lambda: ssl.triplet_loss(GOOD, LABELS, mining="easy"),
+        ValueError,
+        r"mining must be one of \['hard', 'semihard', 'all'\], got 'easy'",
+    ),
+    (lambda: ssl.triplet_loss(GOOD, LABELS, distance="l1"), ValueError, "distance must be one of"),
+    (
+        lambda: ssl.triplet_loss(GOOD, LABELS, reduction="none"),
+        ValueError,
+        "reduction must be one of",
+    ),
+    (
+        lambda: ssl.contrastive_loss(GOOD, GOOD, LABELS[:2]),
+        ValueError,
+        r"contrastive_loss: same must have shape \[8\], got \[2\]",
+    ),
+    (
+        lambda: ssl.margin_loss(GOOD, GOOD, GOOD, GOOD, form="article"),
+        ValueError,
+        "form must be one of",
+    ),
+    (lambda: ssl.uniformity_loss(GOOD, 0.0), ValueError, "t must be > 0, got 0.0"),
+    (lambda: ssl.alignment_loss(GOOD, GOOD, alpha=0), ValueError, "alpha must be > 0, got 0"),
+    (lambda: ssl.NTXentLoss(temperature=-1.0), ValueError, "NTXentLoss: temperature must be > 0"),
+    (lambda: ssl.DCLLoss(reduction="x"), ValueError, "DCLLoss: reduction must be one of"),
+    (lambda: ssl.TripletLoss(mining="x"), ValueError, "TripletLoss: mining must be one of"),
+    (
+        lambda: ssl.MoCoLoss(8, 4)(GOOD, GOOD[:3]),
+        ValueError,
+        "MoCoLoss: query and key must have the same",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS)
+def test_messages(call: Callable, kind: type, message: str) -> None:
+    """Each names the op, the argument, what must hold and what came."""
+    with pytest.raises(kind, match=message):
+        call()
