@@ -7,6 +7,7 @@ losses, the queue and the moving average are those of ``sslkernels``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, cast
 
@@ -30,7 +31,7 @@ class StepMetrics(NamedTuple):
     negative_similarity: Tensor
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """What the three methods share.
 
     Attributes:
@@ -52,16 +53,16 @@ class Method(nn.Module):
         return self.network.encoder
 
     @property
+    @abstractmethod
     def network(self) -> Network:
         """Encoder and projector of the online side."""
-        raise NotImplementedError
 
     def prime(self, views: Iterable[Tensor]) -> None:
         """Called before the first step with views of batches, each float [B, C, H, W]."""
 
+    @abstractmethod
     def train_step(self, view_1: Tensor, view_2: Tensor) -> StepMetrics:
         """Forward and backward of one batch of views, float [B, C, H, W] each."""
-        raise NotImplementedError
 
     def after_step(self) -> None:
         """Called after the optimiser step."""
