@@ -173,10 +173,11 @@ constexpr double kLn2 = 0.69314718055994530942;
 // 2^t for t <= 127 (1023).  Arguments below the smallest normal exponent are clamped there, so that no
 // denormal appears.  float: degree 5, relative error 7.5e-8 on [-1/2, 1/2] (minimax in relative error);
 // double: degree 12, 6e-20 before rounding.
+// kBounded: |t| <= 126 is known (or t is a NaN), and nothing is clamped.
 // kCoarse: degree 4, 2.6e-6, for operands that were rounded to bfloat16 (2e-3).
-template <bool kCoarse>
+template <bool kBounded, bool kCoarse>
 inline SSLK_INLINE Vec<float> exp2_of(Vec<float> t) {
-  t = t < -126.0f ? splat<float>(-126.0f) : t;  // a NaN compares false and stays
+  if constexpr (!kBounded) t = t < -126.0f ? splat<float>(-126.0f) : t;  // a NaN compares false and stays
   // 1.5 * 2^23 + 127: adding it leaves round(t) + 127, the exponent field of 2^round(t), in the low bits.
   const float magic = 12583039.0f;
   Vec<float> shifted = t + magic;
@@ -198,7 +199,7 @@ inline SSLK_INLINE Vec<float> exp2_of(Vec<float> t) {
   }
   return p * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
 }
-inline SSLK_INLINE Vec<float> exp2_v(Vec<float> t) { return exp2_of<false>(t); }
+inline SSLK_INLINE Vec<float> exp2_v(Vec<float> t) { return exp2_of<false, false>(t); }
 
 inline __attribute__((always_inline)) Vec<double> exp2_v(Vec<double> t) {
   t = t < -1022.0 ? splat<double>(-1022.0) : t;

@@ -55,11 +55,11 @@ inline SSLK_INLINE void multiply_add(Vec<AccOfMath<M>>& acc, Vec<ElemOf<M>> a, V
   }
 }
 
-// 2^t as exact as the operands deserve.
+// 2^t for |t| <= 126, as exact as the operands deserve.
 template <class M>
 inline SSLK_INLINE Vec<AccOfMath<M>> exponential(Vec<AccOfMath<M>> t) {
-  if constexpr (M::kPack == 2) {
-    return exp2_of<true>(t);
+  if constexpr (sizeof(AccOfMath<M>) == 4) {
+    return exp2_of<true, M::kPack == 2>(t);
   } else {
     return exp2_v(t);
   }
@@ -113,6 +113,8 @@ inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, i
   using E = ElemOf<M>;
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, L = Tile<M>::L;
   const int64_t row = kUnitRow ? 1 : a_row;
+  // The counters of a loop that is not unrolled are a tenth of its instructions (a sixth with AVX2).
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec<E> bv[NV];
     unroll<NV>([&](auto v) SSLK_INLINE { bv[v] = load<E>(b + v * L); });
