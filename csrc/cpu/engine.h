@@ -8,12 +8,11 @@
 //   kSoftplus  softplus(S) and the logistic function instead of exp
 #pragma once
 
-#include <omp.h>
-
 #include <cmath>
 #include <new>
 
 #include "pack.h"
+#include "schedule.h"
 #include "workspace.h"
 
 SSLK_BEGIN
@@ -50,26 +49,6 @@ struct Ids {
   int64_t* high = nullptr;  // [blocks]
 };
 
-// Round-robin tournament of `n` blocks (the circle method): in a round no two pairs share a block, so
-// both blocks of a pair can be written without locks, and the order in which a block meets the
-// others does not depend on the number of threads.
-struct Tournament {
-  int64_t players;  // even; the last one is a bye when the number of blocks is odd
-  int64_t blocks;
-  explicit Tournament(int64_t n) : players(n + (n & 1)), blocks(n) {}
-  int64_t rounds() const { return players > 1 ? players - 1 : 0; }
-  int64_t pairs() const { return players / 2; }
-  // Pair p of a round as (a < b); false for the bye.
-  bool pair(int64_t round, int64_t p, int64_t* a, int64_t* b) const {
-    const int64_t m = players - 1;
-    const int64_t x = p == 0 ? m : (round + p) % m;
-    const int64_t y = p == 0 ? round : (round - p + m) % m;
-    *a = min64(x, y);
-    *b = max64(x, y);
-    return *b < blocks;
-  }
-};
-
 // Rows of a block.  Few blocks would leave threads idle: below 4 full blocks it is the smallest there is.
 template <class M>
 inline int64_t block_rows(int64_t larger_side) {
@@ -97,18 +76,21 @@ struct Side {
   Ids<AccOfMath<M>> ids;
 };
 
-// Panels of one group of blocks, packed by the thread that uses them.
+// Most blocks that a thread visits together.
+constexpr int64_t kMaxGroup = 4;
+
+// Panels of the blocks of one group, packed by the thread that uses them.
 template <class M>
-struct GroupPanels {
+struct OwnPanels {
   ElemOf<M>* memory = nullptr;
-  int64_t group = -1;  // whose panels they are
+  int64_t block[kMaxGroup] = {-1, -1, -1, -1};  // whose panels they are
 };
 
 // What a thread has for itself.
 template <class M>
 struct ThreadScratch {
   PackBuffer<M> buffer;
-  GroupPanels<M> t_q, t_k, p_q, p_k;
+  OwnPanels<M> t_q, t_k, p_q, p_k;
   double norm2_q = 0, norm2_k = 0;  // largest squared row norms that it met
   AccOfMath<M>* g = nullptr;        // [kBlock][kLdG], see pairwise_backward.cpp
   ElemOf<M>* g_rows = nullptr;      // G in Elem: pairs along its rows,
@@ -125,7 +107,7 @@ struct Engine {
   int64_t d, d_pad;
   int64_t depth;           // elements of a row in T panels
   int64_t block = kBlock;  // rows of a block: smaller for small problems, for parallelism
-  int64_t group = 1;       // blocks that a thread visits together
+  int64_t group = 1;       // blocks that a thread visits together, at most
   int threads;
   bool resident;           // panels of all rows exist; else they are packed group by group
   bool with_t = true;      // T panels are needed: not when the logits were kept
@@ -153,11 +135,8 @@ struct Engine {
     // 16-bit inputs are not copied to float as a whole.
     const bool converts = M::kPack == 1 && (a.dtype == DType::bf16 || a.dtype == DType::f16);
     resident = !converts;
-    // Large groups reuse panels and gradients from the L2 cache, but every thread of a large machine
-    // should have a pair of groups in each round of the tournament.
-    const int64_t by_cache = (int64_t(128) << 10) / (int64_t(sizeof(T)) * d_pad * block);
-    const int64_t by_threads = ceil_div(larger, block) / (resident ? 32 : 16);
-    group = max64(1, min64(4, min64(by_cache, by_threads)));
+    // The panels and gradients of two groups, five arrays of 128 KB, stay in the L2 cache.
+    group = max64(1, min64(kMaxGroup, (int64_t(128) << 10) / (int64_t(sizeof(T)) * d_pad * block)));
   }
 
   int64_t blocks(const Side<M>& side) const { return ceil_div(side.n, block); }
@@ -167,7 +146,7 @@ struct Engine {
     const int64_t pair = args.self ? bi * cols - bi * (bi - 1) / 2 + (bj - bi) : bi * cols + bj;
     return kKeptHeader + pair * block * block;
   }
-  int64_t groups(const Side<M>& side) const { return ceil_div(blocks(side), group); }
+  Groups groups(const Side<M>& side) const { return Groups(blocks(side), group); }
 
   // Whether the tiles read rows of q from P panels, which the gradients need anyway: T panels of q would be a
   // copy too many.  Pairs of rows can't be read as pairs of features.
@@ -273,70 +252,40 @@ struct Engine {
     return std::fabs(args.scale) * std::sqrt(largest_q) * std::sqrt(largest_k);
   }
 
-  // T panels of a group of blocks; null when none are needed.
-  const Elem* group_t(const Side<M>& side, int64_t index, GroupPanels<M>& own, const PackBuffer<M>& buffer) const {
+  // T panels of a block; null when none are needed.
+  const Elem* block_t(const Side<M>& side, int64_t b, OwnPanels<M>& own, const PackBuffer<M>& buffer) const {
     if (!with_t) return nullptr;
-    const int64_t first = index * group * block;
-    if (side.t != nullptr) return side.t + first * depth;
-    if (own.group != index) {
-      pack_t<M>(side.source, first, min64(group * block, side.n_pad - first), own.memory, buffer);
-      own.group = index;
-    }
-    return own.memory;
+    if (side.t != nullptr) return side.t + b * block * depth;
+    Elem* const at = own.memory + b % group * block * d_pad;
+    if (own.block[b % group] != b) pack_t<M>(side.source, b * block, block, at, buffer);
+    own.block[b % group] = b;
+    return at;
   }
 
-  // P panels of a group of blocks.
-  const Elem* group_p(const Side<M>& side, int64_t index, GroupPanels<M>& own, const PackBuffer<M>& buffer) const {
-    const int64_t first = index * group * block;
-    if (side.p != nullptr) return side.p + first / M::kPack * d_pad;
-    if (own.group != index) {
-      const int64_t last = min64(first + group * block, side.n_pad);
-      for (int64_t i = first; i < last; i += block) {
-        pack_p<M>(side.source, i, block, own.memory + (i - first) / M::kPack * d_pad, buffer);
-      }
-      own.group = index;
-    }
-    return own.memory;
+  // P panels of a block.
+  const Elem* block_p(const Side<M>& side, int64_t b, OwnPanels<M>& own, const PackBuffer<M>& buffer) const {
+    if (side.p != nullptr) return side.p + b * block / M::kPack * d_pad;
+    Elem* const at = own.memory + b % group * block / M::kPack * d_pad;
+    if (own.block[b % group] != b) pack_p<M>(side.source, b * block, block, at, buffer);
+    own.block[b % group] = b;
+    return at;
   }
 
-  // Calls visit(scratch, gi, gj, diagonal) for pairs of groups.  Pairs of one round share no group, so
-  // what belongs to either group can be written without locks, and the order in which a group meets
-  // the others depends on the sizes only: the sums have the same bits for any number of threads.
-  // Self mode visits one triangle.  `col_results`: something is gathered for the groups of k too.
-  // From one round to the next a group moves to the neighbouring pair.  So with static shares it
-  // mostly stays with its thread, and its gradients in that core's cache.
+  // Calls visit(scratch, bi, bj) for pairs of blocks, in self mode those of one triangle.
+  // `col_results`: something is gathered for the blocks of k too.
   template <class Visit>
   void for_all_pairs(ThreadScratch<M>* scratch, bool col_results, Visit visit) const {
-    const int64_t nq = groups(q), nk = groups(k);
+    const Groups rows = groups(q), cols = groups(k);
 #pragma omp parallel num_threads(threads)
     {
       ThreadScratch<M>& s = scratch[omp_get_thread_num()];
-      if (args.self) {
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < nq; ++b) visit(s, b, b, true);
-        const Tournament t(nq);
-        for (int64_t round = 0; round < t.rounds(); ++round) {
-#pragma omp for schedule(static)
-          for (int64_t p = 0; p < t.pairs(); ++p) {
-            int64_t a, b;
-            if (t.pair(round, p, &a, &b)) visit(s, a, b, false);
-          }
-        }
-      } else if (col_results) {
-        // Latin square: in round r group i meets group (i + r) mod max, so no two share a column group.
-        const int64_t rounds = max64(nq, nk);
-        for (int64_t round = 0; round < rounds; ++round) {
-#pragma omp for schedule(static)
-          for (int64_t i = 0; i < nq; ++i) {
-            const int64_t j = (i + round) % rounds;
-            if (j < nk) visit(s, i, j, false);
-          }
-        }
+      const auto meet = [&](int64_t bi, int64_t bj) { visit(s, bi, bj); };
+      if (!col_results) {
+        meet_for_rows(rows, cols, meet);
+      } else if (args.self) {
+        meet_within(rows, meet);
       } else {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < nq; ++i) {
-          for (int64_t j = 0; j < nk; ++j) visit(s, i, j, false);
-        }
+        meet_across(rows, cols, meet);
       }
     }
   }

@@ -116,26 +116,13 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
     pass.same.index[i] = pass.other.index[i] = -1;
   }
   // Self mode too visits the whole square: only rows gather results.
-  const int64_t size = e.block * e.depth, nq = e.groups(e.q), nk = e.groups(e.k);
-#pragma omp parallel num_threads(e.threads)
-  {
-    ThreadScratch<M>& s = scratch[omp_get_thread_num()];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t gi = 0; gi < nq; ++gi) {
-      const ElemOf<M>* t_q = e.group_t(e.q, gi, s.t_q, s.buffer);
-      const int64_t i0 = gi * e.group, i1 = min64(e.blocks(e.q), i0 + e.group);
-      for (int64_t gj = 0; gj < nk; ++gj) {
-        const ElemOf<M>* t_k = e.group_t(e.k, gj, s.t_k, s.buffer);
-        const int64_t j0 = gj * e.group, j1 = min64(e.blocks(e.k), j0 + e.group);
-        for (int64_t i = i0; i < i1; ++i) {
-          for (int64_t j = j0; j < j1; ++j) visit_pair(pass, i, j, t_q + (i - i0) * size, t_k + (j - j0) * size);
-        }
-      }
-      for (int64_t i = i0 * e.block; i < min64(e.q.n, i1 * e.block); ++i) {
-        out.max_same[i] = best_lane(pass.same, i, T(1));
-        out.min_other[i] = best_lane(pass.other, i, T(-1));
-      }
-    }
+  e.for_all_pairs(scratch, false, [&](ThreadScratch<M>& s, int64_t bi, int64_t bj) {
+    visit_pair(pass, bi, bj, e.block_t(e.q, bi, s.t_q, s.buffer), e.block_t(e.k, bj, s.t_k, s.buffer));
+  });
+#pragma omp parallel for num_threads(e.threads) schedule(static)
+  for (int64_t i = 0; i < e.q.n; ++i) {
+    out.max_same[i] = best_lane(pass.same, i, T(1));
+    out.min_other[i] = best_lane(pass.other, i, T(-1));
   }
   return 0;
 }

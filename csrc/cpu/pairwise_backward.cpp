@@ -158,45 +158,37 @@ inline void encode_g(const ThreadScratch<MathBF16>& s, int64_t rows, int64_t col
 template <class M>
 inline void encode_g(const ThreadScratch<M>&, int64_t, int64_t) {}
 
-// All block pairs of two groups.  want_q, want_k: which products are needed.  `diagonal`: the groups
-// are the same and only pairs on and above the diagonal are visited (self mode).
+// One pair of blocks.  want_q, want_k: which products are needed.
 template <class M, Mode kMode, bool kCols>
-void group_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t gi, int64_t gj, bool want_q, bool want_k,
-                bool diagonal) {
+void block_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t bi, int64_t bj, bool want_q, bool want_k) {
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, kLdG = Tile<M>::kLdG;
   const Engine<M>& e = pass.e;
-  const int64_t bi0 = gi * e.group, bi1 = min64(e.blocks(e.q), bi0 + e.group);
-  const int64_t bj0 = gj * e.group, bj1 = min64(e.blocks(e.k), bj0 + e.group);
+  const bool diagonal = e.args.self && bi == bj;
+  want_k = want_k && !diagonal;
   const bool q_from_p = e.q_from_p(true);
-  const ElemOf<M>* t_q = q_from_p ? nullptr : e.group_t(e.q, gi, s.t_q, s.buffer);
-  const ElemOf<M>* t_k = diagonal && !q_from_p ? t_q : e.group_t(e.k, gj, s.t_k, s.buffer);
-  const ElemOf<M>* p_q = q_from_p || want_k || diagonal ? e.group_p(e.q, gi, s.p_q, s.buffer) : nullptr;
-  const ElemOf<M>* p_k = diagonal ? p_q : (want_q ? e.group_p(e.k, gj, s.p_k, s.buffer) : nullptr);
-  const int64_t t_size = e.block * e.depth, p_rows = e.block / M::kPack, p_size = p_rows * e.d_pad;
-  for (int64_t bi = bi0; bi < bi1; ++bi) {
-    const int64_t ni = min64(e.q.n - bi * e.block, e.block);
-    for (int64_t bj = diagonal ? bi : bj0; bj < bj1; ++bj) {
-      const int64_t nj = min64(e.k.n - bj * e.block, e.block);
-      // Without T panels the logits were kept, and nothing of q and k is read.
-      const ElemOf<M>* q = q_from_p ? p_q + (bi - bi0) * p_size : t_q == nullptr ? nullptr : t_q + (bi - bi0) * t_size;
-      weight_block<M, kMode, kCols>(pass, bi, bj, q, t_k == nullptr ? nullptr : t_k + (bj - bj0) * t_size, s.g);
-      encode_g(s, round_up(ni, MR), round_up(nj, NR));
-      if (want_q) {
-        gemm_block<M, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG,
-                             1, p_k + (bj - bj0) * p_size, p_rows, ceil_div(nj, M::kPack));
-      }
-      if (want_k && !(diagonal && bi == bj)) {
-        gemm_block<M, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g_cols, 1, kLdG,
-                            p_q + (bi - bi0) * p_size, p_rows, ceil_div(ni, M::kPack));
-      }
-    }
+  const ElemOf<M>* p_q = q_from_p || want_k || diagonal ? e.block_p(e.q, bi, s.p_q, s.buffer) : nullptr;
+  const ElemOf<M>* p_k = diagonal ? p_q : (want_q ? e.block_p(e.k, bj, s.p_k, s.buffer) : nullptr);
+  // Without T panels the logits were kept, and nothing of q and k is read for them.
+  const ElemOf<M>* q = q_from_p ? p_q : e.block_t(e.q, bi, s.t_q, s.buffer);
+  const ElemOf<M>* t_k = diagonal && !q_from_p ? q : e.block_t(e.k, bj, s.t_k, s.buffer);
+  const int64_t ni = min64(e.q.n - bi * e.block, e.block), nj = min64(e.k.n - bj * e.block, e.block);
+  const int64_t p_rows = e.block / M::kPack;
+  weight_block<M, kMode, kCols>(pass, bi, bj, q, t_k, s.g);
+  encode_g(s, round_up(ni, MR), round_up(nj, NR));
+  if (want_q) {
+    gemm_block<M, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG, 1,
+                         p_k, p_rows, ceil_div(nj, M::kPack));
+  }
+  if (want_k) {
+    gemm_block<M, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g_cols, 1, kLdG,
+                        p_q, p_rows, ceil_div(ni, M::kPack));
   }
 }
 
 template <class M, Mode kMode, bool kCols>
 void run(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_k) {
-  pass.e.for_all_pairs(scratch, want_k, [&](ThreadScratch<M>& s, int64_t gi, int64_t gj, bool diagonal) {
-    group_pair<M, kMode, kCols>(pass, s, gi, gj, want_q, want_k, diagonal);
+  pass.e.for_all_pairs(scratch, want_k, [&](ThreadScratch<M>& s, int64_t bi, int64_t bj) {
+    block_pair<M, kMode, kCols>(pass, s, bi, bj, want_q, want_k);
   });
 }
 

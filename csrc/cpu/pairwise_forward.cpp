@@ -196,21 +196,15 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
 template <class M, Mode kMode>
 void run(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_col) {
   const Engine<M>& e = pass.e;
-  e.for_all_pairs(scratch, want_col, [&](ThreadScratch<M>& s, int64_t gi, int64_t gj, bool diagonal) {
-    const ElemOf<M>* t_q = e.group_t(e.q, gi, s.t_q, s.buffer);
-    const ElemOf<M>* t_k = diagonal ? t_q : e.group_t(e.k, gj, s.t_k, s.buffer);
-    const int64_t i0 = gi * e.group, i1 = min64(e.blocks(e.q), i0 + e.group);
-    const int64_t j0 = gj * e.group, j1 = min64(e.blocks(e.k), j0 + e.group);
-    const int64_t size = e.block * e.depth;
-    for (int64_t i = i0; i < i1; ++i) {
-      for (int64_t j = diagonal ? i : j0; j < j1; ++j) {
-        // A diagonal block holds (i, j) and (j, i): its rows are enough.
-        if (want_col && !(diagonal && i == j)) {
-          reduce_pair<M, kMode, true>(pass, i, j, t_q + (i - i0) * size, t_k + (j - j0) * size);
-        } else {
-          reduce_pair<M, kMode, false>(pass, i, j, t_q + (i - i0) * size, t_k + (j - j0) * size);
-        }
-      }
+  e.for_all_pairs(scratch, want_col, [&](ThreadScratch<M>& s, int64_t bi, int64_t bj) {
+    const bool diagonal = e.args.self && bi == bj;
+    const ElemOf<M>* t_q = e.block_t(e.q, bi, s.t_q, s.buffer);
+    const ElemOf<M>* t_k = diagonal ? t_q : e.block_t(e.k, bj, s.t_k, s.buffer);
+    // A diagonal block holds (i, j) and (j, i): its rows are enough.
+    if (want_col && !diagonal) {
+      reduce_pair<M, kMode, true>(pass, bi, bj, t_q, t_k);
+    } else {
+      reduce_pair<M, kMode, false>(pass, bi, bj, t_q, t_k);
     }
   });
 }
