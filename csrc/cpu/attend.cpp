@@ -41,22 +41,22 @@ template <class M>
 struct Scratch {
   AccOfMath<M>* g;     // [kBlock keys][kLdG]: exponentials, one column a query
   ElemOf<M>* g_cols;   // the same in Elem, pairs of keys; g where Elem is Acc
-  AccOfMath<M>* rows;  // [kPack][row_size]: keys as they are read
+  AccOfMath<M>* rows;  // [kPack][row_size]: keys as they are read, where Elem is not Acc
   ElemOf<M>* keys;     // [kBlock][row_size] row-major keys of the block
-  ElemOf<M>* panels;   // P panels of the block
+  ElemOf<M>* panels;   // P panels of the block, where Elem is not Acc
   ElemOf<M>* queries;  // T panels of a group of queries
 };
 
-// Reads a block of keys: row-major, for S, and as P panels, for the weighted sum.
+// Reads a block of keys, row-major, and, where a product takes pairs of keys, as P panels.
 template <class M>
 void read_keys(const Pass<M>& pass, const Scratch<M>& s, int64_t j0, int64_t nj) {
   using T = AccOfMath<M>;
-  constexpr int NR = Tile<M>::NR, L = Tile<M>::L, kBlock = Tile<M>::kBlock;
   const Engine<M>& e = pass.e;
-  const int64_t ld = PackBuffer<M>::row_size(e.d), p_rows = kBlock / M::kPack;
+  const int64_t ld = PackBuffer<M>::row_size(e.d);
   for (int64_t r = 0; r < round_up(nj, Tile<M>::MR); r += M::kPack) {
     for (int h = 0; h < M::kPack; ++h) {
-      T* row = s.rows + h * ld;
+      ElemOf<M>* key = s.keys + (r + h) * ld;
+      T* row = M::kPack == 1 ? reinterpret_cast<T*>(key) : s.rows + h * ld;
       const bool valid = r + h < nj;
       if (valid) {
         e.k.source.row(j0 + r + h, row);
@@ -67,36 +67,29 @@ void read_keys(const Pass<M>& pass, const Scratch<M>& s, int64_t j0, int64_t nj)
       }
       const int64_t filled = valid ? e.d : 0;
       std::memset(row + filled, 0, size_t(ld - filled) * sizeof(T));
-      ElemOf<M>* key = s.keys + (r + h) * ld;
-      if constexpr (M::kPack == 1) {
-        std::memcpy(key, row, size_t(ld) * sizeof(T));
-      } else {
 #if defined(__AVX512BF16__)
-        for (int64_t k = 0; k < e.d; k += 2 * L) {
-          store<ElemOf<M>>(key + k / 2, pair_along(load<T>(row + k), load<T>(row + k + L)));
-        }
-#endif
+      constexpr int L = Tile<M>::L;
+      for (int64_t k = 0; k < e.d; k += 2 * L) {
+        store<ElemOf<M>>(key + k / 2, pair_along(load<T>(row + k), load<T>(row + k + L)));
       }
+#endif
     }
+#if defined(__AVX512BF16__)
+    constexpr int NR = Tile<M>::NR, L = Tile<M>::L, kPairs = Tile<M>::kBlock / M::kPack;
     for (int64_t c = 0; c < e.d_pad; c += NR) {
       for (int v = 0; v < NR; v += L) {
-        ElemOf<M>* to = s.panels + c * p_rows + r / M::kPack * NR + v;
-        if constexpr (M::kPack == 1) {
-          store<T>(to, load<T>(s.rows + c + v));
-        } else {
-#if defined(__AVX512BF16__)
-          store<ElemOf<M>>(to, pair_across(load<T>(s.rows + c + v), load<T>(s.rows + ld + c + v)));
-#endif
-        }
+        store<ElemOf<M>>(s.panels + c * kPairs + r / M::kPack * NR + v,
+                         pair_across(load<T>(s.rows + c + v), load<T>(s.rows + ld + c + v)));
       }
     }
+#endif
   }
 }
 
 // Exponentials of one block of keys against one panel-aligned block of queries; updates the sums.
 template <class M, Mode kMode>
 void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const Scratch<M>& s, const ElemOf<M>* t_q,
-                  int64_t j0, int64_t nj, int64_t i0, int64_t ni, bool exclude) {
+                  int64_t j0, int64_t nj, int64_t i0, int64_t ni, bool exclude, Ahead& ahead, int64_t lines) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L, kLdG = Tile<M>::kLdG;
   const Engine<M>& e = pass.e;
@@ -112,6 +105,7 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
     });
     for (int64_t j = 0; j < nj; j += MR) {
       Vec<T> t[MR][NV];
+      ahead.fetch(lines);
       dot_tile<M, NV, false>(s.keys + j * ld, ld, 1, b, e.depth, t);
       T* to = s.g + j * kLdG + (i - i0);
       const bool masked = exclude || j + MR > nj;
@@ -173,12 +167,15 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
 template <class M, Mode kMode>
 void attend_range(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const Scratch<M>& s,
                   const PackBuffer<M>& buffer, int64_t q0, int64_t q1, int64_t k0, int64_t k1) {
+  using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, kBlock = Tile<M>::kBlock, kLdG = Tile<M>::kLdG;
   const Engine<M>& e = pass.e;
   pack_t<M>(e.q.source, q0, q1 - q0, s.queries, buffer);
   for (int64_t j0 = k0; j0 < k1; j0 += kBlock) {
     const int64_t nj = min64(kBlock, k1 - j0);
     read_keys(pass, s, j0, nj);
+    Ahead ahead(e.k.source, j0 + nj, min64(k1, j0 + nj + kBlock));
+    const int64_t lines = ceil_div((ahead.end - ahead.at) / 64, max64(1, (min64(q1, e.q.n) - q0) / NR * (nj / MR)));
     for (int64_t i0 = q0; i0 < q1; i0 += kBlock) {
       const int64_t ni = min64(round_up(e.q.n, NR), min64(q1, i0 + kBlock)) - i0;
       if (ni <= 0) break;
@@ -188,7 +185,7 @@ void attend_range(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
           for (int64_t c = j0 / e.block; c <= (j0 + nj - 1) / e.block; ++c) exclude |= e.may_exclude(b, c);
         }
       }
-      exponentials<M, kMode>(pass, out, s, s.queries + (i0 - q0) * e.depth, j0, nj, i0, ni, exclude);
+      exponentials<M, kMode>(pass, out, s, s.queries + (i0 - q0) * e.depth, j0, nj, i0, ni, exclude, ahead, lines);
       if constexpr (M::kPack == 2) {
 #if defined(__AVX512BF16__)
         for (int64_t j = 0; j < round_up(nj, 2); j += 2) {
@@ -199,8 +196,14 @@ void attend_range(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
         }
 #endif
       }
-      gemm_block<M, true>(out.weighted + i0 * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_cols, 1, kLdG,
-                          s.panels, kBlock / M::kPack, ceil_div(nj, M::kPack));
+      T* const weighted = out.weighted + i0 * pass.stride;
+      if constexpr (M::kPack == 1) {
+        gemm_block<M, true, false>(weighted, pass.stride, round_up(ni, MR), e.d, s.g_cols, 1, kLdG, s.keys,
+                                   PackBuffer<M>::row_size(e.d), nj);
+      } else {
+        gemm_block<M, true>(weighted, pass.stride, round_up(ni, MR), e.d, s.g_cols, 1, kLdG, s.panels,
+                            kBlock / M::kPack, ceil_div(nj, M::kPack));
+      }
     }
   }
 }
@@ -225,7 +228,8 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
   T *max = nullptr, *sum = nullptr, *weighted = nullptr;
   int64_t* rank = nullptr;
   const int64_t g_size = kBlock * kLdG, query_rows = min64(group, e.q.n_pad);
-  const int64_t scratch_size = PackBuffer<M>::size(e.d) + 2 * g_size + 2 * ld + (2 * kBlock + query_rows) * ld;
+  constexpr int64_t kKeyCopies = M::kPack == 1 ? 1 : 2;
+  const int64_t scratch_size = PackBuffer<M>::size(e.d) + 2 * g_size + 2 * ld + (kKeyCopies * kBlock + query_rows) * ld;
   w.plan(&memory, scratch_size * e.threads);
   w.plan(&norms, e.threads);
   w.plan(&partial, ranges);
@@ -280,8 +284,8 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
     const PackBuffer<M> buffer(at, e.d);
     at += PackBuffer<M>::size(e.d);
     E* elems = reinterpret_cast<E*>(at + g_size + 2 * ld);
-    Scratch<M> s{
-        at, elems, at + g_size, elems + g_size, elems + g_size + kBlock * ld, elems + g_size + 2 * kBlock * ld};
+    E* keys = elems + g_size;
+    Scratch<M> s{at, elems, at + g_size, keys, keys + kBlock * ld, keys + kKeyCopies * kBlock * ld};
     if constexpr (M::kPack == 1) s.g_cols = s.g;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < n_groups * ranges; ++item) {

@@ -29,7 +29,8 @@ struct Source {
   const T* inv = nullptr;
   int64_t d = 0;
   void (*read)(const void*, int64_t, int64_t, T, T*) = nullptr;
-  bool plain = true;  // elements are T in memory
+  bool plain = true;            // elements are T in memory
+  int64_t element = sizeof(T);  // bytes
 
   int64_t rows() const { return part[0].n + part[1].n; }
 
@@ -51,6 +52,28 @@ struct Source {
   }
 };
 
+// Lines of some rows that will be read soon, fetched into the L2 cache a few at a time.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+
+  Ahead() = default;
+  template <class T>
+  Ahead(const Source<T>& source, int64_t first, int64_t last) {
+    for (const Rows& p : source.part) {
+      // Rows far apart are not worth the lines between them.
+      if (first >= 0 && first < last && last <= p.n && p.stride < 2 * source.d) {
+        at = static_cast<const char*>(p.data) + first * p.stride * source.element;
+        end = at + (last - first) * p.stride * source.element;
+      }
+      first -= p.n;
+      last -= p.n;
+    }
+  }
+  void fetch(int64_t lines) {
+    for (const char* stop = at + 64 * lines; at < stop && at < end; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 inline Source<double> make_source_f64(const Rows* part, const void* inv, int64_t d) {
   return {{part[0], part[1]}, static_cast<const double*>(inv), d, read_row_as<double, double>, true};
 }
@@ -69,6 +92,7 @@ inline Source<float> make_source<float>(DType dtype, const Rows* part, const voi
   if (dtype == DType::bf16) s.read = read_row_as<float, bf16>;
   if (dtype == DType::f16) s.read = read_row_as<float, f16>;
   s.plain = dtype == DType::f32;
+  if (!s.plain) s.element = 2;
   return s;
 }
 

@@ -104,14 +104,14 @@ inline SSLK_INLINE void clear_tile(Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
                           SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<AccOfMath<M>>{}; }); });
 }
 
-// acc[r][v] += sum over k < depth of a[r * a_row + k * a_k] * b[k * NR + v * L ...].
+// acc[r][v] += sum over k < depth of a[r * a_row + k * a_k] * b[k * b_k + v * L ...].
 // kUnitRow: the rows of A are adjacent (a packed panel or G^T), so a_row is 1 at compile time.
 template <class M, int NV, bool kUnitRow>
 inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
                                  const ElemOf<M>* __restrict b, int64_t depth,
-                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV], int64_t b_k = Tile<M>::NR) {
   using E = ElemOf<M>;
-  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, L = Tile<M>::L;
+  constexpr int MR = Tile<M>::MR, L = Tile<M>::L;
   const int64_t row = kUnitRow ? 1 : a_row;
   // The counters of a loop that is not unrolled are a tenth of its instructions (a sixth with AVX2).
 #pragma GCC unroll 4
@@ -123,7 +123,7 @@ inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, i
       unroll<NV>([&](auto v) SSLK_INLINE { multiply_add<M>(acc[r][v], av, bv[v]); });
     });
     a += a_k;
-    b += NR;
+    b += b_k;
   }
 }
 
@@ -131,9 +131,9 @@ inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, i
 template <class M, int NV, bool kUnitRow>
 inline SSLK_INLINE void dot_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
                                  const ElemOf<M>* __restrict b, int64_t depth,
-                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV], int64_t b_k = Tile<M>::NR) {
   clear_tile<M, NV>(acc);
-  add_dots<M, NV, kUnitRow>(a, a_row, a_k, b, depth, acc);
+  add_dots<M, NV, kUnitRow>(a, a_row, a_k, b, depth, acc, b_k);
 }
 
 // The same, in the same order, with A in the D-panels of gemm_block: `a` is its first row in the first panel.
@@ -151,14 +151,15 @@ inline SSLK_INLINE void dot_tile_of_p(const ElemOf<M>* __restrict a, int64_t p_r
 }
 
 // One panel of gemm_block: C[0:rows][0:NV*L] += A P for a panel that is NV vectors wide.
-template <class M, int NV, bool kUnitRow>
+// kPacked: rows of P are NR apart, else p_row.
+template <class M, int NV, bool kUnitRow, bool kPacked>
 inline void gemm_panel(AccOfMath<M>* c, int64_t ldc, int64_t rows, const ElemOf<M>* a, int64_t a_row, int64_t a_k,
-                       const ElemOf<M>* p, int64_t depth) {
+                       const ElemOf<M>* p, int64_t p_row, int64_t depth) {
   using T = AccOfMath<M>;
-  constexpr int MR = Tile<M>::MR, L = Tile<M>::L;
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, L = Tile<M>::L;
   for (int64_t i = 0; i < rows; i += MR) {
     Vec<T> acc[MR][NV];
-    dot_tile<M, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc);
+    dot_tile<M, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc, kPacked ? NR : p_row);
     // C is added at the end: waiting for it at the start would stall the multiply-adds.
     unroll<MR>([&](auto r) SSLK_INLINE {
       unroll<NV>([&](auto v) SSLK_INLINE { store<T>(c + v * L, load<T>(c + v * L) + acc[r][v]); });
@@ -167,22 +168,23 @@ inline void gemm_panel(AccOfMath<M>* c, int64_t ldc, int64_t rows, const ElemOf<
   }
 }
 
-// C[0:rows][0:D] += A[rows][depth] P, with P in D-panels: panel dp holds [p_rows][NR] elements.
-// `rows` is a multiple of MR (C is padded), ldc a multiple of L; p_rows and depth count elements, that
+// C[0:rows][0:D] += A[rows][depth] P.  kPacked: P lies in D-panels, panel dp holds [p_size][NR] elements; else it is
+// row-major, p_size elements a row.
+// `rows` is a multiple of MR (C is padded), ldc a multiple of L; p_size and depth count elements, that
 // is pairs of rows in bfloat16.  The last panel is as many vectors wide as D needs, which is what
 // keeps odd D cheap.
-template <class M, bool kUnitRow>
+template <class M, bool kUnitRow, bool kPacked = true>
 inline void gemm_block(AccOfMath<M>* c, int64_t ldc, int64_t rows, int64_t d, const ElemOf<M>* a, int64_t a_row,
-                       int64_t a_k, const ElemOf<M>* p, int64_t p_rows, int64_t depth) {
+                       int64_t a_k, const ElemOf<M>* p, int64_t p_size, int64_t depth) {
   constexpr int NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L;
-  for (int64_t d0 = 0; d0 < d; d0 += NR, p += p_rows * NR) {
+  for (int64_t d0 = 0; d0 < d; d0 += NR, p += kPacked ? p_size * NR : NR) {
     const int64_t vectors = ceil_div(min64(NR, d - d0), L);
     if (vectors == NV) {
-      gemm_panel<M, NV, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
+      gemm_panel<M, NV, kUnitRow, kPacked>(c + d0, ldc, rows, a, a_row, a_k, p, p_size, depth);
     } else if (vectors == 1) {
-      gemm_panel<M, 1, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
+      gemm_panel<M, 1, kUnitRow, kPacked>(c + d0, ldc, rows, a, a_row, a_k, p, p_size, depth);
     } else {
-      gemm_panel<M, NV == 3 ? 2 : 1, kUnitRow>(c + d0, ldc, rows, a, a_row, a_k, p, depth);
+      gemm_panel<M, NV == 3 ? 2 : 1, kUnitRow, kPacked>(c + d0, ldc, rows, a, a_row, a_k, p, p_size, depth);
     }
   }
 }
