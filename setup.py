@@ -32,7 +32,7 @@ CPU_SOURCES = [
 ]
 # AVX512-BF16 is AVX-512 and more arithmetic; see csrc/cpu/kernels.h.
 BF16_SOURCES = [source for source in CPU_SOURCES if source != "csrc/cpu/others.cpp"]
-COMMON_SOURCES = ["csrc/module.cpp", "csrc/dispatch.cpp"]  # once
+COMMON_SOURCES = ["csrc/module.cpp", "csrc/dispatch.cpp", "csrc/round_trip.cpp"]  # once
 # Nothing in them is a loop: a third less time to compile, the same time for a call.
 COMMON_FLAGS = ["-O1"]
 FILES = {

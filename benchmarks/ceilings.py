@@ -33,7 +33,8 @@ def _best(run: Callable[[], object], device: str, seconds: float = SECONDS) -> f
     return best
 
 
-def _extension() -> Any:
+def cpu_extension() -> Any:
+    """``sslkernels._C``, or None where it was not built."""
     try:
         return importlib.import_module("sslkernels._C")
     except ImportError:
@@ -48,7 +49,7 @@ def measure_ceilings(device: str, threads: int) -> list[dict[str, Any]]:
     """Records fma, sgemm and, where there is such a unit, bf16 (FLOP/s); copy and bandwidth (B/s)."""
     a, b, c = (torch.randn(GEMM_N, GEMM_N, device=device) for _ in range(3))
     sgemm = 2 * GEMM_N**3 / _best(lambda: torch.mm(a, b, out=c), device)
-    extension = _extension() if device == "cpu" else None
+    extension = cpu_extension() if device == "cpu" else None
     fma, how = sgemm, "no multiply-add loop here: torch.mm in float32, a lower bound"
     if extension is not None:
         fma, how = extension.peak_flops(False, threads), "multiply-adds in registers"

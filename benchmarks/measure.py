@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.ceilings import cpu_extension, measure_ceilings
 from benchmarks.contenders import CONTENDERS, Contender, Missing
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 3e-2, "float16": 5e-3}
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 MIN_SAMPLE = 1e-3  # seconds: shorter calls are repeated within one sample
 L2_FLUSH_BYTES = 256 << 20
+LINE_EXCHANGES = 4000  # some milliseconds at most
 
 Record = dict[str, Any]
 
@@ -87,6 +89,14 @@ def _timer(device: str) -> Callable[[Callable[[], object], int], float]:
     return on_gpu
 
 
+def _line_timer(case: Case) -> Callable[[], float] | None:
+    """Seconds in which a cache line goes to the other core and back; None: one thread, or a GPU."""
+    extension = cpu_extension()
+    if extension is None or case.device != "cpu" or torch.get_num_threads() < 2:
+        return None
+    return lambda: float(extension.round_trip(LINE_EXCHANGES))
+
+
 def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
     """Verify all, warm up all, then time them in turn until ``budget`` seconds are used."""
     truth = case.truth()
@@ -100,9 +110,17 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
             kind = "missing" if isinstance(problem, Missing) else "wrong"
             records.append({"provider": name, "metric": kind, "note": str(problem)})
             continue
+        except (
+            Exception
+        ) as problem:  # whatever a library raises: the others are measured all the same
+            note = f"{type(problem).__name__}: {problem}"[:300]
+            records.append({"provider": name, "metric": "failed", "note": note})
+            continue
         ready[name] = contender
         records.append({"provider": name, "metric": "error", "values": [error] * 3, "unit": "1"})
     del truth
+    if not ready:
+        return records
     timer = _timer(case.device)
     repeats: dict[str, int] = {}
     for name, contender in ready.items():
@@ -110,6 +128,8 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
         once = timer(contender.step, 1)
         repeats[name] = max(1, min(1000, int(MIN_SAMPLE / max(once, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in ready}
+    line_timer = _line_timer(case)
+    round_trips: list[float] = []
     order = list(ready)
     shuffle = random.Random(0).shuffle
     gc.collect()
@@ -118,6 +138,8 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
             break
+        if line_timer is not None:
+            round_trips.append(line_timer())
         shuffle(order)  # nobody always follows the same neighbour
         for name in order:
             if repeats[name] > 1:  # the caches are what the step before left
@@ -130,6 +152,11 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
             {"provider": name, "metric": "time", "values": [p25, p50, p75], "unit": "s",
              "note": f"{len(seconds)} rounds of {repeats[name]}"}
         )  # fmt: skip
+    if round_trips:
+        values = statistics.quantiles(round_trips, n=4, method="inclusive")
+        records.append(
+            {"provider": "cache line", "metric": "round_trip", "values": values, "unit": "s"}
+        )
     return records
 
 
@@ -181,8 +208,6 @@ def main() -> int:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     if job["kind"] == "ceilings":
-        from benchmarks.ceilings import measure_ceilings
-
         result: list[Record] = measure_ceilings(job["device"], job["threads"])
     elif job["kind"] == "memory":
         result = measure_memory(Case(**job["case"]), job["names"][0])

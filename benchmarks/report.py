@@ -7,6 +7,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.contenders import OURS
@@ -165,6 +166,12 @@ def _heading(rows: list[Row]) -> str:
             f"{n} {r['p50'] / 1e9:.1f} G{r['unit']} ({r['note']})" for n, r in ceilings.items()
         ]
         text += " Ceilings measured in the same run: " + ", ".join(parts) + "."
+    trips = [row["p50"] for row in _pick(rows, metric="round_trip")]
+    if trips:
+        text += (
+            f" From one core to the other and back a cache line took {1e9 * median(trips):.0f} ns "
+            f"({1e9 * min(trips):.0f} to {1e9 * max(trips):.0f}; medians of the cases)."
+        )
     return text
 
 

@@ -119,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "peak_flops", [](bool bf16, int n_threads) { return sslk::kernels().peak_flops(bf16, n_threads); },
       pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("round_trip", &sslk::round_trip, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("pairwise_forward", &sslk::pairwise_forward);
   m.def("pairwise_backward", &sslk::pairwise_backward);
   m.def("attend", &sslk::attend);

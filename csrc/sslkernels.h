@@ -248,4 +248,6 @@ struct Kernels {
 
 const Kernels& kernels();
 
+double round_trip(int exchanges);  // round_trip.cpp
+
 }  // namespace sslk

@@ -40,7 +40,7 @@ def test_one_command_writes_everything(
     instant_ceilings: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--op", "nt_xent", "--sizes", "64", "--dim", "16", "--time", "0.01"]
-    arguments += ["--threads", "1", "--contenders", OURS, "eager", "nobody"]
+    arguments += ["--threads", "2", "--contenders", OURS, "eager", "nobody"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     assert "nobody missing: no such contender" in capsys.readouterr().out
     with (tmp_path / "bench.csv").open(newline="", encoding="utf-8") as file:
@@ -54,6 +54,9 @@ def test_one_command_writes_everything(
         assert row["cpu"] and row["isa"] and row["commit"] and row["date"] and row["torch"]
         if row["metric"] in ("time", "rate", "share"):
             assert 0 < row["p25"] <= row["p50"] <= row["p75"]
+    trips = [row["p50"] for row in rows if row["metric"] == "round_trip"]
+    assert len(trips) == 1 and 1e-9 < trips[0] < 1e-2
+    assert "a cache line took" in (tmp_path / "bench.md").read_text("utf-8")
     time, rate, share = (
         next(r["p50"] for r in rows if r["metric"] == m and r["provider"] == OURS)
         for m in ("time", "rate", "share")
@@ -112,6 +115,19 @@ def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     records = measure.measure_times(Case("nt_xent", 16, dim=8), ["wrong"], 0.0)
     assert [record["metric"] for record in records] == ["wrong"]
     assert "float64" in records[0]["note"]
+
+
+def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: Case, x: contenders.Inputs) -> contenders.Contender:
+        raise RuntimeError("not today")
+
+    monkeypatch.setitem(CONTENDERS["nt_xent"], "broken", broken)
+    case = Case("nt_xent", 16, dim=8, dtype="float64")
+    records = measure.measure_times(case, ["broken", "sslkernels bf16", OURS], 0.0)
+    kinds = {record["provider"]: record["metric"] for record in records}
+    assert kinds["broken"] == "failed" and kinds["sslkernels bf16"] == "missing"
+    assert kinds[OURS] == "time"
+    assert records[0]["note"] == "RuntimeError: not today"
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
