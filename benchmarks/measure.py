@@ -27,7 +27,8 @@ from benchmarks.contenders import CONTENDERS, Contender, Missing
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 3e-2, "float16": 5e-3}
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-MIN_SAMPLE = 1e-3  # seconds: shorter calls are repeated within one sample
+MIN_SAMPLE = 5e-3  # seconds: shorter calls are repeated within one sample
+WARM_UP = 0.1  # seconds: a sample of shorter calls follows one that does not count
 L2_FLUSH_BYTES = 256 << 20
 LINE_EXCHANGES = 4000  # some milliseconds at most
 
@@ -123,10 +124,12 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
         return records
     timer = _timer(case.device)
     repeats: dict[str, int] = {}
+    warm: dict[str, bool] = {}
     for name, contender in ready.items():
         timer(contender.step, 1)  # the second call, after verify
         once = timer(contender.step, 1)
         repeats[name] = max(1, min(1000, int(MIN_SAMPLE / max(once, 1e-7))))
+        warm[name] = once < WARM_UP
     samples: dict[str, list[float]] = {name: [] for name in ready}
     line_timer = _line_timer(case)
     round_trips: list[float] = []
@@ -142,7 +145,7 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
             round_trips.append(line_timer())
         shuffle(order)  # nobody always follows the same neighbour
         for name in order:
-            if repeats[name] > 1:  # the caches are what the step before left
+            if warm[name]:  # the caches are what another contender left
                 timer(ready[name].step, 1)
             samples[name].append(timer(ready[name].step, repeats[name]))
     gc.enable()
