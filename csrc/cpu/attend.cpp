@@ -222,7 +222,8 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
   const int64_t range = round_up(ceil_div(e.k.n, ranges), kBlock);
 
   Workspace w;
-  T *memory = nullptr, *thresholds = nullptr;
+  PerThread<T> memory;
+  T* thresholds = nullptr;
   double* norms = nullptr;
   Partial<T>* partial = nullptr;
   T *max = nullptr, *sum = nullptr, *weighted = nullptr;
@@ -230,7 +231,7 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
   const int64_t g_size = kBlock * kLdG, query_rows = min64(group, e.q.n_pad);
   constexpr int64_t kKeyCopies = M::kPack == 1 ? 1 : 2;
   const int64_t scratch_size = PackBuffer<M>::size(e.d) + 2 * g_size + 2 * ld + (kKeyCopies * kBlock + query_rows) * ld;
-  w.plan(&memory, scratch_size * e.threads);
+  w.plan(&memory, scratch_size, e.threads);
   w.plan(&norms, e.threads);
   w.plan(&partial, ranges);
   w.plan(&max, ranges * e.q.n_pad);
@@ -252,7 +253,7 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
     {
       const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
       ThreadScratch<M> s;
-      s.buffer = PackBuffer<M>(memory + thread * scratch_size, e.d);
+      s.buffer = PackBuffer<M>(memory.of(thread), e.d);
       e.raise_norm2(e.q.source, e.q.n * thread / team, e.q.n * (thread + 1) / team, s, &s.norm2_q);
       norms[thread] = s.norm2_q;
       for (int64_t t = team; thread == 0 && t < e.threads; ++t) norms[t] = 0;
@@ -280,7 +281,7 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
 
 #pragma omp parallel num_threads(e.threads)
   {
-    T* at = memory + omp_get_thread_num() * scratch_size;
+    T* at = memory.mine();
     const PackBuffer<M> buffer(at, e.d);
     at += PackBuffer<M>::size(e.d);
     E* elems = reinterpret_cast<E*>(at + g_size + 2 * ld);

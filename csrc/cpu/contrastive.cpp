@@ -45,7 +45,7 @@ int row_threads(const ContrastiveArgs& args) { return args.a.n * args.d < kSeria
 
 // Inverse norms of both views and the dot product of every positive pair.
 template <class T>
-void prepare(const ContrastiveArgs& args, const ContrastiveState& state, T* buffers) {
+void prepare(const ContrastiveArgs& args, const ContrastiveState& state, const PerThread<T>& buffers) {
   T* inv = static_cast<T*>(state.inv);
   T* positive = static_cast<T*>(state.positive);
   const Rows none{};
@@ -54,7 +54,7 @@ void prepare(const ContrastiveArgs& args, const ContrastiveState& state, T* buff
   const Source<T> sb = make_source<T>(args.dtype, b, nullptr, args.d);
 #pragma omp parallel num_threads(row_threads(args))
   {
-    T* x = buffers + omp_get_thread_num() * 2 * args.d;
+    T* x = buffers.mine();
     T* y = x + args.d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < args.a.n; ++i) {
@@ -109,9 +109,10 @@ template <class T>
 int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss, int64_t* rank) {
   const int64_t n = args.a.n, rows = args.rows();
   Workspace w;
-  T *buffers = nullptr, *threshold = nullptr;
+  PerThread<T> buffers;
+  T* threshold = nullptr;
   int64_t* row_ids = nullptr;
-  w.plan(&buffers, 2 * args.d * args.n_threads);
+  w.plan(&buffers, 2 * args.d, args.n_threads);
   w.plan(&threshold, 2 * n);
   w.plan(&row_ids, 2 * n);
   if (!w.allocate()) return -1;
@@ -184,10 +185,11 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
       !joint && !bank && stride == d && pad_a == n && (args.dtype == DType::f32 || args.dtype == DType::f64);
 
   Workspace w;
-  T *buffers = nullptr, *weight = nullptr, *ga = nullptr, *gb = nullptr;
+  PerThread<T> buffers;
+  T *weight = nullptr, *ga = nullptr, *gb = nullptr;
   double* along = nullptr;
   int64_t* row_ids = nullptr;
-  w.plan(&buffers, 4 * d * args.n_threads);
+  w.plan(&buffers, 4 * d, args.n_threads);
   w.plan(&weight, 2 * n);
   w.plan(&along, n);
   w.plan(&row_ids, 2 * n);
@@ -241,7 +243,7 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   const T scale = T(args.scale);
 #pragma omp parallel num_threads(row_threads(args))
   {
-    T* xa = buffers + omp_get_thread_num() * 4 * d;
+    T* xa = buffers.mine();
     T *xb = xa + d, *fa = xb + d, *fb = fa + d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {

@@ -113,6 +113,8 @@ struct Engine {
   bool with_t = true;      // T panels are needed: not when the logits were kept
   bool q_in_turn = false;  // each group of q meets all of k before the next: its panels need not outlive that
   Side<M> q, k;            // k aliases q in self mode
+  PerThread<T> buffers;    // memory of ThreadScratch
+  PerThread<Elem> panels;
   bool has_ids = false;
   Mode mode = Mode::kFixed;
   T unit = 0;        // t = unit * <q, k> + offset
@@ -159,14 +161,14 @@ struct Engine {
   int64_t own_panels(bool with_p) const { return own_t_q(with_p) + (resident ? 0 : 1 + 2 * with_p); }
 
   // Reserves ids, panels and the scratch of the threads.
-  void plan(Workspace& w, ThreadScratch<M>** scratch, T** buffers, Elem** panels, bool with_p) {
+  void plan(Workspace& w, ThreadScratch<M>** scratch, bool with_p) {
     plan_ids(w, q);
     if (!args.self || !has_ids) plan_ids(w, k);
     if (resident) plan_panels(w, q, with_t && (args.self || !(q_from_p(with_p) || own_t_q(with_p))), with_p);
     if (resident && !args.self) plan_panels(w, k, with_t, with_p);
     w.plan(scratch, threads);
-    w.plan(buffers, PackBuffer<M>::size(d) * threads);
-    if (own_panels(with_p) > 0) w.plan(panels, group_elements() * own_panels(with_p) * threads);
+    w.plan(&buffers, PackBuffer<M>::size(d), threads);
+    if (own_panels(with_p) > 0) w.plan(&panels, group_elements() * own_panels(with_p), threads);
   }
 
   void plan_panels(Workspace& w, Side<M>& side, bool t_too, bool with_p) {
@@ -183,12 +185,12 @@ struct Engine {
   int64_t group_elements() const { return group * block * d_pad; }  // of T or P panels, rounded up
 
   // Hands out what `plan` reserved; to be called once the workspace is allocated.
-  void set_up(ThreadScratch<M>* scratch, T* buffers, Elem* panels, bool with_p) {
+  void set_up(ThreadScratch<M>* scratch, bool with_p) {
     if (args.self) k.t = q.t, k.p = q.p;
     for (int t = 0; t < threads; ++t) {
       ThreadScratch<M>& s = *new (scratch + t) ThreadScratch<M>();
-      s.buffer = PackBuffer<M>(buffers + t * PackBuffer<M>::size(d), d);
-      Elem* at = panels + t * group_elements() * own_panels(with_p);
+      s.buffer = PackBuffer<M>(buffers.of(t), d);
+      Elem* at = panels.of(t);
       const auto take = [&] {
         Elem* here = at;
         at += group_elements();

@@ -94,16 +94,15 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
   Pass<M> pass{e, nullptr, {}, {}};
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;
-  T *buffers = nullptr, *bias = nullptr;
-  ElemOf<M>* panels = nullptr;
-  e.plan(w, &scratch, &buffers, &panels, false);
+  T* bias = nullptr;
+  e.plan(w, &scratch, false);
   w.plan(&bias, e.k.n_pad);
   w.plan(&pass.same.value, e.q.n_pad * L);
   w.plan(&pass.same.index, e.q.n_pad * L);
   w.plan(&pass.other.value, e.q.n_pad * L);
   w.plan(&pass.other.index, e.q.n_pad * L);
   if (!w.allocate()) return -1;
-  e.set_up(scratch, buffers, panels, false);
+  e.set_up(scratch, false);
   e.prepare(scratch, false);
   e.unit = T(args.scale);
   for (int64_t j = 0; j < e.k.n_pad; ++j) {

@@ -189,11 +189,12 @@ int forward(const PairedArgs& args, const PairedState& state, const PairedForwar
   constexpr int L = Simd<T>::kLanes;
   const int64_t n = args.query.n, d = args.d, per_thread = (2 + L) * d;
   const int n_threads = row_threads(args);
-  T *buffers = nullptr, *row_loss = nullptr;
+  PerThread<T> buffers;
+  T* row_loss = nullptr;
   double* similarity = nullptr;
   int64_t* allowed = nullptr;
   Workspace w;
-  w.plan(&buffers, per_thread * n_threads);
+  w.plan(&buffers, per_thread, n_threads);
   w.plan(&row_loss, n);
   w.plan(&similarity, n);
   w.plan(&allowed, n);
@@ -203,7 +204,7 @@ int forward(const PairedArgs& args, const PairedState& state, const PairedForwar
   T *norms = static_cast<T*>(state.norms), *mean_key = static_cast<T*>(state.mean_key);
 #pragma omp parallel num_threads(n_threads)
   {
-    T* q = buffers + omp_get_thread_num() * per_thread;
+    T* q = buffers.mine();
     T *p = q + d, *wide = p + d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
@@ -270,10 +271,10 @@ int backward(const PairedArgs& args, const PairedState& state, const PairedBackw
   constexpr int L = Simd<T>::kLanes;
   const int64_t n = args.query.n, d = args.d, per_thread = (4 + L) * d;
   const int n_threads = row_threads(args);
-  T* buffers = nullptr;
+  PerThread<T> buffers;
   double* along = nullptr;
   Workspace w;
-  w.plan(&buffers, per_thread * n_threads);
+  w.plan(&buffers, per_thread, n_threads);
   w.plan(&along, n);
   if (!w.allocate()) return -1;
   const Source<T> queries = source<T>(args, args.query), positives = source<T>(args, args.positive);
@@ -283,7 +284,7 @@ int backward(const PairedArgs& args, const PairedState& state, const PairedBackw
   const double mean = args.reduction == Reduction::mean ? 1.0 / double(max64(n, 1)) : 1.0;
 #pragma omp parallel num_threads(n_threads)
   {
-    T* q = buffers + omp_get_thread_num() * per_thread;
+    T* q = buffers.mine();
     T *p = q + d, *g = p + d, *gap = g + d, *wide = gap + d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {

@@ -279,13 +279,13 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
 
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;
-  T *buffers = nullptr, *g = nullptr;
-  ElemOf<M>*panels = nullptr, *g_elems = nullptr;
+  PerThread<T> g;
+  PerThread<ElemOf<M>> g_elems;
   Output<T> dq, dk;
   const int64_t g_size = kBlock * kLdG;
-  e.plan(w, &scratch, &buffers, &panels, true);
-  w.plan(&g, g_size * e.threads);
-  if (M::kPack > 1) w.plan(&g_elems, 2 * g_size * e.threads);
+  e.plan(w, &scratch, true);
+  w.plan(&g, g_size, e.threads);
+  if (M::kPack > 1) w.plan(&g_elems, 2 * g_size, e.threads);
   w.plan(&pass.row.factor, e.q.n_pad);
   w.plan(&pass.row.lse, e.q.n_pad);
   if (!args.self && (cols || softplus)) {
@@ -299,13 +299,13 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   if (dq.scratch != nullptr) dq.at = dq.scratch;
   if (dk.scratch != nullptr) dk.at = dk.scratch;
 
-  e.set_up(scratch, buffers, panels, true);
+  e.set_up(scratch, true);
   for (int t = 0; t < e.threads; ++t) {
-    scratch[t].g = g + t * g_size;
+    scratch[t].g = g.of(t);
     if constexpr (M::kPack == 1) {
       scratch[t].g_rows = scratch[t].g_cols = scratch[t].g;
     } else {
-      scratch[t].g_rows = g_elems + 2 * t * g_size;
+      scratch[t].g_rows = g_elems.of(t);
       scratch[t].g_cols = scratch[t].g_rows + g_size;
     }
   }

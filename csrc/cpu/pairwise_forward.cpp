@@ -302,14 +302,12 @@ int forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
 
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;
-  T* buffers = nullptr;
-  ElemOf<M>* panels = nullptr;
-  e.plan(w, &scratch, &buffers, &panels, false);
+  e.plan(w, &scratch, false);
   plan_state(w, pass.row, e.q.n_pad * L, e.q.n_pad, ranks);
   if (cols) plan_state(w, pass.col, e.k.n_pad, e.k.n_pad, col_ranks);
   if (!w.allocate()) return -1;
 
-  e.set_up(scratch, buffers, panels, false);
+  e.set_up(scratch, false);
   e.prepare(scratch, false);
   clear_state(pass.row, e.q.n_pad * L, e.mode);
   if (cols) clear_state(pass.col, e.k.n_pad, e.mode);

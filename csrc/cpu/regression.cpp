@@ -38,13 +38,14 @@ int forward(const RegressionArgs& args, RowState<T>* state, T* loss) {
   const int64_t n = args.prediction.n, d = args.d;
   const Call<T> call(args);
   Workspace w;
-  T *buffers = nullptr, *row_loss = nullptr;
-  w.plan(&buffers, 2 * d * call.n_threads);
+  PerThread<T> buffers;
+  T* row_loss = nullptr;
+  w.plan(&buffers, 2 * d, call.n_threads);
   w.plan(&row_loss, n);
   if (!w.allocate()) return -1;
 #pragma omp parallel num_threads(call.n_threads)
   {
-    T* x = buffers + omp_get_thread_num() * 2 * d;
+    T* x = buffers.mine();
     T* y = x + d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
@@ -77,13 +78,13 @@ int backward(const RegressionArgs& args, const RowState<T>* state, const T* dlos
   const int64_t n = args.prediction.n, d = args.d;
   const Call<T> call(args);
   Workspace w;
-  T* buffers = nullptr;
-  w.plan(&buffers, 2 * d * call.n_threads);
+  PerThread<T> buffers;
+  w.plan(&buffers, 2 * d, call.n_threads);
   if (!w.allocate()) return -1;
   const double mean = args.reduction == Reduction::mean ? 1.0 / double(max64(n, 1)) : 1.0;
 #pragma omp parallel num_threads(call.n_threads)
   {
-    T* x = buffers + omp_get_thread_num() * 2 * d;
+    T* x = buffers.mine();
     T* y = x + d;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
