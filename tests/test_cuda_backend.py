@@ -315,7 +315,9 @@ def test_empty_lists_launch_nothing(cuda: ModuleType, extension: ModuleType) -> 
     counters = torch.zeros(2, dtype=torch.int64)
     cuda.enqueue_(torch.zeros(4, 3), counters[0], counters[1], torch.ones(0, 3), True)
     assert _launches(extension) == before and not counters.any()
-    cuda.EmaPlan([torch.zeros(0), torch.zeros(2)], [torch.zeros(0), torch.ones(2)]).run(0.5)
+    targets, sources = [torch.zeros(0), torch.zeros(2)], [torch.zeros(0), torch.ones(2)]
+    cuda.EmaPlan(targets, sources).run(0.5)  # a plan holds addresses, not tensors
+    assert targets[1].tolist() == [0.5, 0.5]
     assert _launches(extension) == before + 1
 
 
