@@ -40,10 +40,31 @@ def _round_bfloat16_as_compiled_code_does() -> None:
     builder.cast_impl = cast
 
 
+def _multiply_alike_in_every_shape() -> None:
+    """Products of float32 tiles are summed in float64 and rounded once.
+
+    NumPy's BLAS chooses its kernel by processor and shape, so that a similarity may have other bits in
+    the backward pass, whose tiles have other shapes, than in the forward pass: where logits are large,
+    log-sum-exp and similarity then no longer agree.  A GPU adds the products of float32 along k in every
+    shape.
+    """
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.data.dtype != np.float32 or b.data.dtype != np.float32:
+            return create_dot(self, a, b, d, *rest)
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    builder.create_dot = dot
+
+
 if INTERPRETING:
     from triton.runtime import interpreter
 
     _round_bfloat16_as_compiled_code_does()
+    _multiply_alike_in_every_shape()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
