@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -356,6 +357,37 @@ _COMMON: dict[str, Factory] = {
     "torch.compile": _compiled,
 }
 
+
+def _inf_cl(case: Case, x: Inputs) -> Contender:
+    """Both directions of Inf-CL's kernel, as its users call it."""
+    if case.device != "cuda":
+        raise Missing("Inf-CL needs a GPU")
+    module = _import("inf_cl")
+    # Its head_dim has to be a power of two that divides D, or results are silently wrong.
+    head_dim = math.gcd(case.dim, 256)
+    if head_dim < 16:
+        raise Missing(f"Inf-CL needs D to be a multiple of 16, got {case.dim}")
+    leaves = x["leaves"]
+    scale = torch.tensor(LOGIT_SCALE, device=leaves[0].device)
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        a, b = leaves
+        there = module.cal_flash_loss(a, b, scale=scale, head_dim=head_dim)
+        back = module.cal_flash_loss(b, a, scale=scale, head_dim=head_dim)
+        loss = (there.mean() + back.mean()) / 2
+        loss.backward()
+        return loss
+
+    def results() -> list[Tensor]:
+        loss = step().detach().clone()
+        return [loss, *(leaf.grad.clone() for leaf in leaves)]
+
+    # It multiplies in TF32 whatever the dtype: the error is in the table, not a reason to leave it out.
+    return Contender(step, results, 3e-2, leaves)
+
+
 CONTENDERS: dict[str, dict[str, Factory]] = {
     **{op: dict(_COMMON) for op in LOSSES},
     "enqueue": {
@@ -384,3 +416,4 @@ CONTENDERS["nt_xent"] |= {
 }
 CONTENDERS["moco"] |= {"MoCo [D, K]": _moco_official, "info-nce-pytorch": _info_nce_pytorch}
 CONTENDERS["sup_con"] |= {"pytorch-metric-learning": _pml_sup_con}
+CONTENDERS["clip"] |= {"inf_cl": _inf_cl}  # on GPUs

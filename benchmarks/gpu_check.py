@@ -15,7 +15,6 @@ import argparse
 import datetime
 import gc
 import importlib
-import math
 import os
 import platform
 import subprocess
@@ -24,7 +23,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +30,7 @@ from torch import Tensor
 import sslkernels
 from benchmarks import cuda_updates, measure
 from benchmarks.cases import LOGIT_SCALE, Case
-from benchmarks.contenders import CONTENDERS, Contender, Missing
-from benchmarks.measure import TOLERANCE
+from benchmarks.contenders import CONTENDERS
 from sslkernels.backends.triton import available, why_unavailable
 
 ROOT = Path(__file__).parents[1]
@@ -214,39 +211,6 @@ class DeviceCase(Case):
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def _inf_cl(case: Case, x: dict[str, Any]) -> Contender:
-    """Both directions of Inf-CL's kernel, as its users call it."""
-    if case.device != "cuda":
-        raise Missing("Inf-CL needs a GPU")
-    try:
-        module = importlib.import_module("inf_cl")
-    except ImportError as error:
-        raise Missing(f"import inf_cl: {error}") from None
-    # Its head_dim has to be a power of two that divides D, or results are silently wrong.
-    head_dim = math.gcd(case.dim, 256)
-    if head_dim < 16:
-        raise Missing(f"Inf-CL needs D to be a multiple of 16, got {case.dim}")
-    leaves = x["leaves"]
-    scale = torch.tensor(LOGIT_SCALE, device=leaves[0].device)
-
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        a, b = leaves
-        there = module.cal_flash_loss(a, b, scale=scale, head_dim=head_dim)
-        back = module.cal_flash_loss(b, a, scale=scale, head_dim=head_dim)
-        loss = (there.mean() + back.mean()) / 2
-        loss.backward()
-        return loss
-
-    def results() -> list[Tensor]:
-        loss = step().detach().clone()
-        return [loss, *(leaf.grad.clone() for leaf in leaves)]
-
-    # It multiplies in TF32 whatever the dtype: the error is in the table, not a reason to leave it out.
-    return Contender(step, results, TOLERANCE["bfloat16"], leaves)
-
-
 def _names(case: Case, on_gpu: bool) -> tuple[list[str], list[str]]:
     """Who can run this case in the memory there is, and why the others can not."""
     names, notes = [], []
@@ -277,7 +241,6 @@ def matmul_peak(dtype: str, on_gpu: bool) -> float:
 
 def benchmark(report: Report, on_gpu: bool, shapes: list[tuple[str, int, int]]) -> None:
     """Forward and backward of each loss, verified before it is timed."""
-    CONTENDERS["clip"].setdefault("inf_cl", _inf_cl)
     if not on_gpu:
         report.say(f"**{NOTHING}**: the lines below show that this part of the program runs.", "")
     report.say(
@@ -323,7 +286,7 @@ def _one_case(report: Report, case: Case, peak: float, on_gpu: bool) -> None:
     errors = {r["provider"]: r["values"][0] for r in records if r["metric"] == "error"}
     for record in records:
         name = record["provider"]
-        if record["metric"] in ("missing", "wrong"):
+        if record["metric"] in ("missing", "wrong", "failed"):
             notes.append(f"{name}: {record['note']}")
         if record["metric"] != "time":
             continue

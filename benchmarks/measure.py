@@ -111,9 +111,10 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
             kind = "missing" if isinstance(problem, Missing) else "wrong"
             records.append({"provider": name, "metric": kind, "note": str(problem)})
             continue
-        except (
-            Exception
-        ) as problem:  # whatever a library raises: the others are measured all the same
+        except torch.cuda.OutOfMemoryError:
+            raise  # whose memory it was is not known: the caller decides who is left out
+        except Exception as problem:
+            # Whatever a library raises: the others are measured all the same.
             note = f"{type(problem).__name__}: {problem}"[:300]
             records.append({"provider": name, "metric": "failed", "note": note})
             continue

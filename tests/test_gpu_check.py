@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
 
-from benchmarks import gpu_check, gpu_roofline, measure  # noqa: E402
+from benchmarks import contenders, gpu_check, gpu_roofline, measure  # noqa: E402
 from benchmarks.cases import LOGIT_SCALE  # noqa: E402
 from benchmarks.contenders import CONTENDERS, Missing  # noqa: E402
 
@@ -84,7 +84,7 @@ def test_the_dry_run_ends_and_says_that_nothing_was_measured(tmp_path: Path) -> 
 
 def test_every_provider_is_a_contender() -> None:
     """A name that no table knows would be left out without a word."""
-    known = {name for table in CONTENDERS.values() for name in table} | {"inf_cl"}
+    known = {name for table in CONTENDERS.values() for name in table}
     assert set(gpu_check.PROVIDERS) <= known and set(gpu_check.DENSE) <= set(gpu_check.PROVIDERS)
     sizes = {size for _, size, _ in gpu_check.SHAPES}
     assert min(sizes) <= 1024 and max(sizes) >= 1 << 18
@@ -102,7 +102,6 @@ def test_who_runs_and_why_the_others_do_not(gpu: None) -> None:
 
 def test_a_case_with_a_device(gpu: None, report, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times, memory, share of the peak and error of each provider; Inf-CL named as missing."""
-    monkeypatch.setitem(CONTENDERS["clip"], "inf_cl", gpu_check._inf_cl)
     monkeypatch.setattr(gpu_check, "PROVIDERS", ("sslkernels", "eager", "inf_cl"))
     gpu_check._one_case(report, case("clip", 48), 1e12, True)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.lines]
@@ -124,7 +123,6 @@ def test_out_of_memory_leaves_out_the_matrix_first(gpu, report, monkeypatch) -> 
         return [{"provider": names[0], "metric": "missing", "note": "as it may be"}]
 
     monkeypatch.setattr(measure, "measure_times", measure_times)
-    monkeypatch.setitem(CONTENDERS["clip"], "inf_cl", gpu_check._inf_cl)
     gpu_check._one_case(report, case("clip", 48), 1e12, True)
     assert tried == [
         ["sslkernels", "eager", "torch.compile", "inf_cl"],
@@ -142,16 +140,16 @@ def test_inf_cl(dim: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Both directions and their mean are the CLIP loss of the truth."""
     head_dims = fake_inf_cl(monkeypatch)
     small = case("clip", 20, dim)
-    contender = gpu_check._inf_cl(small.at(device="cuda"), small.inputs())
+    contender = contenders._inf_cl(small.at(device="cuda"), small.inputs())
     assert (
         measure.verify("inf_cl", small, contender, small.truth()) < 5e-4
     )  # lse - positive cancels
     assert set(head_dims) == {head_dim}
     with pytest.raises(Missing, match="multiple of 16"):
-        gpu_check._inf_cl(small.at(device="cuda", dim=100), small.inputs())
+        contenders._inf_cl(small.at(device="cuda", dim=100), small.inputs())
     monkeypatch.setitem(sys.modules, "inf_cl", None)
     with pytest.raises(Missing, match="import inf_cl"):
-        gpu_check._inf_cl(small.at(device="cuda"), small.inputs())
+        contenders._inf_cl(small.at(device="cuda"), small.inputs())
 
 
 @pytest.mark.parametrize("op", ["nt_xent", "moco", "clip", "siglip", "sup_con", "triplet"])
