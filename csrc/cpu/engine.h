@@ -84,6 +84,7 @@ template <class M>
 struct OwnPanels {
   ElemOf<M>* memory = nullptr;
   int64_t block[kMaxGroup] = {-1, -1, -1, -1};  // whose panels they are
+  static_assert(kMaxGroup == 4, "as many as there are -1");
 };
 
 // What a thread has for itself.

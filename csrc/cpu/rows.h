@@ -56,7 +56,6 @@ struct Source {
 struct Ahead {
   const char *at = nullptr, *end = nullptr;
 
-  Ahead() = default;
   template <class T>
   Ahead(const Source<T>& source, int64_t first, int64_t last) {
     for (const Rows& p : source.part) {
