@@ -347,9 +347,11 @@ class MoCoLoss(nn.Module):
         checks.check_pair("MoCoLoss", "query", query, "key", key)
         key = key.detach()
         dtype = self.queue.queue.dtype
+        # Not narrower than the queue from the start: unit rows of halves may be halves.
+        q, k = (x.to(torch.promote_types(x.dtype, dtype)) for x in (query, key))
         result = functional.info_nce_loss(
-            common.unit(query, True).to(dtype),
-            common.unit(key, True).to(dtype),
+            common.unit(q, True).to(dtype),
+            common.unit(k, True).to(dtype),
             self.queue.keys,
             self.temperature,
             self.reduction,

@@ -29,7 +29,7 @@ def contrastive_accuracy(
 
     Args:
         query: [N, D].
-        key: [N, D], same dtype and device.
+        key: [N, D], same device; dtypes may differ.
         ks: The k of top-k.
         normalize: Whether to divide rows by max(norm, 1e-12) first (cosine similarity).
 
@@ -42,6 +42,7 @@ def contrastive_accuracy(
     """
     op = "contrastive_accuracy"
     checks.check_pair(op, "query", query, "key", key)
+    query, key = checks.widen(query, key)
     q, k = common.unit(query, normalize), common.unit(key, normalize)
     ids = torch.arange(len(q), device=q.device)
     one = checks.scalar(op, "scale", 1.0, q)

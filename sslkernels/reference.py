@@ -3,7 +3,8 @@
 
 With float64 inputs these functions are the truth of the tests, with float32 inputs the eager
 baseline of tests and benchmarks.  They build the N x N matrices that the library avoids, are
-differentiable as often as torch allows, and check nothing.  Half inputs are computed in float32.
+differentiable as often as torch allows, and check nothing.  Half inputs are computed in float32,
+inputs of different dtypes in the widest one (at least float32).
 Arguments, defaults and conventions are those of the public functions; see their docstrings for
 shapes.
 """
@@ -24,6 +25,11 @@ NEG_INF = float("-inf")
 
 def _acc(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return tuple(x.to(torch.float64 if wide else torch.float32) for x in tensors)
 
 
 def _unit(x: Tensor, normalize: bool = True) -> Tensor:
@@ -100,7 +106,10 @@ def info_nce_loss(
     negative_ids: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """InfoNCE in batch, with shared or with paired negatives (arXiv:1807.03748, 1911.05722)."""
-    q, k = _unit(query, normalize), _unit(positive_key, normalize)
+    inputs = (
+        (query, positive_key) if negative_keys is None else (query, positive_key, negative_keys)
+    )
+    q, k, *others = (_unit(x, normalize) for x in _widen(*inputs))
     n = len(q)
     if negative_keys is None:
         similarity = q @ k.T
@@ -109,7 +118,7 @@ def info_nce_loss(
         if query_ids is not None:
             excluded = query_ids[:, None] == query_ids
     else:
-        negatives = _unit(negative_keys, normalize)
+        negatives = others[0]
         if negative_mode == "unpaired":
             to_negatives = q @ negatives.T
         else:
@@ -140,7 +149,8 @@ def clip_loss(
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
     """Symmetric cross-entropy over image-text pairs (arXiv:2103.00020)."""
-    similarity = _unit(image_features, normalize) @ _unit(text_features, normalize).T
+    x, y = (_unit(f, normalize) for f in _widen(image_features, text_features))
+    similarity = x @ y.T
     logits = similarity * logit_scale
     target = torch.arange(len(logits), device=logits.device)
     if len(logits):
@@ -166,7 +176,8 @@ def siglip_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Pairwise sigmoid loss, summed over pairs and divided by N (arXiv:2303.15343)."""
-    logits = _unit(image_features, normalize) @ _unit(text_features, normalize).T * logit_scale
+    x, y = (_unit(f, normalize) for f in _widen(image_features, text_features))
+    logits = x @ y.T * logit_scale
     if logit_bias is not None:
         logits = logits + logit_bias
     labels = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
@@ -227,7 +238,8 @@ def dcl_loss(
 
 def byol_loss(prediction: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """2 - 2 cos(prediction, target), no gradient into the target (arXiv:2006.07733)."""
-    cosine = (_unit(prediction) * _unit(target.detach())).sum(1)
+    prediction, target = _widen(prediction, target.detach())
+    cosine = (_unit(prediction) * _unit(target)).sum(1)
     return _reduce(2 - 2 * cosine, reduction)
 
 
@@ -244,6 +256,7 @@ def simsiam_loss(
     p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor, *, reduction: str = "mean"
 ) -> Tensor:
     """Mean of both negative cosines, no gradient into z (arXiv:2011.10566)."""
+    p1, z2, p2, z1 = _widen(p1, z2, p2, z1)
     first = -(_unit(p1) * _unit(z2.detach())).sum(1)
     second = -(_unit(p2) * _unit(z1.detach())).sum(1)
     return _reduce((first + second) / 2, reduction)
@@ -332,6 +345,7 @@ def alignment_loss(
     z1: Tensor, z2: Tensor, alpha: float = 2.0, *, normalize: bool = True, reduction: str = "mean"
 ) -> Tensor:
     """||z1 - z2||^alpha (arXiv:2005.10242)."""
+    z1, z2 = _widen(z1, z2)
     d = torch.linalg.vector_norm(_unit(z1, normalize) - _unit(z2, normalize), dim=1)
     return _reduce(d.pow(alpha), reduction)
 
@@ -352,7 +366,8 @@ def contrastive_accuracy(
     query: Tensor, key: Tensor, ks: Sequence[int] = (1, 5), *, normalize: bool = True
 ) -> tuple[Tensor, ...]:
     """Share of queries with fewer than k keys that are strictly more similar than their own."""
-    similarity = _unit(query, normalize) @ _unit(key, normalize).T
+    q, k = (_unit(x, normalize) for x in _widen(query, key))
+    similarity = q @ k.T
     rank = (similarity > similarity.diagonal()[:, None]).sum(1)
     return tuple((rank < k).to(similarity).sum() / max(1, len(rank)) for k in ks)
 

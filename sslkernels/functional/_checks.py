@@ -34,12 +34,8 @@ def check_matrix(op: str, name: str, x: Tensor, ndim: int = 2) -> None:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {list(x.shape)}")
 
 
-def check_like(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """The same dtype and device."""
-    if a.dtype != b.dtype:
-        raise TypeError(
-            f"{op}: {name_a} and {name_b} must have the same dtype, got {_dtype(a)} and {_dtype(b)}"
-        )
+def check_device(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """The same device."""
     if a.device != b.device:
         raise ValueError(
             f"{op}: {name_a} and {name_b} must be on the same device, got {a.device} and {b.device}"
@@ -47,7 +43,7 @@ def check_like(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def check_pair(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Two matrices of the same shape, dtype and device."""
+    """Two matrices of the same shape and device; dtypes may differ (``widen``)."""
     check_matrix(op, name_a, a)
     check_matrix(op, name_b, b)
     if a.shape != b.shape:
@@ -55,7 +51,19 @@ def check_pair(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
             f"{op}: {name_a} and {name_b} must have the same shape, "
             f"got {list(a.shape)} and {list(b.shape)}"
         )
-    check_like(op, name_a, a, name_b, b)
+    check_device(op, name_a, a, name_b, b)
+
+
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the widest of their dtypes, themselves where they have it already.
+
+    bfloat16 with float16 is float32.  Gradients come back in the dtype of each tensor.
+    """
+    dtype = tensors[0].dtype
+    for x in tensors:
+        if x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)
 
 
 def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = _REDUCTIONS) -> None:

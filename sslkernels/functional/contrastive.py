@@ -45,8 +45,9 @@ def nt_xent_loss(
     directions: 2x this mean.
 
     Args:
-        z1: [N, D], or a sequence of V >= 2 such views with z2 left out.
-        z2: [N, D], same dtype and device as z1.
+        z1: [N, D], or a sequence of V >= 2 such views with z2 left out.  Where dtypes differ, the
+            widest one counts, and each gradient has the dtype of its view.
+        z2: [N, D], on the device of z1.
         temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first; False takes them as they are.
         reduction: "mean" over the V * N rows, "sum", or "none": [V * N] in the order of cat(views).
@@ -90,6 +91,7 @@ def nt_xent_loss(
             raise ValueError(f"{op}: at least two views are needed, got {len(views)}")
     for name, view in zip(names[1:], views[1:], strict=True):
         checks.check_pair(op, names[0], views[0], name, view)
+    views = checks.widen(*views)
     checks.check_reduction(op, reduction)
     scale = checks.inverse_temperature(op, temperature, views[0])
     bf16 = checks.check_compute_dtype(op, compute_dtype, views[0])
@@ -143,8 +145,11 @@ def info_nce_loss(
 
     Args:
         query: [N, D].
-        positive_key: [N, D], same dtype and device.
-        negative_keys: None, [M, D] ("unpaired") or [N, M, D] ("paired").
+        positive_key: [N, D], same device.
+        negative_keys: None, [M, D] ("unpaired") or [N, M, D] ("paired"), same device.  Where dtypes
+            differ, as those of a float32 queue and of queries from autocast do, the widest one
+            counts and the others are converted: negatives narrower than the query are copied.
+            Gradients have the dtype of their input.
         temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
         reduction: "mean" over N, "sum", or "none": [N].
         negative_mode: "unpaired" or "paired"; without negative_keys it has no meaning.
@@ -180,6 +185,10 @@ def info_nce_loss(
     checks.check_pair(op, "query", query, "positive_key", positive_key)
     checks.check_reduction(op, reduction)
     _check_negatives(op, query, negative_keys, negative_mode)
+    if negative_keys is None:
+        query, positive_key = checks.widen(query, positive_key)
+    else:
+        query, positive_key, negative_keys = checks.widen(query, positive_key, negative_keys)
     scale = checks.inverse_temperature(op, temperature, query)
     ids_q, ids_k = _info_nce_ids(op, query, negative_keys, query_ids, negative_ids)
     bf16 = checks.check_compute_dtype(op, compute_dtype, query)
@@ -254,7 +263,7 @@ def _check_negatives(op: str, query: Tensor, negative_keys: Tensor | None, mode:
     if negative_keys is None:
         return
     checks.check_matrix(op, "negative_keys", negative_keys, ndim=2 if mode == "unpaired" else 3)
-    checks.check_like(op, "query", query, "negative_keys", negative_keys)
+    checks.check_device(op, "query", query, "negative_keys", negative_keys)
     if negative_keys.shape[-1] != query.shape[1]:
         raise ValueError(
             f"{op}: query and negative_keys must have the same last dimension, "
@@ -307,7 +316,8 @@ def clip_loss(
 
     Args:
         image_features: [N, D], normalised by the caller (the CLIP convention) unless ``normalize``.
-        text_features: [N, D], same dtype and device.
+        text_features: [N, D], same device.  Where dtypes differ, the wider one counts, and each
+            gradient has the dtype of its input.
         logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor,
             which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
@@ -333,6 +343,7 @@ def clip_loss(
     """
     op = "clip_loss"
     checks.check_pair(op, "image_features", image_features, "text_features", text_features)
+    image_features, text_features = checks.widen(image_features, text_features)
     checks.check_reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
     bf16 = checks.check_compute_dtype(op, compute_dtype, image_features)
@@ -377,7 +388,8 @@ def dcl_loss(
 
     Args:
         z1: [N, D].
-        z2: [N, D], same dtype and device.
+        z2: [N, D], same device.  Where dtypes differ, the wider one counts, and each gradient has
+            the dtype of its input.
         temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
         sigma: None for DCL; a number > 0 for DCLW (the paper uses 0.5).
         normalize: Whether to divide rows by max(norm, 1e-12) first.
@@ -397,6 +409,7 @@ def dcl_loss(
     op = "dcl_loss"
     checks.check_pair(op, "z1", z1, "z2", z2)
     checks.check_reduction(op, reduction)
+    z1, z2 = checks.widen(z1, z2)
     scale = checks.inverse_temperature(op, temperature, z1)
     if sigma is not None:
         checks.check_positive(op, "sigma", sigma)

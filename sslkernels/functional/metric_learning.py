@@ -113,6 +113,7 @@ def _hard_terms(z: Tensor, labels: Tensor, margin: float, cosine: bool) -> tuple
 
 def _euclidean(a: Tensor, b: Tensor) -> Tensor:
     """[N]: ||a_i - b_i|| in the accumulation dtype; gradient 0 where they are equal."""
+    a, b = checks.widen(a, b)
     acc = accumulation_dtype(a.dtype)
     distance: Tensor = torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
     return distance
@@ -142,7 +143,7 @@ def margin_loss(
 
     Args:
         z_i: [N, D].
-        z_j: [N, D], same dtype and device, as are the other two.
+        z_j: [N, D], same device, as are the other two; dtypes may differ.
         z_k: [N, D].
         z_l: [N, D].
         margin: In units of the distance.
@@ -183,7 +184,7 @@ def contrastive_loss(
 
     Args:
         a: [N, D].
-        b: [N, D], same dtype and device.
+        b: [N, D], same device; dtypes may differ.
         same: [N] bool, or integers 0 and 1: whether the pair belongs together.
         margin: Distance from which on different pairs do not count.
         reduction: "mean" over N, "sum", or "none": [N].
@@ -203,6 +204,7 @@ def contrastive_loss(
     if isinstance(same, Tensor) and same.dtype == torch.bool:
         same = same.to(torch.int64)
     same = checks.check_ids(op, "same", same, (len(a),), a.device) != 0
+    a, b = checks.widen(a, b)
     acc = accumulation_dtype(a.dtype)
     squared = (a.to(acc) - b.to(acc)).square().sum(1)
     short = F.relu(margin - _euclidean(a, b)).square()

@@ -83,7 +83,8 @@ def siglip_loss(
 
     Args:
         image_features: [N, D], normalised by the caller (the convention) unless ``normalize``.
-        text_features: [N, D], same dtype and device.
+        text_features: [N, D], same device.  Where dtypes differ, the wider one counts, and each
+            gradient has the dtype of its input.
         logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor.
         logit_bias: A float, a 0-d tensor, or None for 0.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
@@ -101,6 +102,7 @@ def siglip_loss(
     """
     op = "siglip_loss"
     checks.check_pair(op, "image_features", image_features, "text_features", text_features)
+    image_features, text_features = checks.widen(image_features, text_features)
     checks.check_reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
     bias = None
@@ -186,7 +188,7 @@ def alignment_loss(
 
     Args:
         z1: [N, D].
-        z2: [N, D], same dtype and device.
+        z2: [N, D], same device; dtypes may differ.
         alpha: Exponent > 0.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
@@ -202,6 +204,7 @@ def alignment_loss(
     op = "alignment_loss"
     checks.check_pair(op, "z1", z1, "z2", z2)
     checks.check_reduction(op, reduction)
+    z1, z2 = checks.widen(z1, z2)
     checks.check_positive(op, "alpha", alpha)
     acc = accumulation_dtype(z1.dtype)
     difference = common.unit(z1, normalize).to(acc) - common.unit(z2, normalize).to(acc)

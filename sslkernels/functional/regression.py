@@ -18,7 +18,8 @@ def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mea
 
     Args:
         prediction: [N, D], output of the predictor.
-        target: [N, D], projection of the target network; same dtype and device.
+        target: [N, D], projection of the target network; same device.  Where dtypes differ, the
+            wider one counts.
         reduction: "mean" over N, "sum", or "none": [N].
 
     Returns:
@@ -34,7 +35,8 @@ def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mea
     op = "byol_loss"
     checks.check_pair(op, "prediction", prediction, "target", target)
     checks.check_reduction(op, reduction)
-    return regression(prediction, target.detach(), reduction)
+    prediction, target = checks.widen(prediction, target.detach())
+    return regression(prediction, target, reduction)
 
 
 def byol_loss_symmetric(
@@ -97,4 +99,5 @@ def simsiam_loss(
 
 
 def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    return common.dots(common.unit(prediction, True), common.unit(target.detach(), True))
+    prediction, target = checks.widen(prediction, target.detach())
+    return common.dots(common.unit(prediction, True), common.unit(target, True))
