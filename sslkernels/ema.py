@@ -9,9 +9,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslkernels.functional import _checks as checks
 from sslkernels.ops import ema as _ops
 from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch, watch_slots
 
@@ -49,7 +51,7 @@ def ema_update_(
         step: Counter of the random bits: another step gives other bits.
 
     Raises:
-        TypeError: If an entry is no tensor of these dtypes.
+        TypeError: If an entry is no tensor of these dtypes, or an argument no number.
         ValueError: If lengths, shapes or devices differ, memory overlaps, or decay is outside
             [0, 1].
 
@@ -61,7 +63,22 @@ def ema_update_(
         >>> target
         tensor([0.5000, 0.5000, 0.5000])
     """
-    _ops.update(list(targets), list(sources), decay, stochastic_rounding, seed, step)
+    op = "ema_update_"
+    _ops.update(
+        _list(op, "targets", targets),
+        _list(op, "sources", sources),
+        decay,
+        checks.flag(op, "stochastic_rounding", stochastic_rounding),
+        checks.integer(op, "seed", seed),
+        checks.integer(op, "step", step),
+    )
+
+
+def _list(op: str, name: str, values: Iterable[Tensor]) -> list[Tensor]:
+    """A list of what should be tensors; one tensor or array alone would be taken apart by rows."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        raise TypeError(f"{op}: {name} must be a list of tensors, got one {type(values).__name__}")
+    return list(values)
 
 
 def cosine_decay(base: float, total_steps: int, final: float = 1.0) -> Callable[[int], float]:
@@ -80,6 +97,7 @@ def cosine_decay(base: float, total_steps: int, final: float = 1.0) -> Callable[
         A callable step → decay, to hand to ``EMA``.
 
     Raises:
+        TypeError: If an argument is no number, or total_steps no integer.
         ValueError: If an argument is out of range.
 
     Example:
@@ -88,12 +106,12 @@ def cosine_decay(base: float, total_steps: int, final: float = 1.0) -> Callable[
         >>> schedule(0), schedule(50), schedule(100)
         (0.99, 0.995, 1.0)
     """
+    op = "cosine_decay"
+    base, final = checks.number(op, "base", base), checks.number(op, "final", final)
     for name, value in (("base", base), ("final", final)):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"cosine_decay: {name} must be in [0, 1], got {value}")
-    if total_steps < 1:
-        raise ValueError(f"cosine_decay: total_steps must be at least 1, got {total_steps}")
-    return _CosineDecay(float(base), int(total_steps), float(final))
+            raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+    return _CosineDecay(base, checks.integer(op, "total_steps", total_steps, 1), final)
 
 
 class _CosineDecay:
@@ -187,7 +205,7 @@ class EMA(nn.Module):
             )
         self.decay: Decay = decay if callable(decay) else _ops.check_decay("EMA", decay)
         self.buffers_policy = buffers
-        self.stochastic_rounding = bool(stochastic_rounding)
+        self.stochastic_rounding = checks.flag("EMA", "stochastic_rounding", stochastic_rounding)
         self.step = 0
         # Drawn from torch's generator, so that torch.manual_seed decides it.
         self.seed = int(torch.randint(2**62, ()).item()) if stochastic_rounding else 0
@@ -211,7 +229,7 @@ class EMA(nn.Module):
             ValueError: If names, shapes or devices of parameters or buffers differ, or the decay is
                 outside [0, 1].
         """
-        step = self.step if step is None else int(step)
+        step = self.step if step is None else checks.integer("EMA.update", "step", step)
         decay = _ops.check_decay(
             "EMA.update", self.decay(step) if callable(self.decay) else self.decay
         )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sslkernels.functional import _checks as checks
+
 _OP = "cached_step"
 Encoder = Callable[[Tensor], Tensor]
 
@@ -78,7 +80,8 @@ def cached_step(
         >>> encoder.weight.grad.shape
         torch.Size([8, 16])
     """
-    views, encoders = _checked(encoder, views, micro_batch)
+    micro_batch = checks.integer(_OP, "micro_batch", micro_batch, 1)
+    views, encoders = _checked(encoder, views)
     modules = _modules(encoders)
     devices = _devices(modules, views)
     chunks = [view.split(micro_batch) for view in views]
@@ -126,18 +129,13 @@ def cached_step(
 
 
 def _checked(
-    encoder: Encoder | Sequence[Encoder], views: Sequence[Tensor], micro_batch: int
+    encoder: Encoder | Sequence[Encoder], views: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Encoder, ...]]:
-    if isinstance(micro_batch, bool) or not isinstance(micro_batch, int):
-        raise TypeError(f"{_OP}: micro_batch must be an integer, got {micro_batch!r}")
-    if micro_batch <= 0:
-        raise ValueError(f"{_OP}: micro_batch must be > 0, got {micro_batch}")
     if isinstance(views, Tensor):
         raise TypeError(f"{_OP}: views must be a sequence of tensors, got one tensor")
     views = tuple(views)
     for i, view in enumerate(views):
-        if not isinstance(view, Tensor):
-            raise TypeError(f"{_OP}: views[{i}] must be a tensor, got {type(view).__name__}")
+        checks.check_tensor(_OP, f"views[{i}]", view)
         if view.ndim == 0 or len(view) == 0:
             raise ValueError(
                 f"{_OP}: views[{i}] must have at least one row, got shape {list(view.shape)}"

@@ -21,36 +21,64 @@ from sslkernels.queue import KeyQueue
 Result = Tensor | tuple[Tensor, ContrastiveMetrics]
 
 
+# Arguments that may be tensors.
+_SCALARS = ("temperature", "margin")
+
+
+def _hold(module: nn.Module, name: str, value: float | Tensor) -> bool:
+    """Keep a tensor as a parameter or buffer of the module and say so; False for a number."""
+    if not isinstance(value, Tensor):
+        return False
+    checks.check_scalar_shape(type(module).__name__, name, value)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
+    return True
+
+
 class _Loss(nn.Module):
-    """Keyword arguments of a loss function, checked when the module is made."""
+    """Keyword arguments of a loss function, checked when the module is made.
+
+    A tensor as temperature or margin belongs to the module: an ``nn.Parameter`` is a parameter of it
+    (the same object, learnt with the others), any other tensor a buffer.  It moves with ``.to()`` and
+    is in the state dict; a number is neither.
+    """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         op = type(self).__name__
         self.arguments = arguments
-        temperature = arguments.get("temperature")
-        if isinstance(temperature, nn.Parameter):  # learnable: a parameter of this module
-            self.temperature = arguments.pop("temperature")
-        elif temperature is not None and not isinstance(temperature, Tensor):
-            checks.check_positive(op, "temperature", temperature)
+        for name in _SCALARS:
+            if name in arguments and _hold(self, name, arguments[name]):
+                del arguments[name]
+            elif name in arguments:
+                check = checks.positive if name == "temperature" else checks.number
+                arguments[name] = check(op, name, arguments[name])
         if "reduction" in arguments and "mining" not in arguments:
             checks.check_reduction(op, arguments["reduction"])
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors among the arguments."""
+        held = ((name, getattr(self, name, None)) for name in _SCALARS)
+        return {name: value for name, value in held if value is not None}
+
     @property
     def _keywords(self) -> dict[str, Any]:
-        if "temperature" in self._parameters:
-            return {**self.arguments, "temperature": self.temperature}
+        if self._parameters or self._buffers:
+            return {**self.arguments, **self._tensors()}
         return self.arguments
 
     def extra_repr(self) -> str:
         """Arguments, for ``print``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._keywords.items())
 
 
 class NTXentLoss(_Loss):
     """``nt_xent_loss``: (z1, z2) or a sequence of views → loss.
 
-    An ``nn.Parameter`` as temperature becomes a parameter of the module and is learnt.
+    An ``nn.Parameter`` as temperature becomes a parameter of the module and is learnt; another tensor
+    becomes a buffer.  So it is with every loss that has a temperature or a margin.
 
     Example:
         >>> import torch, sslkernels
@@ -206,7 +234,7 @@ class DCLLoss(_Loss):
     ) -> None:
         """See ``dcl_loss``."""
         if sigma is not None:
-            checks.check_positive("DCLLoss", "sigma", sigma)
+            sigma = checks.positive("DCLLoss", "sigma", sigma)
         super().__init__(
             temperature=temperature, sigma=sigma, normalize=normalize, reduction=reduction
         )
@@ -247,7 +275,7 @@ class TripletLoss(_Loss):
 
     def __init__(
         self,
-        margin: float = 0.2,
+        margin: float | Tensor = 0.2,
         *,
         mining: str = "hard",
         distance: str = "euclidean",
@@ -255,7 +283,6 @@ class TripletLoss(_Loss):
         reduction: str = "mean",
     ) -> None:
         """See ``triplet_loss``."""
-        checks.check_number("TripletLoss", "margin", margin)
         checks.check_choice("TripletLoss", "mining", mining, ("hard", "semihard", "all"))
         checks.check_choice("TripletLoss", "distance", distance, ("euclidean", "cosine"))
         checks.check_reduction("TripletLoss", reduction, ("mean", "sum", "mean_nonzero"))
@@ -275,9 +302,8 @@ class TripletLoss(_Loss):
 class ContrastiveLoss(_Loss):
     """``contrastive_loss``: (a, b, same) → loss."""
 
-    def __init__(self, margin: float = 1.0, *, reduction: str = "mean") -> None:
+    def __init__(self, margin: float | Tensor = 1.0, *, reduction: str = "mean") -> None:
         """See ``contrastive_loss``."""
-        checks.check_number("ContrastiveLoss", "margin", margin)
         super().__init__(margin=margin, reduction=reduction)
 
     def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
@@ -299,7 +325,8 @@ class MoCoLoss(nn.Module):
     Args:
         queue_size: K; the paper uses 65536.
         dim: D.
-        temperature: A number > 0, or a tensor; an ``nn.Parameter`` is learnt.
+        temperature: A number > 0, or a tensor of shape [] or [1]: an ``nn.Parameter`` becomes a
+            parameter of the module and is learnt, another tensor a buffer.
         reduction: "mean", "sum" or "none".
         dtype: Of the queue.
         gather: Enqueue the keys of every rank (see ``KeyQueue``).
@@ -321,6 +348,8 @@ class MoCoLoss(nn.Module):
         8
     """
 
+    temperature: float | Tensor
+
     def __init__(
         self,
         queue_size: int,
@@ -334,12 +363,11 @@ class MoCoLoss(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
-        if not isinstance(temperature, Tensor):
-            checks.check_positive("MoCoLoss", "temperature", temperature)
+        if not _hold(self, "temperature", temperature):
+            self.temperature = checks.positive("MoCoLoss", "temperature", temperature)
         checks.check_reduction("MoCoLoss", reduction)
-        self.temperature = temperature
         self.reduction: Reduction = reduction
-        self.return_metrics = return_metrics
+        self.return_metrics = checks.flag("MoCoLoss", "return_metrics", return_metrics)
         self.queue = KeyQueue(queue_size, dim, dtype=dtype, gather=gather)
 
     def forward(self, query: Tensor, key: Tensor) -> Result:

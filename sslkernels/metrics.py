@@ -30,7 +30,7 @@ def contrastive_accuracy(
     Args:
         query: [N, D].
         key: [N, D], same device; dtypes may differ.
-        ks: The k of top-k.
+        ks: The k of top-k, integers of at least 1.
         normalize: Whether to divide rows by max(norm, 1e-12) first (cosine similarity).
 
     Returns:
@@ -38,11 +38,13 @@ def contrastive_accuracy(
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If shapes or devices differ.
+        ValueError: If shapes or devices differ, or a k is below 1.
     """
     op = "contrastive_accuracy"
     checks.check_pair(op, "query", query, "key", key)
     query, key = checks.widen(query, key)
+    ks = [checks.integer(op, f"ks[{i}]", k, 1) for i, k in enumerate(ks)]
+    normalize = checks.flag(op, "normalize", normalize)
     q, k = common.unit(query, normalize), common.unit(key, normalize)
     ids = torch.arange(len(q), device=q.device)
     one = checks.scalar(op, "scale", 1.0, q)
@@ -78,6 +80,7 @@ def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
         A 0-d tensor; 0 for no rows.  The deviation is the population's (divided by N).
     """
     checks.check_matrix("feature_std", "z", z)
+    normalize = checks.flag("feature_std", "normalize", normalize)
     z = common.unit(z, normalize).to(accumulation_dtype(z.dtype))
     if not z.numel():
         return z.new_zeros(())
@@ -102,6 +105,7 @@ def effective_rank(z: Tensor, *, center: bool = True) -> Tensor:
         Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
     checks.check_matrix("effective_rank", "z", z)
+    center = checks.flag("effective_rank", "center", center)
     acc = accumulation_dtype(z.dtype)
     if not z.numel():
         return torch.zeros((), dtype=acc, device=z.device)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sslkernels.functional import _checks as checks
 from sslkernels.ops import queue as _ops
 
 
@@ -36,7 +37,7 @@ class KeyQueue(nn.Module):
 
     Raises:
         ValueError: If size or dim is below 1.
-        TypeError: If dtype is no floating dtype of the list.
+        TypeError: If size or dim is no integer or dtype no floating dtype of the list.
 
     Example:
         >>> import torch
@@ -67,17 +68,16 @@ class KeyQueue(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"KeyQueue: {name} must be an integer of at least 1, got {value!r}"
-                )
+        size = checks.integer("KeyQueue", "size", size, 1)
+        dim = checks.integer("KeyQueue", "dim", dim, 1)
         if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"KeyQueue: dtype must be float32, float64, bfloat16 or float16, got {dtype}"
             )
         self.size, self.dim = size, dim
-        self.normalize, self.gather = bool(normalize), bool(gather)
+        self.normalize = checks.flag("KeyQueue", "normalize", normalize)
+        self.gather = checks.flag("KeyQueue", "gather", gather)
+        labels = checks.flag("KeyQueue", "labels", labels)
         self.register_buffer("queue", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("fill", torch.zeros(1, dtype=torch.int64))
@@ -103,6 +103,9 @@ class KeyQueue(nn.Module):
         Raises:
             TypeError, ValueError: If shapes, dtypes or devices do not fit; nothing is written then.
         """
+        checks.check_tensor("enqueue", "keys", keys)
+        if labels is not None:
+            checks.check_tensor("enqueue", "labels", labels)
         if self.gather and dist.is_available() and dist.is_initialized():
             keys = _gather(keys)
             labels = None if labels is None else _gather(labels)

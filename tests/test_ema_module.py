@@ -112,7 +112,7 @@ def test_cosine_decay() -> None:
     assert cosine_decay(0.9, 10, final=0.8)(10) == pytest.approx(0.8)
     for arguments, message in [
         ((1.5, 10), "base must be in"),
-        ((0.9, 0), "total_steps must be at least 1"),
+        ((0.9, 0), "total_steps must be an integer of at least 1"),
         ((0.9, 10, -1.0), "final must be in"),
     ]:
         with pytest.raises(ValueError, match=f"cosine_decay: {message}"):

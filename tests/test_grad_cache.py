@@ -225,9 +225,9 @@ def test_ddp_synchronises_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"micro_batch": 0}, ValueError, "micro_batch must be > 0, got 0"),
-        ({"micro_batch": -3}, ValueError, "micro_batch must be > 0, got -3"),
-        ({"micro_batch": 2.0}, TypeError, "micro_batch must be an integer, got 2.0"),
+        ({"micro_batch": 0}, ValueError, "micro_batch must be an integer of at least 1, got 0"),
+        ({"micro_batch": -3}, ValueError, "micro_batch must be an integer of at least 1, got -3"),
+        ({"micro_batch": 2.0}, TypeError, "micro_batch must be an integer of at least 1, got 2.0"),
         ({"views": torch.ones(2, D_IN)}, TypeError, "views must be a sequence of tensors"),
         ({"views": [1]}, TypeError, r"views\[0\] must be a tensor, got int"),
         ({"views": []}, ValueError, "views must have at least one tensor"),

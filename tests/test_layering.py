@@ -17,6 +17,7 @@ SKIPPED = {".venv", "build", "dist", ".git", "runs", "__pycache__", "node_module
 # Layers from the lowest; a module may import its own and those below.  The longest prefix counts.
 LAYERS = {
     "sslkernels._types": 0,
+    "sslkernels._numbers": 0,
     "sslkernels._version": 0,
     "sslkernels._C": 0,
     "sslkernels._cuda": 0,

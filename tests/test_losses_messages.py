@@ -42,7 +42,7 @@ ERRORS = [
     (
         lambda: ssl.nt_xent_loss(GOOD, GOOD, torch.ones(2)),
         ValueError,
-        r"temperature must be a float or a 0-d tensor, got shape \[2\]",
+        r"temperature must be a number or a tensor of shape \[\] or \[1\], got shape \[2\]",
     ),
     (
         lambda: ssl.nt_xent_loss(GOOD, GOOD, reduction="avg"),
@@ -105,7 +105,7 @@ ERRORS = [
     (
         lambda: ssl.siglip_loss(GOOD, GOOD, 1.0, "b"),
         TypeError,
-        "logit_bias must be a float or a 0-d tensor, got str",
+        r"logit_bias must be a number or a tensor of shape \[\] or \[1\], got str",
     ),
     (
         lambda: ssl.sup_con_loss(GOOD, LABELS[:5]),

@@ -73,10 +73,10 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
         "extremes": (ops.extremes, (plain[0], None, plain[2], None, ids_q, None)),
         "accumulate_rows": (ops.accumulate_rows, (q, ids_q % 3, 3)),
         "take_rows": (ops.take_rows, (q, ids_k)),
-        "mined_triplets": (ops.mined_triplets, (q, ids_q % 2, 0.2, True, False)),
+        "mined_triplets": (ops.mined_triplets, (q, ids_q % 2, torch.tensor(0.2), True, False)),
         "mined_triplets_backward": (
             ops.mined_triplets_backward,
-            (plain[0], ids_q % 2, 0.2, False, True, row_at + 1),
+            (plain[0], ids_q % 2, torch.tensor(0.2), False, True, row_at + 1),
         ),
     }
 

@@ -328,7 +328,9 @@ def test_labels_that_do_not_fit(labels: Tensor | None, message: str) -> None:
 
 @pytest.mark.parametrize(("size", "dim", "name"), [(0, 3, "size"), (5, 0, "dim"), (2.5, 3, "size")])
 def test_sizes_that_make_no_queue(size: int, dim: int, name: str) -> None:
-    with pytest.raises(ValueError, match=f"KeyQueue: {name} must be an integer of at least 1"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"KeyQueue: {name} must be an integer of at least 1"
+    ):
         KeyQueue(size, dim)
     with pytest.raises(TypeError, match="KeyQueue: dtype must be"):
         KeyQueue(4, 4, dtype=torch.int64)

@@ -7,10 +7,16 @@ Every message names the op, the argument, what must hold and what came.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sslkernels._numbers import flag as flag
+from sslkernels._numbers import integer as integer
+from sslkernels._numbers import number as number
+from sslkernels._numbers import positive as positive
+from sslkernels._numbers import type_name
 from sslkernels.backends.chunked import accumulation_dtype
 from sslkernels.ops.eager import is_plain_eager
 
@@ -22,10 +28,15 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+def check_tensor(op: str, name: str, x: Any) -> None:
+    """A tensor, or a TypeError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type_name(x)}")
+
+
 def check_matrix(op: str, name: str, x: Tensor, ndim: int = 2) -> None:
     """A floating-point tensor with ``ndim`` dimensions, or a TypeError/ValueError."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check_tensor(op, name, x)
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: {name} must be float64, float32, bfloat16 or float16, got {_dtype(x)}"
@@ -72,20 +83,11 @@ def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = _REDUCTI
         raise ValueError(f"{op}: reduction must be one of {list(allowed)}, got {reduction!r}")
 
 
-def check_positive(op: str, name: str, value: float) -> None:
-    """A number above 0 (NaN is not)."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not value > 0:
-        raise ValueError(f"{op}: {name} must be > 0, got {value}")
-
-
 def check_ids(
     op: str, name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
     """Integer ids or labels of a given shape on a given device, returned as int64."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(ids).__name__}")
+    check_tensor(op, name, ids)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {_dtype(ids)}")
     if ids.shape != shape:
@@ -95,26 +97,31 @@ def check_ids(
     return ids.to(torch.int64)
 
 
+def check_scalar_shape(op: str, name: str, value: Tensor) -> None:
+    """One number: FSDP wants parameters to have a dimension, others give them none."""
+    if value.shape not in ((), (1,)):
+        raise ValueError(
+            f"{op}: {name} must be a number or a tensor of shape [] or [1], "
+            f"got shape {list(value.shape)}"
+        )
+
+
 def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A float or 0-d tensor as a 0-d tensor of the accumulation dtype of ``like``.
+    """A number or a tensor of shape [] or [1] as a 0-d tensor, accumulation dtype of ``like``.
 
     A tensor keeps its autograd history.  It must be on the device of ``like``.
     """
     acc = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
-        if value.ndim != 0:
-            raise ValueError(
-                f"{op}: {name} must be a float or a 0-d tensor, got shape {list(value.shape)}"
-            )
+        check_scalar_shape(op, name, value)
         if value.device != like.device:
             raise ValueError(
                 f"{op}: {name} must be on {like.device} like the features, got {value.device}"
             )
-        return value.to(acc)
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+        return value.to(acc) if value.ndim == 0 else value.to(acc).reshape(())
+    value = number(op, name, value, "a number or a tensor of shape [] or [1]")
     if like.device.type == "cpu" and is_plain_eager():
-        return _cpu_scalar(float(value), acc)
+        return _cpu_scalar(value, acc)
     # full, not tensor: a fill kernel instead of a copy from the host.
     return torch.full((), value, dtype=acc, device=like.device)
 
@@ -125,6 +132,11 @@ def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
     return torch.full((), value, dtype=dtype)
 
 
+def number_or_scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number as a float, or a tensor of shape [] or [1] as a 0-d tensor (``scalar``)."""
+    return scalar(op, name, value, like) if isinstance(value, Tensor) else number(op, name, value)
+
+
 def inverse_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
     """1 / temperature as a 0-d tensor of the accumulation dtype.
 
@@ -132,14 +144,7 @@ def inverse_temperature(op: str, temperature: float | Tensor, like: Tensor) -> T
     """
     if isinstance(temperature, Tensor):
         return scalar(op, "temperature", temperature, like).reciprocal()
-    check_positive(op, "temperature", temperature)
-    return scalar(op, "temperature", 1.0 / temperature, like)
-
-
-def check_number(op: str, name: str, value: float) -> None:
-    """A number (a tensor would be a host sync)."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return scalar(op, "temperature", 1.0 / positive(op, "temperature", temperature), like)
 
 
 def check_compute_dtype(op: str, compute_dtype: torch.dtype | None, like: Tensor) -> bool:

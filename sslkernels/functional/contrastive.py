@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sslkernels import distributed
+from sslkernels._numbers import type_name
 from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
@@ -48,7 +50,8 @@ def nt_xent_loss(
         z1: [N, D], or a sequence of V >= 2 such views with z2 left out.  Where dtypes differ, the
             widest one counts, and each gradient has the dtype of its view.
         z2: [N, D], on the device of z1.
-        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        temperature: A number > 0, or a tensor of shape [] or [1] (not inspected), which may require
+            grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first; False takes them as they are.
         reduction: "mean" over the V * N rows, "sum", or "none": [V * N] in the order of cat(views).
         group: A torch.distributed group, or True for the default one: negatives from every rank.  The
@@ -77,24 +80,14 @@ def nt_xent_loss(
         torch.Size([])
     """
     op = "nt_xent_loss"
-    if isinstance(z1, Tensor):
-        if z2 is None:
-            raise TypeError(f"{op}: z2 must be a tensor, got None (or pass a sequence of views)")
-        views: tuple[Tensor, ...] = (z1, z2)
-        names: tuple[str, ...] = ("z1", "z2")
-    else:
-        if z2 is not None:
-            raise TypeError(f"{op}: z2 must be left out when z1 is a sequence of views")
-        views = tuple(z1)
-        names = tuple(f"views[{i}]" for i in range(len(views)))
-        if len(views) < 2:
-            raise ValueError(f"{op}: at least two views are needed, got {len(views)}")
+    views, names = _views(op, z1, z2)
     for name, view in zip(names[1:], views[1:], strict=True):
         checks.check_pair(op, names[0], views[0], name, view)
     views = checks.widen(*views)
     checks.check_reduction(op, reduction)
     scale = checks.inverse_temperature(op, temperature, views[0])
     bf16 = checks.check_compute_dtype(op, compute_dtype, views[0])
+    normalize, return_metrics = _flags(op, normalize, return_metrics)
     if bf16 and (len(views) > 2 or group is not None):
         raise ValueError(f"{op}: compute_dtype works with two views and without group")
     if len(views) > 2:
@@ -115,6 +108,34 @@ def nt_xent_loss(
     z = common.unit(torch.cat((a, b)).detach(), normalize)
     ids = torch.arange(len(a), device=a.device).repeat(2)
     return out.loss, _metrics(out, len(a), common.mean_negative(z, z, ids, ids))
+
+
+def _views(op: str, z1: object, z2: object) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """The views and their names, from two arguments or from a sequence in the first."""
+    if isinstance(z1, (Tensor, np.ndarray)):
+        if z2 is None:
+            raise TypeError(f"{op}: z2 must be a tensor, got None (or pass a sequence of views)")
+        views: tuple[object, ...] = (z1, z2)
+        names: tuple[str, ...] = ("z1", "z2")
+    else:
+        if not isinstance(z1, Iterable) or isinstance(z1, (str, Mapping)):
+            raise TypeError(
+                f"{op}: z1 must be a tensor or a sequence of tensors, got {type_name(z1)}"
+            )
+        if z2 is not None:
+            raise TypeError(f"{op}: z2 must be left out when z1 is a sequence of views")
+        views = tuple(z1)
+        names = tuple(f"views[{i}]" for i in range(len(views)))
+        if len(views) < 2:
+            raise ValueError(f"{op}: at least two views are needed, got {len(views)}")
+    return cast(tuple[Tensor, ...], views), names
+
+
+def _flags(op: str, normalize: bool, return_metrics: bool) -> tuple[bool, bool]:
+    return (
+        checks.flag(op, "normalize", normalize),
+        checks.flag(op, "return_metrics", return_metrics),
+    )
 
 
 def info_nce_loss(
@@ -150,7 +171,8 @@ def info_nce_loss(
             differ, as those of a float32 queue and of queries from autocast do, the widest one
             counts and the others are converted: negatives narrower than the query are copied.
             Gradients have the dtype of their input.
-        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        temperature: A number > 0, or a tensor of shape [] or [1] (not inspected), which may require
+            grad.
         reduction: "mean" over N, "sum", or "none": [N].
         negative_mode: "unpaired" or "paired"; without negative_keys it has no meaning.
         normalize: Whether to divide rows by max(norm, 1e-12) first, negatives included.
@@ -192,6 +214,7 @@ def info_nce_loss(
     scale = checks.inverse_temperature(op, temperature, query)
     ids_q, ids_k = _info_nce_ids(op, query, negative_keys, query_ids, negative_ids)
     bf16 = checks.check_compute_dtype(op, compute_dtype, query)
+    normalize, return_metrics = _flags(op, normalize, return_metrics)
 
     if negative_keys is None:
         out = contrastive(
@@ -318,8 +341,8 @@ def clip_loss(
         image_features: [N, D], normalised by the caller (the CLIP convention) unless ``normalize``.
         text_features: [N, D], same device.  Where dtypes differ, the wider one counts, and each
             gradient has the dtype of its input.
-        logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor,
-            which may require grad.
+        logit_scale: The number that multiplies (already exponentiated): a number or a tensor of
+            shape [] or [1], which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
         group: A torch.distributed group, or True for the default one: negatives from every rank.  The
@@ -347,6 +370,7 @@ def clip_loss(
     checks.check_reduction(op, reduction)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
     bf16 = checks.check_compute_dtype(op, compute_dtype, image_features)
+    normalize, return_metrics = _flags(op, normalize, return_metrics)
     if group is not None:
         if bf16:
             raise ValueError(f"{op}: compute_dtype must be None with group")
@@ -390,7 +414,8 @@ def dcl_loss(
         z1: [N, D].
         z2: [N, D], same device.  Where dtypes differ, the wider one counts, and each gradient has
             the dtype of its input.
-        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        temperature: A number > 0, or a tensor of shape [] or [1] (not inspected), which may require
+            grad.
         sigma: None for DCL; a number > 0 for DCLW (the paper uses 0.5).
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N] in the order of cat(z1, z2).
@@ -412,9 +437,9 @@ def dcl_loss(
     z1, z2 = checks.widen(z1, z2)
     scale = checks.inverse_temperature(op, temperature, z1)
     if sigma is not None:
-        checks.check_positive(op, "sigma", sigma)
+        sigma = checks.positive(op, "sigma", sigma)
     n = len(z1)
-    z = common.unit(torch.cat((z1, z2)), normalize)
+    z = common.unit(torch.cat((z1, z2)), checks.flag(op, "normalize", normalize))
     ids = torch.arange(n, device=z.device).repeat(2)
     lse = pairwise("lse", z, scale=scale, ids_q=ids).row
     if n == 1:

@@ -21,7 +21,7 @@ _TRIPLET_REDUCTIONS = ("mean", "sum", "mean_nonzero")
 def triplet_loss(
     z: Tensor,
     labels: Tensor,
-    margin: float = 0.2,
+    margin: float | Tensor = 0.2,
     *,
     mining: str = "hard",
     distance: str = "euclidean",
@@ -47,7 +47,8 @@ def triplet_loss(
     Args:
         z: [N, D].
         labels: [N] integers.
-        margin: In units of the distance.
+        margin: In units of the distance: a number or a tensor of shape [] or [1], which may require
+            grad.
         mining: "hard", "semihard" or "all".
         distance: "euclidean" (||x - y||, not squared) or "cosine" (1 - cos).
         normalize: Whether rows are divided by max(norm, 1e-12) first; "cosine" always does.
@@ -68,7 +69,8 @@ def triplet_loss(
     op = "triplet_loss"
     checks.check_matrix(op, "z", z)
     labels = checks.check_ids(op, "labels", labels, (len(z),), z.device)
-    checks.check_number(op, "margin", margin)
+    margin = checks.number_or_scalar(op, "margin", margin, z)
+    normalize = checks.flag(op, "normalize", normalize)
     checks.check_choice(op, "mining", mining, ("hard", "semihard", "all"))
     checks.check_choice(op, "distance", distance, ("euclidean", "cosine"))
     checks.check_reduction(op, reduction, _TRIPLET_REDUCTIONS)
@@ -80,14 +82,19 @@ def triplet_loss(
         count = (terms > 0).sum() if reduction == "mean_nonzero" else valid.sum()
     else:
         mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
-        total = common.reduce(mined.loss, "sum")
+        terms = mined.loss
+        if isinstance(margin, Tensor):  # its gradient is the number of active terms
+            terms = terms + (margin - margin.detach()) * mined.active
+        total = common.reduce(terms, "sum")
         count = (mined.active if reduction == "mean_nonzero" else mined.terms).sum()
     # A NaN distance is neither the largest nor the smallest: mining alone would pass over it.
     total = total * (1 + (z.detach() * 0).sum())
     return total if reduction == "sum" else total / count.clamp(min=1)
 
 
-def _hard_terms(z: Tensor, labels: Tensor, margin: float, cosine: bool) -> tuple[Tensor, Tensor]:
+def _hard_terms(
+    z: Tensor, labels: Tensor, margin: float | Tensor, cosine: bool
+) -> tuple[Tensor, Tensor]:
     """Terms [N], 0 for anchors without a triplet, and which anchors have one."""
     if len(z) == 0:
         return common.dots(z, z), labels > 0
@@ -113,7 +120,6 @@ def _hard_terms(z: Tensor, labels: Tensor, margin: float, cosine: bool) -> tuple
 
 def _euclidean(a: Tensor, b: Tensor) -> Tensor:
     """[N]: ||a_i - b_i|| in the accumulation dtype; gradient 0 where they are equal."""
-    a, b = checks.widen(a, b)
     acc = accumulation_dtype(a.dtype)
     distance: Tensor = torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
     return distance
@@ -124,7 +130,7 @@ def margin_loss(
     z_j: Tensor,
     z_k: Tensor,
     z_l: Tensor,
-    margin: float = 0.2,
+    margin: float | Tensor = 0.2,
     *,
     form: str = "relative",
     eps: float = 0.0,
@@ -146,7 +152,8 @@ def margin_loss(
         z_j: [N, D], same device, as are the other two; dtypes may differ.
         z_k: [N, D].
         z_l: [N, D].
-        margin: In units of the distance.
+        margin: In units of the distance: a number or a tensor of shape [] or [1], which may require
+            grad.
         form: "relative" or "floor".
         eps: Added before the outer maximum, "floor" only.
         reduction: "mean" over N, "sum", or "none": [N].
@@ -162,19 +169,26 @@ def margin_loss(
     op = "margin_loss"
     for name, other in (("z_j", z_j), ("z_k", z_k), ("z_l", z_l)):
         checks.check_pair(op, "z_i", z_i, name, other)
-    checks.check_number(op, "margin", margin)
-    checks.check_number(op, "eps", eps)
+    z_i, z_j, z_k, z_l = checks.widen(z_i, z_j, z_k, z_l)
+    margin = checks.number_or_scalar(op, "margin", margin, z_i)
+    eps = checks.number(op, "eps", eps)
     checks.check_choice(op, "form", form, ("relative", "floor"))
     checks.check_reduction(op, reduction)
     same, different = _euclidean(z_i, z_j), _euclidean(z_k, z_l)
     if form == "relative":
         return common.reduce(F.relu(same - different + margin), reduction)
-    outer = torch.maximum(same, different + margin) - abs(margin) + eps
+    floor = margin.abs() if isinstance(margin, Tensor) else abs(margin)
+    outer = torch.maximum(same, different + margin) - floor + eps
     return common.reduce(F.relu(outer), reduction)
 
 
 def contrastive_loss(
-    a: Tensor, b: Tensor, same: Tensor, margin: float = 1.0, *, reduction: Reduction = "mean"
+    a: Tensor,
+    b: Tensor,
+    same: Tensor,
+    margin: float | Tensor = 1.0,
+    *,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Contrastive pair loss, with d = ||a - b||.
 
@@ -186,7 +200,8 @@ def contrastive_loss(
         a: [N, D].
         b: [N, D], same device; dtypes may differ.
         same: [N] bool, or integers 0 and 1: whether the pair belongs together.
-        margin: Distance from which on different pairs do not count.
+        margin: Distance from which on different pairs do not count: a number or a tensor of shape
+            [] or [1], which may require grad.
         reduction: "mean" over N, "sum", or "none": [N].
 
     Raises:
@@ -199,12 +214,12 @@ def contrastive_loss(
     """
     op = "contrastive_loss"
     checks.check_pair(op, "a", a, "b", b)
-    checks.check_number(op, "margin", margin)
+    a, b = checks.widen(a, b)
+    margin = checks.number_or_scalar(op, "margin", margin, a)
     checks.check_reduction(op, reduction)
     if isinstance(same, Tensor) and same.dtype == torch.bool:
         same = same.to(torch.int64)
     same = checks.check_ids(op, "same", same, (len(a),), a.device) != 0
-    a, b = checks.widen(a, b)
     acc = accumulation_dtype(a.dtype)
     squared = (a.to(acc) - b.to(acc)).square().sum(1)
     short = F.relu(margin - _euclidean(a, b)).square()

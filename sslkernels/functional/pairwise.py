@@ -85,8 +85,9 @@ def siglip_loss(
         image_features: [N, D], normalised by the caller (the convention) unless ``normalize``.
         text_features: [N, D], same device.  Where dtypes differ, the wider one counts, and each
             gradient has the dtype of its input.
-        logit_scale: The number that multiplies (already exponentiated): a float or a 0-d tensor.
-        logit_bias: A float, a 0-d tensor, or None for 0.
+        logit_scale: The number that multiplies (already exponentiated): a number or a tensor of
+            shape [] or [1], which may require grad.
+        logit_bias: The same, or None for 0.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
 
@@ -108,6 +109,7 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         bias = checks.scalar(op, "logit_bias", logit_bias, image_features)
+    normalize = checks.flag(op, "normalize", normalize)
     x, y = common.unit(image_features, normalize), common.unit(text_features, normalize)
     # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.
     negatives, cosine = with_positives("softplus", x, y, scale=scale, bias=bias)
@@ -138,7 +140,8 @@ def sup_con_loss(
     Args:
         z: [N, D], or [N, V, D] for V views of N samples (rows in that order).
         labels: [N] integers; with views, one label a sample.
-        temperature: A number > 0, or a 0-d tensor (not inspected), which may require grad.
+        temperature: A number > 0, or a tensor of shape [] or [1] (not inspected), which may require
+            grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over the rows that have a positive, "sum", or "none": [N] or [N * V].
 
@@ -161,7 +164,7 @@ def sup_con_loss(
         z = z.flatten(0, 1)
     scale = checks.inverse_temperature(op, temperature, z)
     n = len(z)
-    z = common.unit(z, normalize)
+    z = common.unit(z, checks.flag(op, "normalize", normalize))
     classes = rows.segments(labels)
     ones = torch.ones((n, 1), dtype=scale.dtype, device=z.device)
     counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
@@ -205,7 +208,8 @@ def alignment_loss(
     checks.check_pair(op, "z1", z1, "z2", z2)
     checks.check_reduction(op, reduction)
     z1, z2 = checks.widen(z1, z2)
-    checks.check_positive(op, "alpha", alpha)
+    alpha = checks.positive(op, "alpha", alpha)
+    normalize = checks.flag(op, "normalize", normalize)
     acc = accumulation_dtype(z1.dtype)
     difference = common.unit(z1, normalize).to(acc) - common.unit(z2, normalize).to(acc)
     squared = difference.square().sum(1)
@@ -240,7 +244,8 @@ def uniformity_loss(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Ten
     """
     op = "uniformity_loss"
     checks.check_matrix(op, "z", z)
-    checks.check_positive(op, "t", t)
+    t = checks.positive(op, "t", t)
+    normalize = checks.flag(op, "normalize", normalize)
     n = len(z)
     z = common.unit(z, normalize).to(accumulation_dtype(z.dtype))
     if n < 2:

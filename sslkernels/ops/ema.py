@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkernels._numbers import number, type_name
 from sslkernels.backends import updates_torch
 from sslkernels.ops import registry
 from sslkernels.ops.eager import WRITES_LISTS, are_plain, bump_versions, is_plain_eager, watch
@@ -42,10 +43,7 @@ def check_decay(op: str, decay: float) -> float:
         TypeError: If it is no number.
         ValueError: If it is outside [0, 1].
     """
-    try:
-        value = float(decay)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{op}: decay must be a number, got {type(decay).__name__}") from error
+    value = float(decay) if isinstance(decay, Tensor) else number(op, "decay", decay)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{op}: decay must be in [0, 1], got {value}")
     return value
@@ -62,7 +60,7 @@ def check_pairs(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -
         if not isinstance(target, Tensor) or not isinstance(source, Tensor):
             raise TypeError(
                 f"{op}: targets[{index}] and sources[{index}] must be tensors, "
-                f"got {type(target).__name__} and {type(source).__name__}"
+                f"got {type_name(target)} and {type_name(source)}"
             )
         if target.dtype not in FLOATING or source.dtype not in FLOATING:
             raise TypeError(

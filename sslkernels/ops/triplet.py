@@ -31,11 +31,11 @@ from sslkernels.ops._library import (
 INF = float("inf")
 
 define(
-    "mined_triplets(Tensor z, Tensor ids, float margin, bool semihard, bool cosine) "
+    "mined_triplets(Tensor z, Tensor ids, Tensor margin, bool semihard, bool cosine) "
     "-> (Tensor, Tensor, Tensor)"
 )
 define(
-    "mined_triplets_backward(Tensor z, Tensor ids, float margin, bool semihard, bool cosine, "
+    "mined_triplets_backward(Tensor z, Tensor ids, Tensor margin, bool semihard, bool cosine, "
     "Tensor dloss) -> Tensor"
 )
 
@@ -77,7 +77,7 @@ def _blocks(z: Tensor, ids: Tensor, cosine: bool) -> Iterator[_Block]:
         yield _Block(rows, distance, positive, negatives, order, n_negatives)
 
 
-def _semihard(block: _Block, margin: float) -> tuple[Tensor, Tensor]:
+def _semihard(block: _Block, margin: Tensor) -> tuple[Tensor, Tensor]:
     """Terms [B, N] of the pairs (anchor, positive), and where their negative is in the order."""
     place = torch.searchsorted(block.negatives, block.d, right=True)
     # None farther than the positive: the farthest negative.
@@ -87,7 +87,7 @@ def _semihard(block: _Block, margin: float) -> tuple[Tensor, Tensor]:
 
 
 def _mined_triplets(
-    z: Tensor, ids: Tensor, margin: float, semihard: bool, cosine: bool
+    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = len(z)
     loss = torch.zeros(n, dtype=accumulation_dtype(z.dtype), device=z.device)
@@ -114,7 +114,7 @@ def _mined_triplets(
 
 
 def _mined_triplets_backward(
-    z: Tensor, ids: Tensor, margin: float, semihard: bool, cosine: bool, dloss: Tensor
+    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool, dloss: Tensor
 ) -> Tensor:
     wide = z.to(_wide(z))
     dz = torch.zeros_like(wide, memory_format=torch.contiguous_format)
@@ -147,7 +147,7 @@ def _mined_triplets_backward(
 
 
 def _fake(
-    z: Tensor, ids: Tensor, margin: float, semihard: bool, cosine: bool
+    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = z.shape[0]
     ints = z.new_empty((n,), dtype=torch.int64)
@@ -155,18 +155,19 @@ def _fake(
 
 
 def _backward_fake(
-    z: Tensor, ids: Tensor, margin: float, semihard: bool, cosine: bool, dloss: Tensor
+    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool, dloss: Tensor
 ) -> Tensor:
     return z.new_empty(z.shape)
 
 
 class _Mined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, ids: Tensor, *options: Any) -> Any:
+    def forward(ctx: Any, z: Tensor, ids: Tensor, margin: Tensor, *options: Any) -> Any:
+        args = (z, ids, margin)
         with below_autograd():
-            loss, active, count = torch.ops.sslkernels.mined_triplets.default(z, ids, *options)
+            loss, active, count = torch.ops.sslkernels.mined_triplets.default(*args, *options)
         ctx.options = options
-        ctx.save_for_backward(z, ids)
+        ctx.save_for_backward(*args)
         ctx.mark_non_differentiable(active, count)
         return loss, active, count
 
@@ -193,18 +194,22 @@ class MinedTriplets(NamedTuple):
 
 
 def mined_triplets(
-    z: Tensor, ids: Tensor, margin: float, *, semihard: bool, cosine: bool
+    z: Tensor, ids: Tensor, margin: float | Tensor, *, semihard: bool, cosine: bool
 ) -> MinedTriplets:
     """Triplet terms summed by anchor, differentiable once in z.
 
     Args:
         z: [N, D]; for ``cosine`` normalised.
         ids: [N] int64 labels.
-        margin: Added to d(a, p) - d(a, n).
+        margin: Added to d(a, p) - d(a, n); a number or a 0-d tensor, whose gradient is ``active``.
         semihard: One negative a pair (a, p): the nearest farther than p, else the farthest of all.
             Otherwise every triplet.
         cosine: d = 1 - <x, y> instead of the Euclidean distance.
     """
+    if isinstance(margin, Tensor):
+        margin = margin.detach().to(_wide(z))
+    else:
+        margin = torch.full((), margin, dtype=_wide(z), device=z.device)
     return MinedTriplets(
-        *torch.ops.sslkernels.mined_triplets.default(z, ids, float(margin), semihard, cosine)
+        *torch.ops.sslkernels.mined_triplets.default(z, ids, margin, semihard, cosine)
     )
