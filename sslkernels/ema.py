@@ -6,13 +6,15 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslkernels._loading import AllOrNothing
+from sslkernels._numbers import type_name
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import ema as _ops
 from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch, watch_slots
@@ -145,7 +147,50 @@ def _names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
 
 
-class EMA(nn.Module):
+def _copied(online: nn.Module) -> nn.Module:
+    """A deep copy, or a TypeError that says what stands in the way."""
+    try:
+        return copy.deepcopy(online)
+    except Exception as error:
+        path, value, reason = _obstacle(online) or ("itself", online, error)
+        if isinstance(value, Tensor):
+            what = "a tensor that was computed with gradient"
+            advice = (
+                "delete it, or set it to None or .detach() it, before the EMA is made; "
+                "of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
+            )
+        else:
+            what = type(value).__name__
+            advice = (
+                "set it to None while the EMA is made, or give its owner a __deepcopy__ or "
+                "__getstate__ that leaves it out"
+            )
+        raise TypeError(
+            f"EMA: online must be a network that copy.deepcopy can copy, but {path} "
+            f"({what}) is in the way ({type(reason).__name__}: {reason}); {advice}"
+        ) from error
+
+
+def _obstacle(online: nn.Module) -> tuple[str, Any, Exception] | None:
+    """The first attribute of a submodule that can't be deep-copied: where, what and why not."""
+    for name, module in online.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute == "_modules":
+                continue
+            entries = {attribute: value}
+            if attribute in ("_parameters", "_buffers") or "hooks" in attribute:
+                entries = {f"{attribute}[{k!r}]": v for k, v in value.items()} if value else {}
+                if attribute in ("_parameters", "_buffers"):
+                    entries = dict(value)
+            for key, entry in entries.items():
+                try:
+                    copy.deepcopy(entry)
+                except Exception as error:
+                    return (f"{name}.{key}" if name else key), entry, error
+    return None
+
+
+class EMA(AllOrNothing):
     """A copy of a network whose weights are the moving average of the network's.
 
     ``update`` sets ``target = decay * target + (1 - decay) * online`` for every parameter in one
@@ -156,7 +201,8 @@ class EMA(nn.Module):
     Calling the EMA calls the averaged network.  It stays in the mode (train or eval) that the
     online network had; call ``.eval()`` if the target should use running statistics.
 
-    ``state_dict`` holds the averaged network under ``module.``, the step and the seed.
+    ``state_dict`` holds the averaged network under ``module.``, and ``step`` and ``seed`` as int64
+    tensors.
 
     Args:
         online: The network to follow; it may be wrapped in DistributedDataParallel or
@@ -172,7 +218,8 @@ class EMA(nn.Module):
 
     Raises:
         ValueError: If decay or buffers is out of range.
-        TypeError: If dtype is no floating dtype.
+        TypeError: If online is no module or can't be deep-copied (the message names the attribute),
+            or dtype is no floating dtype.
 
     Example:
         >>> import torch
@@ -197,6 +244,8 @@ class EMA(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
+        if not isinstance(online, nn.Module):
+            raise TypeError(f"EMA: online must be an nn.Module, got {type_name(online)}")
         if buffers not in ("copy", "average", "ignore"):
             raise ValueError(f"EMA: buffers must be 'copy', 'average' or 'ignore', got {buffers!r}")
         if dtype is not None and dtype not in _ops.FLOATING:
@@ -209,7 +258,7 @@ class EMA(nn.Module):
         self.step = 0
         # Drawn from torch's generator, so that torch.manual_seed decides it.
         self.seed = int(torch.randint(2**62, ()).item()) if stochastic_rounding else 0
-        self.module = copy.deepcopy(_unwrap(online)).requires_grad_(False)
+        self.module = _copied(_unwrap(online)).requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype=dtype)
         self._plan: _ModulePlan | None = None
@@ -243,13 +292,40 @@ class EMA(nn.Module):
                     self._plan = pairs.plan(self, online)
         self.__dict__["step"] = step + 1  # nn.Module.__setattr__ takes longer than a small update
 
-    def get_extra_state(self) -> dict[str, int]:
-        """What the state dict holds besides the network."""
-        return {"step": self.step, "seed": self.seed}
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _COUNTERS:
+            destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore what ``get_extra_state`` returned."""
-        self.step, self.seed = int(state["step"]), int(state["seed"])
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take step and seed; older state dicts have them as an extra state, a dict."""
+        rest = dict(state_dict)
+        old = rest.pop(prefix + "_extra_state", None)
+        found = {}
+        for name in _COUNTERS:
+            value = rest.pop(prefix + name, None)
+            if value is None and isinstance(old, Mapping):
+                value = old.get(name)
+            if value is not None:
+                found[name] = _counter(prefix + name, value)
+            elif strict:
+                missing_keys.append(prefix + name)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(found) == len(_COUNTERS):
+            self.__dict__.update(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and deep copies leave the cached addresses out."""
@@ -261,6 +337,22 @@ class EMA(nn.Module):
             f"decay={self.decay}, buffers={self.buffers_policy!r}, "
             f"stochastic_rounding={self.stochastic_rounding}"
         )
+
+
+# Attributes of an EMA that are entries of its state dict.
+_COUNTERS = ("step", "seed")
+
+
+def _counter(key: str, value: Any) -> int:
+    """A step or seed of a state dict."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_floating_point() or value.is_meta:
+            raise TypeError(
+                f"EMA.load_state_dict: {key} must be one integer, got {list(value.shape)} "
+                f"{value.dtype} on {value.device}"
+            )
+        value = int(value)
+    return checks.integer("EMA.load_state_dict", key, value)
 
 
 class _Pairs:

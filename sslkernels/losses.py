@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels import distributed, functional
+from sslkernels._loading import AllOrNothing
 from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.functional import _common as common
@@ -37,7 +38,7 @@ def _hold(module: nn.Module, name: str, value: float | Tensor) -> bool:
     return True
 
 
-class _Loss(nn.Module):
+class _Loss(AllOrNothing):
     """Keyword arguments of a loss function, checked when the module is made.
 
     A tensor as temperature or margin belongs to the module: an ``nn.Parameter`` is a parameter of it
@@ -311,7 +312,7 @@ class ContrastiveLoss(_Loss):
         return functional.contrastive_loss(a, b, same, **self._keywords)
 
 
-class MoCoLoss(nn.Module):
+class MoCoLoss(AllOrNothing):
     """MoCo: InfoNCE against a queue of earlier keys, then the new keys are enqueued.
 
     (query, key) → loss.  The logits use the queue as it was before this batch; the key gets no

@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from sslkernels._loading import AllOrNothing
+from sslkernels._numbers import type_name
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import queue as _ops
 
 
-class KeyQueue(nn.Module):
+class KeyQueue(AllOrNothing):
     """A first-in first-out queue of the newest ``size`` keys, as in MoCo (arXiv:1911.05722).
 
     All state is in buffers and so in the state dict: ``queue`` [size, dim], ``queue_ptr`` (the row
     that is written next) and ``fill`` (how many rows are valid), both int64, and ``labels`` [size]
-    int64 if asked for (-1 where empty).  Key i of a batch goes to row (queue_ptr + i) mod size;
+    int64 if asked for (-1 where empty).  They are loaded together or, where one does not fit or is
+    missing, not at all.  Key i of a batch goes to row (queue_ptr + i) mod size;
     sizes need not divide, and of a batch larger than the queue the newest ``size`` keys stay.
 
     The loss for a batch must be computed before the batch is enqueued, or each positive is one of
@@ -181,18 +184,69 @@ class KeyQueue(nn.Module):
         return {**self.__dict__, "_plan": None}
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Refuse a pointer or a fill that would point outside of the queue."""
-        for name, limit in (("queue_ptr", self.size - 1), ("fill", self.size)):
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and not value.is_meta and value.numel() == 1:
-                if not 0 <= int(value) <= limit:
+        """Load all entries, or report why not and load none.
+
+        Raises:
+            ValueError: If the pointer or the fill lies outside of the queue.
+        """
+        names = [name for name, buffer in self._buffers.items() if buffer is not None]
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        errors = [
+            f"KeyQueue.load_state_dict: {prefix + name} {error}."
+            for name, value in given.items()
+            if (error := self._misfit(name, value)) is not None
+        ]
+        missing = [prefix + name for name in names if name not in given]
+        if given and missing:
+            errors.append(
+                f"KeyQueue.load_state_dict: the entries of a queue belong together, missing {missing}."
+            )
+        if not errors:
+            for name, limit in (("queue_ptr", self.size - 1), ("fill", self.size)):
+                value = given.get(name)
+                if value is not None and not value.is_meta and not 0 <= int(value) <= limit:
                     raise ValueError(
                         f"KeyQueue.load_state_dict: {prefix + name} must be in [0, {limit}] for a "
                         f"queue of {self.size} keys, got {int(value)}"
                     )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not errors and not missing:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                error_msgs,
+            )  # fmt: skip
+            return
+        error_msgs += errors
+        if strict:
+            missing_keys += missing
+            unexpected_keys += [
+                key
+                for key in state_dict
+                if key.startswith(prefix) and key.removeprefix(prefix) not in names
+            ]
+
+    def _misfit(self, name: str, value: Any) -> str | None:
+        """What is wrong with a value for a buffer, or None."""
+        buffer = self._buffers[name]
+        if not isinstance(value, Tensor) or buffer is None:
+            return f"must be a tensor, got {type_name(value)}"
+        if value.shape != buffer.shape:
+            return (
+                f"must have shape {list(buffer.shape)} (the queue is of size {self.size} and dim "
+                f"{self.dim}), got {list(value.shape)}"
+            )
+        if buffer.is_floating_point() != value.is_floating_point() or value.dtype == torch.bool:
+            kind = "floating-point" if buffer.is_floating_point() else "integer"
+            return f"must be {kind}, got {value.dtype}"
+        return None
 
     def extra_repr(self) -> str:
         """Arguments, for ``print``."""
@@ -215,27 +269,36 @@ class KeyQueue(nn.Module):
 
         Raises:
             KeyError: If there is no queue in it.
+            TypeError: If the queue or the pointer is no tensor of a dtype that fits.
             ValueError: If the queue is not [dim, size] or the pointer is outside of it.
         """
+        op = "KeyQueue.from_moco"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"{op}: state_dict must be a mapping, got {type_name(state_dict)}")
         if isinstance(state_dict.get("state_dict"), Mapping):
             state_dict = state_dict["state_dict"]
         prefix = next((p for p in ("", "module.") if f"{p}queue" in state_dict), None)
         if prefix is None:
             raise KeyError(
-                "KeyQueue.from_moco: state_dict must hold 'queue' or 'module.queue', got keys such "
+                f"{op}: state_dict must hold 'queue' or 'module.queue', got keys such "
                 f"as {list(state_dict)[:5]}"
             )
         stored = state_dict[f"{prefix}queue"]
-        if stored.dim() != 2:
-            raise ValueError(
-                f"KeyQueue.from_moco: {prefix}queue must be [dim, size], got {list(stored.shape)}"
-            )
+        checks.check_tensor(op, f"{prefix}queue", stored)
+        if stored.dim() != 2 or not stored.numel():
+            raise ValueError(f"{op}: {prefix}queue must be [dim, size], got {list(stored.shape)}")
         dim, size = stored.shape
-        pointer = int(state_dict.get(f"{prefix}queue_ptr", 0))
+        pointer = state_dict.get(f"{prefix}queue_ptr", 0)
+        if isinstance(pointer, Tensor):
+            if pointer.numel() != 1 or pointer.is_floating_point():
+                raise TypeError(
+                    f"{op}: {prefix}queue_ptr must be one integer, got {list(pointer.shape)} "
+                    f"{pointer.dtype}"
+                )
+            pointer = int(pointer)
+        pointer = checks.integer(op, f"{prefix}queue_ptr", pointer)
         if not 0 <= pointer < size:
-            raise ValueError(
-                f"KeyQueue.from_moco: {prefix}queue_ptr must be in [0, {size}), got {pointer}"
-            )
+            raise ValueError(f"{op}: {prefix}queue_ptr must be in [0, {size}), got {pointer}")
         queue = cls(size, dim, dtype=stored.dtype, gather=gather).to(stored.device)
         with torch.no_grad():
             queue.queue.copy_(stored.t())
