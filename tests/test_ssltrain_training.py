@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training end to end on a few hundred digits: losses fall, resuming is exact, outputs exist."""
 
-import csv
 import json
 import math
 import os
@@ -25,25 +24,25 @@ from ssltrain.cli import main, read_arguments
 from ssltrain.config import METHODS, TrainConfig
 from ssltrain.data import load
 from ssltrain.diagnostics import collapse
-from ssltrain.evaluate import few_label_rows, table
+from ssltrain.evaluate import SOURCES, few_label_rows, table
 from ssltrain.methods import build_method
 from ssltrain.optim import build_optimizer, warmup_cosine
 from ssltrain.parallel import World
 from ssltrain.runs import METRICS, epoch_order
 from ssltrain.trainer import fresh_encoder
+from ssltrain_helpers import (
+    SMALL,
+    TIMES,
+    assert_same_bits,
+    checkpoint,
+    digits,
+    rows,
+    run,
+    write_parts,
+)
 
 PYTHON_FOLDER = Path(__file__).resolve().parents[1] / "python"
 ROOT = PYTHON_FOLDER.parent
-
-# 256 training images of 8 x 8 in batches of 64: four steps an epoch, milliseconds each.
-SMALL = [
-    "--batch-size", "64", "--width", "8", "--stages", "2", "--blocks", "1", "--queue-size", "128",
-    "--projector-hidden", "32", "--projector-dim", "16", "--optimizer", "adamw", "--log-every", "2",
-    "--base-lr", "0.02", "--temperature", "0.1", "--ema-decay", "0.9", "--rotate", "10",
-    "--translate", "0.1", "--noise", "0.05", "--flip", "0", "--crop-min", "1", "--jitter", "0.5",
-    "--progress", "false", "--device", "cpu",
-]  # fmt: skip
-TIMES = ("images_per_s", "seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -57,48 +56,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """320 of the digits as .npz, which the loader splits into 256 and 64."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    path = tmp_path_factory.mktemp("data") / "some.npz"
-    images = np.rint(digits.images[:320] * (255 / 16)).astype(np.uint8)
-    np.savez(path, images=images, labels=digits.target[:320])
-    return str(path)
-
-
-def run(method: str, data: str, folder: Path, *words: str) -> int:
-    """The command with the small network; ``words`` come last and win."""
-    return main([method, "--data", data, "--run", str(folder), *SMALL, *words])
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def assert_same_bits(ours: Any, theirs: Any, where: str = "checkpoint") -> None:
-    """Equal nested containers, tensors by their bits."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same_bits(ours[key], theirs[key], f"{where}[{key!r}]")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same_bits(a, b, f"{where}[{i}]")
-    else:
-        assert ours == theirs, where
-
-
-def checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint without the settings of the run, which name its folder."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state.pop("config")
-    return state
+    """320 of the digits as .npz, in parts of 256 and 64."""
+    return write_parts(tmp_path_factory.mktemp("data") / "some.npz", *digits(320), train=256)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -328,7 +287,7 @@ def test_evaluation_embedding_and_plots(
 def test_images_without_labels_train_and_draw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (110, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=images)
     folder = tmp_path / "run"
     assert run("byol", str(tmp_path / "a.npz"), folder, "--epochs", "1") == 0
@@ -336,6 +295,67 @@ def test_images_without_labels_train_and_draw(
     assert (folder / "embeddings.png").exists() and not (folder / "results.json").exists()
     assert main(["eval", str(folder)]) == 2
     assert "has no labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["nothing", "one class", "some"])
+def test_labels_of_some_or_one_class(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Probes use the images that have labels, and are skipped where these are of one class."""
+    monkeypatch.setattr("ssltrain.plots.flat_map", lambda features: features[:, :2])
+    images, labels = digits(120)
+    labels = {
+        "nothing": np.full(120, -1), "one class": np.full(120, 5),
+        "some": np.where(np.arange(120) % 3 == 0, -1, labels % 2),
+    }[kind]  # fmt: skip
+    data = write_parts(tmp_path / "a.npz", images, labels, train=80)
+    folder = tmp_path / "run"
+    assert run("simclr", data, folder, "--epochs", "1") == 0
+    said = capsys.readouterr()
+    why = {"nothing": "has no labels", "one class": "has one class only"}.get(kind)
+    assert (folder / "embeddings.png").exists()
+    if why is None:
+        results = json.loads((folder / "results.json").read_text())
+        assert results["train_images"] == 53 and results["test_images"] == 27
+    else:
+        assert f"note: a {why}: the run is not evaluated by probes" in said.err
+        assert f"a {why}: no probes, only the plots" in said.out
+        assert not (folder / "results.json").exists()
+        assert main(["eval", str(folder)]) == 2
+        assert f"a {why}; the evaluation needs two classes" in capsys.readouterr().err
+
+
+def test_images_without_a_label_are_drawn_as_such() -> None:
+    from ssltrain import plots
+
+    labels = np.array([-1, 1, 0, -1, 1])
+    places = dict.fromkeys(SOURCES, np.arange(10.0).reshape(5, 2))
+    figure = plots.map_figure("SimCLR", places, labels, ["0", "20251231"])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["unlabelled", "0", "20251231"]
+    counts = [len(dots.get_offsets()) for dots in figure.axes[0].collections]
+    assert counts == [2, 1, 2]
+
+
+def test_any_name_of_a_class_can_be_drawn(tmp_path: Path) -> None:
+    from ssltrain import plots
+
+    names = ["$x_2", "_private", "\udcff", "a" * 40]
+    places = dict.fromkeys(SOURCES, np.arange(8.0).reshape(4, 2))
+    figure = plots.map_figure("SimCLR", places, np.arange(4), names)
+    figure.savefig(tmp_path / "map.png")
+    assert len(figure.legends[0].get_texts()) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_few_test_images_are_enough(
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the map nor the probes need more images than there are."""
+    images, labels = digits(64 + count)
+    data = write_parts(tmp_path / "a.npz", images, labels, train=64)
+    assert run("simclr", data, tmp_path / "run", "--epochs", "1") == 0
+    assert (tmp_path / "run" / "embeddings.png").exists()
 
 
 def test_the_demo_compares_the_three_methods(

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssltrain.config import (
     METHODS,
-    RUNTIME_FIELDS,
+    RESUMABLE_FIELDS,
+    SWITCH,
     TITLES,
     OneLineParser,
     TrainConfig,
     config_parser,
     flag,
 )
-from ssltrain.errors import UserError
+from ssltrain.errors import UserError, note
 
 # torch, kornia, scikit-learn and matplotlib take seconds to import: the functions below import
 # them when they are needed, so that help and a mistyped flag answer at once.
@@ -29,11 +31,12 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
-       ssltrain METHOD --resume RUN            continue a run bit for bit
+       ssltrain METHOD --resume RUN            continue a run bit for bit, or for more --epochs
+       ssltrain METHOD --init-from RUN         start a new run from the weights of another
        ssltrain demo [flags]                   train all three methods on digits
-       ssltrain eval RUN                       evaluate a run again
+       ssltrain eval RUN [--data DATA]         evaluate a run again
        ssltrain embed RUN [--data DATA]        write the features of a data set
-       ssltrain plot RUN                       draw a run again
+       ssltrain plot RUN [--data DATA]         draw a run again
 
 METHOD is simclr, byol or moco. Every run has a folder (the default is runs/METHOD-DATA-seedN).
 'ssltrain simclr --help' lists the flags; docs/training.md explains them.
@@ -50,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training run was interrupted and left a checkpoint.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold what no encoding can print
+            stream.reconfigure(errors="backslashreplace")
     if "torch" not in sys.modules:
         # Threads that wait asleep, not spinning: steps here are tens of milliseconds of many short
         # parallel regions, which become ten times as slow when another process needs a core.
@@ -94,7 +100,7 @@ def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunF
     """The configuration of a run, and the folder to resume if ``--resume`` names one.
 
     A new run starts from the preset of the method and the kind of its data; a resumed one from
-    its saved configuration, of which only the flags in RUNTIME_FIELDS may be changed.
+    its saved configuration, of which only the flags in RESUMABLE_FIELDS may be changed.
 
     Raises:
         UserError: a bad flag, file or value.
@@ -115,13 +121,15 @@ def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunF
 
         folder = RunFolder.open(resume)
         # Where the run was told to stop is behind it: it goes on to the end, or as far as told now.
-        defaults = dataclasses.replace(TrainConfig.load(folder.config), stop_after=0)
+        # That other data was accepted is behind it too.
+        saved = _absolute(TrainConfig.load(folder.config))
+        defaults = dataclasses.replace(saved, stop_after=0, accept_changed_data=False)
     if asks_help:
         _parser(defaults, prog).print_help()
         raise SystemExit(0)
     values = _parse(words, defaults, prog)
     values.pop("resume")
-    config = TrainConfig(**values).validate()
+    config = _absolute(TrainConfig(**values).validate())
     if folder is not None and defaults.method != method:
         raise UserError(f"{resume} is a {defaults.method} run: use 'ssltrain {defaults.method}'")
     if config.method != method:
@@ -129,12 +137,24 @@ def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunF
     if folder is not None:
         for item in dataclasses.fields(TrainConfig):
             kept, asked = getattr(defaults, item.name), getattr(config, item.name)
-            if kept != asked and item.name not in RUNTIME_FIELDS:
+            if kept != asked and item.name not in RESUMABLE_FIELDS:
                 raise UserError(
                     f"{flag(item.name)} was {kept!r} in {resume} and cannot become {asked!r} on "
                     "--resume; drop the flag, or start a new run"
                 )
     return config, folder
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The same configuration, whatever the working directory will be when it is used again."""
+    from ssltrain.data import absolute
+
+    def place(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path)) if path else ""
+
+    return dataclasses.replace(
+        config, data=absolute(config.data), run=place(config.run), init_from=place(config.init_from)
+    )
 
 
 def _as_method(name: str) -> Any:
@@ -166,18 +186,32 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
     Raises:
         UserError: something in the configuration or the data does not fit.
     """
-    from ssltrain.data import load
+    from ssltrain.data import DataOptions, load
     from ssltrain.parallel import world
     from ssltrain.runs import RunFolder
     from ssltrain.trainer import Trainer
 
     with world(config) as processes:
-        data = load(config.data, config.image_size)
+        data = load(config.data, DataOptions.of(config))
+        for sentence in data.notes:
+            note(sentence)
+        if data.unlabelled:
+            note(f"{data.name} {data.unlabelled}: the run is not evaluated by probes")
+        config = dataclasses.replace(config, pixel_range=data.pixel_range)
         trainer = Trainer(config, data, processes, None)
         if resume is not None:
             trainer.restore(resume.read_checkpoint())
+        elif config.init_from:
+            trainer.start_from(RunFolder.open(config.init_from).read_checkpoint())
         if processes.is_main:
             trainer.folder = resume or RunFolder.create(config, data.name)
+            if resume is not None:
+                resume.keep_config(config)
+                if trainer.finished:
+                    note(
+                        f"the run has finished its {config.epochs} epochs; give more --epochs to "
+                        "go on"
+                    )
             print(
                 f"{config.method} on {data.name}: {len(data.train)} training images, "
                 f"{trainer.total_steps} steps on {processes.device}; run folder "
@@ -196,25 +230,27 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
         )
         return (0 if config.stop_after else INTERRUPTED), folder.path
     if config.evaluate:
-        _report(folder, config, data, evaluate=data.has_labels)
+        opened = _Opened(folder, config, folder.read_checkpoint(), data)
+        _report(opened, evaluate=data.has_labels)
     return 0, folder.path
 
 
-def _report(folder: RunFolder, config: TrainConfig, data: ImageData, evaluate: bool) -> None:
+def _report(opened: _Opened, evaluate: bool) -> None:
     """Evaluate (where asked), draw both plots, and print where everything is."""
+    folder, config, state, data = opened
     from ssltrain.evaluate import all_features, table
     from ssltrain.evaluate import evaluate as score_all
     from ssltrain.parallel import choose_device
     from ssltrain.plots import draw_loss, draw_map
 
-    features = all_features(folder, config, data, choose_device(config.device))
+    features = all_features(state, config, data, choose_device(config.device))
     if evaluate:
         print(table(score_all(folder, config, data, features)))
     elif not data.has_labels:
-        print(f"{data.name} has no labels: no probes, only the plots")
+        print(f"{data.name} {data.unlabelled}: no probes, only the plots")
     written = [folder.results] if evaluate else []
     if folder.read_metrics():
-        draw_loss(folder, config)
+        draw_loss(folder, config, data.name)
         written.append(folder.loss_plot)
     draw_map(folder, config, data, features)
     written.append(folder.map_plot)
@@ -250,62 +286,80 @@ def _run_parser(command: str, purpose: str) -> OneLineParser:
         prog=f"ssltrain {command}", description=purpose, allow_abbrev=False, default_env=False
     )
     parser.add_argument("run_folder", type=str, help="folder of a run")
+    parser.add_argument("--data", type=str, help="data set; the default is the one of the run")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or another")
+    for name in ("skip_bad_images", "accept_changed_data"):
+        item = TrainConfig.__dataclass_fields__[name]
+        text = item.metadata["help"]
+        parser.add_argument(flag(name), type=bool, default=False, help=text, **SWITCH)
     return parser
 
 
-def _open_run(options: dict[str, Any]) -> tuple[RunFolder, TrainConfig]:
+class _Opened(NamedTuple):
+    """A run, its last checkpoint, and the data that a command uses it on."""
+
+    folder: RunFolder
+    config: TrainConfig
+    state: dict[str, Any]
+    data: ImageData
+
+
+def _open_run(options: dict[str, Any], scores: bool = False) -> _Opened:
+    """Open a run; ``scores`` says that accuracies will be computed."""
+    from ssltrain.data import DataOptions, absolute, check_evaluated, load
     from ssltrain.runs import RunFolder
 
     folder = RunFolder.open(options["run_folder"])
-    config = TrainConfig.load(folder.config)
-    return folder, dataclasses.replace(config, device=options["device"])
+    config = dataclasses.replace(
+        TrainConfig.load(folder.config),
+        device=options["device"],
+        skip_bad_images=options["skip_bad_images"],
+        accept_changed_data=options["accept_changed_data"],
+    )
+    state = folder.read_checkpoint()
+    if options["data"] is not None:
+        size = state["data"]["size"] if "data" in state else []
+        if len(set(size)) == 1:  # other images are brought to the size that was trained on
+            config = dataclasses.replace(config, image_size=size[0])
+        config = dataclasses.replace(config, data=absolute(options["data"]))
+    data = load(config.data, DataOptions.of(config))
+    for sentence in data.notes:
+        note(sentence)
+    check_evaluated(state.get("data"), data, config.accept_changed_data, scores)
+    return _Opened(folder, config, state, data)
 
 
 def _eval(arguments: list[str]) -> int:
-    from ssltrain.data import load
-
     parser = _run_parser("eval", "evaluate the last checkpoint of a run, and draw it")
-    folder, config = _open_run(parser.parse_args(arguments).as_dict())
-    data = load(config.data, config.image_size)
-    if not data.has_labels:
-        raise UserError(f"{data.name} has no labels, which the evaluation needs")
-    _report(folder, config, data, evaluate=True)
+    opened = _open_run(parser.parse_args(arguments).as_dict(), scores=True)
+    if opened.data.unlabelled:
+        raise UserError(
+            f"{opened.data.name} {opened.data.unlabelled}; the evaluation needs two classes"
+        )
+    _report(opened, evaluate=True)
     return 0
 
 
 def _plot(arguments: list[str]) -> int:
-    from ssltrain.data import load
-
     parser = _run_parser("plot", "draw the loss curve and the map of the embeddings of a run")
-    folder, config = _open_run(parser.parse_args(arguments).as_dict())
-    _report(folder, config, load(config.data, config.image_size), evaluate=False)
+    _report(_open_run(parser.parse_args(arguments).as_dict()), evaluate=False)
     return 0
 
 
 def _embed(arguments: list[str]) -> int:
     parser = _run_parser("embed", "write the features of a data set as .npz")
-    parser.add_argument("--data", type=str, help="data set; the default is the one of the run")
     parser.add_argument("--out", type=str, help="file to write (default: RUN/embeddings.npz)")
     options = parser.parse_args(arguments).as_dict()
 
     import numpy as np
 
-    from ssltrain.data import load
     from ssltrain.evaluate import embed, trained_encoder
     from ssltrain.parallel import choose_device
 
-    folder, config = _open_run(options)
-    own = load(config.data, config.image_size)  # the encoder's normalisation comes from here
-    data = own if options["data"] is None else load(options["data"], own.size[0])
-    if data.channels != own.channels or data.size != own.size:
-        raise UserError(
-            f"{data.name} has images of {data.channels} x {data.size[0]} x {data.size[1]}, the run "
-            f"was trained on {own.channels} x {own.size[0]} x {own.size[1]}"
-        )
-    encoder = trained_encoder(folder, config, own)
+    folder, config, state, data = _open_run(options)
+    encoder = trained_encoder(state, config, data)
     device = choose_device(config.device)
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"class_names": np.array(data.class_names, dtype=np.str_)}
     for name, part in (("train", data.train), ("test", data.test)):
         arrays[f"{name}_features"] = embed(encoder, part.images, device)
         if part.labels is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -22,8 +24,16 @@ TITLES = {"simclr": "SimCLR", "byol": "BYOL", "moco": "MoCo"}
 
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.
 RUNTIME_FIELDS = frozenset(
-    {"device", "threads", "stop_after", "evaluate", "progress", "log_every", "save_every"}
-)
+    {
+        "device", "threads", "stop_after", "evaluate", "progress", "log_every", "save_every",
+        "cache_mb", "skip_bad_images", "accept_changed_data",
+    }
+)  # fmt: skip
+# What may change too when a run is resumed, and is then kept for the next time.
+RESUMABLE_FIELDS = RUNTIME_FIELDS | {"data", "epochs"}
+
+
+SWITCH: dict[str, Any] = {"nargs": "?", "const": True}  # --flag alone means --flag true
 
 
 def _option(default: Any, group: str, text: str) -> Any:
@@ -44,6 +54,31 @@ class TrainConfig:
     )
     image_size: int = _option(
         0, "data", "pixels a side after resizing; 0 keeps the size (image folders: 64)"
+    )
+    layout: Literal["auto", "classes", "parts", "flat"] = _option(
+        "auto",
+        "data",
+        "what the folders in an image folder are: classes; parts (train, test) with classes in "
+        "them; or flat: nothing, the images are unlabelled",
+    )
+    split: Literal["name", "stratified"] = _option(
+        "name",
+        "data",
+        "test part of data that has none: by a hash of each image's name, or so many of each class",
+    )
+    skip_bad_images: bool = _option(False, "data", "leave out image files that cannot be read")
+    pixel_range: str = _option(
+        "auto",
+        "data",
+        "values of black and white in pixels of more than 8 bits: LOW:HIGH, image (the range of "
+        "each), type (the range of the number type) or auto",
+    )
+    background: str = _option("white", "data", "colour behind transparent pixels")
+    accept_changed_data: bool = _option(
+        False, "data", "go on with a run though its data has changed since the last checkpoint"
+    )
+    cache_mb: int = _option(
+        2048, "data", "an image folder up to this size, decoded, is held in memory (MB)"
     )
 
     backbone: str = _option("resnet", "model", "resnet, timm:NAME or module:factory")
@@ -88,6 +123,7 @@ class TrainConfig:
     amp: Literal["none", "bf16"] = _option("none", "optimisation", "autocast of the networks")
 
     seed: int = _option(0, "run", "seed of weights, order and augmentation")
+    init_from: str = _option("", "run", "run folder whose weights the run starts from")
     run: str = _option("", "run", "run folder; the default is runs/METHOD-DATA-seedN")
     device: str = _option("auto", "run", "auto, cpu, cuda or any torch device")
     threads: int = _option(0, "run", "CPU threads; 0 leaves it to torch")
@@ -109,7 +145,7 @@ class TrainConfig:
             "epochs", "batch_size", "log_every", "save_every",
         )  # fmt: skip
         not_negative = (
-            "image_size", "micro_batch", "weight_decay", "stop_after", "threads",
+            "image_size", "micro_batch", "weight_decay", "cache_mb", "stop_after", "threads",
             "jitter", "rotate", "translate", "zoom", "shear", "elastic", "noise", "base_lr", "seed",
         )  # fmt: skip
         for name in positive:
@@ -122,6 +158,8 @@ class TrainConfig:
         self._check("crop_min", 0 < self.crop_min <= 1, "greater than 0 and at most 1")
         self._check("zoom", self.zoom < 1, "less than 1")
         self._check("batch_size", self.batch_size >= 2, "at least 2 (a loss needs negatives)")
+        parse_range(self.pixel_range)
+        self._check("background", _is_colour(self.background), "a colour name or #rrggbb")
         return self
 
     def _check(self, name: str, holds: bool, what: str) -> None:
@@ -130,7 +168,9 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, in a form that ``--config`` and ``load`` read."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        partial = path.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
@@ -141,6 +181,8 @@ class TrainConfig:
         """
         values = config_parser(cls(), "ssltrain").parse_args(["--config", str(path)]).as_dict()
         values.pop("config", None)
+        if "split" not in yaml.safe_load(path.read_text()):  # written before there was a choice
+            values["split"] = "stratified"
         return cls(**values).validate()
 
     @classmethod
@@ -152,6 +194,37 @@ class TrainConfig:
 def flag(name: str) -> str:
     """The command-line spelling of a field: ``batch_size`` is ``--batch-size``."""
     return "--" + name.replace("_", "-")
+
+
+def parse_range(text: str) -> tuple[float, float] | None:
+    """``LOW:HIGH`` as two numbers, or None for one of the words ``auto``, ``type``, ``image``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text in ("auto", "type", "image"):
+        return None
+    low, colon, high = text.partition(":")
+    try:
+        values = float(low), float(high)
+    except ValueError:
+        values = (math.nan, math.nan)
+    if not colon or not all(map(math.isfinite, values)) or values[0] >= values[1]:
+        raise UserError(
+            f"--pixel-range must be auto, type, image, or LOW:HIGH with LOW less than HIGH, "
+            f"got {text}"
+        )
+    return values
+
+
+def _is_colour(text: str) -> bool:
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        return False
+    return True
 
 
 class OneLineParser(ArgumentParser):
@@ -182,6 +255,7 @@ def config_parser(defaults: TrainConfig, prog: str) -> OneLineParser:
             flag(item.name),
             type=types[item.name],
             default=getattr(defaults, item.name),
+            **SWITCH if types[item.name] is bool else {},
             # Commands name the method; the key is there for configuration files alone.
             help=argparse.SUPPRESS if item.name == "method" else item.metadata["help"],
         )

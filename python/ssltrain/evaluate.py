@@ -16,10 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from ssltrain.config import TrainConfig
-from ssltrain.data import ImageData, Images
+from ssltrain.data import UNLABELLED, ImageData, Images
 from ssltrain.errors import UserError
+from ssltrain.methods import load_encoder, online_weights
 from ssltrain.models import Encoder
 from ssltrain.runs import RunFolder
 from ssltrain.trainer import fresh_encoder
@@ -62,36 +64,41 @@ def raw_pixels(images: Images) -> np.ndarray:
     return torch.cat(blocks).numpy()
 
 
-def trained_encoder(folder: RunFolder, config: TrainConfig, data: ImageData) -> Encoder:
-    """The encoder of the last checkpoint of a run.
+def trained_encoder(state: dict[str, Any], config: TrainConfig, data: ImageData) -> Encoder:
+    """The encoder in a checkpoint.
+
+    Args:
+        state: the checkpoint.
+        config: the run.
+        data: what the encoder will be used on.
 
     Raises:
-        UserError: no checkpoint, or one that does not fit the configuration.
+        UserError: the checkpoint does not fit the configuration or the images.
     """
-    state = folder.read_checkpoint()["method"]
-    encoder = fresh_encoder(config, data)
-    # The online network may be wrapped (DDP, BYOL's predictor): the encoder's own names follow
-    # the last "encoder." of an entry that starts with "online.".
-    own = {
-        name.split("encoder.", 1)[1]: value
-        for name, value in state.items()
-        if name.startswith("online.") and "encoder." in name
-    }
-    try:
-        encoder.load_state_dict(own)
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder.checkpoint} does not fit {folder.config}: {str(error).splitlines()[0]}"
-        ) from error
+    weights = online_weights(state["method"])
+    encoder = fresh_encoder(config, data, _statistics(weights, data))
+    load_encoder(encoder, weights)
     return encoder
 
 
+def _statistics(weights: dict[str, Tensor], data: ImageData) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the channels of the images that a run was trained on."""
+    mean, std = weights["encoder.mean"].flatten(), weights["encoder.std"].flatten()
+    if mean.numel() != data.channels:
+        raise UserError(
+            f"{data.name} has images of {data.channels} channels, the run was trained on "
+            f"{mean.numel()}"
+        )
+    return mean, std
+
+
 def all_features(
-    folder: RunFolder, config: TrainConfig, data: ImageData, device: torch.device
+    state: dict[str, Any], config: TrainConfig, data: ImageData, device: torch.device
 ) -> dict[str, Features]:
     """Features of raw pixels, the untrained encoder and the trained one, by key of SOURCES."""
-    untrained = fresh_encoder(config, data)
-    trained = trained_encoder(folder, config, data)
+    trained = trained_encoder(state, config, data)
+    statistics = _statistics(online_weights(state["method"]), data)
+    untrained = fresh_encoder(config, data, statistics)
     parts = data.train.images, data.test.images
     return {
         "raw": Features(*(raw_pixels(images) for images in parts)),
@@ -100,27 +107,33 @@ def all_features(
     }
 
 
-def _knn() -> Any:
-    return KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights="distance")
+def _knn(images: int) -> Any:
+    neighbours = min(NEIGHBOURS, images)
+    return KNeighborsClassifier(neighbours, metric="cosine", weights="distance")
 
 
-def _linear() -> Any:
+def _linear(images: int) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
 
 
 def _accuracy(
-    make: Callable[[], Any], features: Features, rows: Any, labels: np.ndarray, truth: np.ndarray
+    make: Callable[[int], Any],
+    features: Features,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    truth: np.ndarray,
 ) -> float:
     with warnings.catch_warnings():  # a probe that has not fully converged is still a fair probe
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return float(make().fit(features.train[rows], labels[rows]).score(features.test, truth))
+        probe = make(len(rows)).fit(features.train[rows], labels[rows])
+        return float(probe.score(features.test, truth))
 
 
 def few_label_rows(labels: np.ndarray, draw: int) -> np.ndarray:
     """Row numbers of FEW_LABELS images of every class (all, of a smaller class), by draw."""
     generator = np.random.default_rng(draw)
     rows = []
-    for label in np.unique(labels):
+    for label in np.unique(labels[labels != UNLABELLED]):
         members = np.flatnonzero(labels == label)
         count = min(FEW_LABELS, len(members))
         rows.append(generator.choice(members, count, replace=False))
@@ -128,8 +141,13 @@ def few_label_rows(labels: np.ndarray, draw: int) -> np.ndarray:
 
 
 def score(features: Features, labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Test accuracies of the three probes, and the spread of the last over its draws."""
-    everything = slice(None)
+    """Test accuracies of the three probes, and the spread of the last over its draws.
+
+    Images without a label (-1) are left out of both parts.
+    """
+    known = np.flatnonzero(truth != UNLABELLED)
+    features, truth = Features(features.train, features.test[known]), truth[known]
+    everything = np.flatnonzero(labels != UNLABELLED)
     few = [
         _accuracy(_linear, features, few_label_rows(labels, draw), labels, truth)
         for draw in range(FEW_LABELS_DRAWS)
@@ -148,18 +166,18 @@ def evaluate(
     """Score every source of features and write ``results.json``.
 
     Raises:
-        UserError: the data set has no labels.
+        UserError: the data set has no labels, or one class only.
     """
     labels, truth = data.train.labels, data.test.labels
-    if labels is None or truth is None:
-        raise UserError(f"{data.name} has no labels, which the evaluation needs")
+    if labels is None or truth is None or data.unlabelled:
+        raise UserError(f"{data.name} {data.unlabelled}; the evaluation needs two classes")
     results: dict[str, Any] = {
         "method": config.method,
         "data": config.data,
         "seed": config.seed,
         "epochs": config.epochs,
-        "train_images": len(labels),
-        "test_images": len(truth),
+        "train_images": len(data.train.labelled),
+        "test_images": len(data.test.labelled),
         "protocol": {
             "knn": f"{NEIGHBOURS} neighbours, cosine, weighted by distance",
             "linear": "standardised features, logistic regression, C = 1",

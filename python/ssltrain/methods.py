@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sslkernels
 from sslkernels.grad_cache import cached_step
 from ssltrain.config import TrainConfig
+from ssltrain.errors import UserError
 from ssltrain.models import Encoder, Network, mlp_head
 from ssltrain.parallel import World, unwrap
 
@@ -57,6 +58,36 @@ class Method(nn.Module, ABC):
     def network(self) -> Network:
         """Encoder and projector of the online side."""
 
+    def start_from(self, weights: dict[str, Tensor]) -> list[str]:
+        """Take over the weights of another run, before the first step.
+
+        Args:
+            weights: what ``online_weights`` found in its checkpoint, of any method.
+
+        Returns:
+            The heads (projector, predictor) that keep their fresh weights, as theirs do not fit.
+
+        Raises:
+            UserError: the encoders differ.
+        """
+        online = unwrap(self.online)
+        predictor = getattr(online, "predictor", None)
+        heads = {"projector": self.network.projector, "predictor": predictor}
+        load_encoder(self.network.encoder, weights)
+        fresh = []
+        for name, head in heads.items():
+            if head is None:
+                continue
+            found, own = part_of(weights, name), head.state_dict()
+            if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
+                head.load_state_dict(found)
+            else:
+                fresh.append(name)
+        target = getattr(self, "target", None)  # the moving average, in methods that have one
+        if target is not None:
+            target.module.load_state_dict(self.network.state_dict())
+        return fresh
+
     def prime(self, views: Iterable[Tensor]) -> None:
         """Called before the first step with views of batches, each float [B, C, H, W]."""
 
@@ -80,6 +111,39 @@ class Method(nn.Module, ABC):
         chunks = [torch.split(view, self.config.micro_batch or size) for view in views]
         for parts in zip(*chunks, strict=True):
             yield len(parts[0]) / size, parts
+
+
+def online_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The online network in the state of a method: names that start with the name of the part.
+
+    DDP and BYOL's predictor wrap the network; what they put before the names is taken off.
+    """
+    found = {}
+    for name, value in state.items():
+        if name.startswith("online."):
+            words = name.split(".")[1:]
+            while words[0] in ("module", "network"):
+                words = words[1:]
+            found[".".join(words)] = value
+    return found
+
+
+def part_of(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The weights of encoder, projector or predictor, under their own names."""
+    return {k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name + ".")}
+
+
+def load_encoder(encoder: Encoder, weights: dict[str, Tensor]) -> None:
+    """Load an encoder from ``online_weights``.
+
+    Raises:
+        UserError: they are of another encoder.
+    """
+    try:
+        encoder.load_state_dict(part_of(weights, "encoder"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:40])
+        raise UserError(f"the checkpoint is of another network: {reason}") from error
 
 
 class SimCLR(Method):

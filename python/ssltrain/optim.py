@@ -54,3 +54,15 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     return LambdaLR(optimizer, scale)
+
+
+def set_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule at ``step``, and the learning rates where it says; its length may differ."""
+    schedule.last_epoch = step
+    rates = [
+        base * scale(step)
+        for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates

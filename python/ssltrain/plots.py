@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ssltrain.config import TITLES, TrainConfig
-from ssltrain.data import ImageData
+from ssltrain.data import UNLABELLED, ImageData
 from ssltrain.evaluate import SOURCES, Features
 from ssltrain.runs import RunFolder
 
 MAP_IMAGES = 2000  # at most this many test images on the map: t-SNE takes seconds for them
 MAP_SEED = 0
-LEGEND_CLASSES = 20  # more classes than this get no legend
+FEWEST_ON_MAP = 4
+# Colours of Paul Tol's qualitative schemes, told apart with any colour vision; the second round has
+# other shapes. More classes than these get no legend.
+_COLOURS = (
+    "#332288", "#cc6677", "#117733", "#88ccee", "#ddcc77", "#882255", "#44aa99", "#999933",
+    "#aa4499", "#222222",
+)  # fmt: skip
+CLASS_STYLES = [(colour, marker) for marker in "o^" for colour in _COLOURS]
 INK, MUTED, BLUE, ORANGE = "#222222", "#777777", "#2563a8", "#d9772b"
 
 
@@ -25,7 +31,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_loss(folder: RunFolder, config: TrainConfig) -> None:
+def draw_loss(folder: RunFolder, config: TrainConfig, data_name: str) -> None:
     """Draw loss, contrastive accuracy and spread of the features over the epochs: loss.png."""
     rows = folder.read_metrics()
     figure = _figure(8, 4.2)
@@ -57,14 +63,21 @@ def draw_loss(folder: RunFolder, config: TrainConfig) -> None:
             axes.spines[side].set_visible(False)
     right.set_ylim(0, 1)
     right.legend(frameon=False, loc="upper left")
-    figure.suptitle(f"{TITLES[config.method]} on {config.data}, seed {config.seed}", color=INK)
+    figure.suptitle(
+        f"{TITLES[config.method]} on {_plain(data_name)}, seed {config.seed}", color=INK
+    )
     figure.savefig(folder.loss_plot)
 
 
 def flat_map(features: np.ndarray) -> np.ndarray:
-    """Two coordinates an image by t-SNE on cosine distances, float [N, 2]."""
+    """Two coordinates an image by t-SNE on cosine distances, float [N, 2].
+
+    Of fewer images than FEWEST_ON_MAP, the first two features.
+    """
     from sklearn.manifold import TSNE
 
+    if len(features) < FEWEST_ON_MAP:  # t-SNE needs neighbours
+        return features[:, :2] if features.shape[1] > 1 else np.repeat(features, 2, axis=1)
     perplexity = min(30.0, max(1.0, (len(features) - 1) / 3))
     places: np.ndarray = TSNE(
         perplexity=perplexity, metric="cosine", init="random", random_state=MAP_SEED
@@ -81,30 +94,76 @@ def draw_map(
     if count > MAP_IMAGES:
         rows = np.sort(np.random.default_rng(MAP_SEED).choice(count, MAP_IMAGES, replace=False))
     labels = None if data.test.labels is None else data.test.labels[rows]
+    places = {source: flat_map(features[source].test[rows]) for source in SOURCES}
+    title = f"{TITLES[config.method]} on {_plain(data.name)}: t-SNE of {count_of(len(rows), 'test image')}"
+    map_figure(title, places, labels, data.class_names).savefig(folder.map_plot)
+
+
+def map_figure(
+    title: str, places: dict[str, np.ndarray], labels: np.ndarray | None, class_names: list[str]
+) -> Figure:
+    """One panel a source of features.
+
+    Args:
+        title: of the figure.
+        places: float [N, 2] by key of SOURCES.
+        labels: int64 [N], -1 where there is none, or None.
+        class_names: by label.
+    """
     figure = _figure(13, 4.9)
-    palette = colormaps["tab10" if len(data.class_names) <= 10 else "tab20"]
-    for axes, (source, title) in zip(figure.subplots(1, 3), SOURCES.items(), strict=True):
-        places = flat_map(features[source].test[rows])
+    few = len(class_names) <= len(CLASS_STYLES)
+    for axes, (source, heading) in zip(figure.subplots(1, 3), SOURCES.items(), strict=True):
+        spots = places[source]
         if labels is None:
-            axes.scatter(*places.T, s=12, color=BLUE, lw=0, alpha=0.8)
+            axes.scatter(*spots.T, s=12, color=BLUE, lw=0, alpha=0.8)
         else:
-            for label, name in enumerate(data.class_names):
-                chosen = places[labels == label]
-                colour = palette(label % palette.N)
-                axes.scatter(*chosen.T, s=14, color=colour, lw=0, alpha=0.85, label=name)
-        axes.set_title(title, color=INK, fontsize=12)
+            bare, known = spots[labels == UNLABELLED], labels != UNLABELLED
+            if len(bare):
+                axes.scatter(*bare.T, s=10, color="#bbbbbb", lw=0, label="unlabelled")
+            if few:
+                for label, name in enumerate(class_names):
+                    colour, marker = CLASS_STYLES[label]
+                    chosen = spots[labels == label]
+                    axes.scatter(
+                        *chosen.T,
+                        s=16,
+                        color=colour,
+                        marker=marker,
+                        lw=0,
+                        alpha=0.85,
+                        label=_short(name),
+                    )
+            else:
+                axes.scatter(*spots[known].T, s=12, c=labels[known], cmap="viridis", lw=0)
+        axes.set_title(heading, color=INK, fontsize=12)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_aspect("equal", adjustable="datalim")
         for spine in axes.spines.values():
             spine.set_color("#cccccc")
-    if labels is not None and len(data.class_names) <= LEGEND_CLASSES:
+    if labels is not None and few:
         handles, names = axes.get_legend_handles_labels()
         figure.legend(
-            handles, names, loc="outside right center", frameon=False, markerscale=2, title="class"
-        )
-    figure.suptitle(
-        f"{TITLES[config.method]} on {config.data}: t-SNE of {len(rows)} test images",
-        color=INK,
-    )
-    figure.savefig(folder.map_plot)
+            handles, names, loc="outside right center", frameon=False,
+            markerscale=1.8, title="class",
+        )  # fmt: skip
+    elif labels is not None:
+        title += f", coloured by the number of {len(class_names)} classes"
+    figure.suptitle(title, color=INK)
+    return figure
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: no formulas, no bytes that are no characters."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the picture; matplotlib hides what starts with an underscore."""
+    name = _plain(name if len(name) <= 18 else name[:17] + "…")
+    return "\u200a" + name if name.startswith("_") else name
+
+
+def count_of(count: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import random
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssltrain.config import TrainConfig
-from ssltrain.errors import UserError
+from ssltrain.config import RESUMABLE_FIELDS, RUNTIME_FIELDS, TrainConfig
+from ssltrain.errors import UserError, note
 
 METRICS = (
     "epoch", "step", "lr", "loss", "top1", "top5", "positive_similarity", "negative_similarity",
@@ -76,6 +77,14 @@ class RunFolder:
             raise UserError(f"{folder.path} is not a run folder: it has no config.yaml")
         return folder
 
+    def keep_config(self, config: TrainConfig) -> None:
+        """Note in ``config.yaml`` what a resumed run was told to change: its data, its epochs."""
+        saved = TrainConfig.load(self.config)
+        lasting = {name: getattr(config, name) for name in RESUMABLE_FIELDS - RUNTIME_FIELDS}
+        changed = dataclasses.replace(saved, **lasting)
+        if changed != saved:
+            changed.save(self.config)
+
     def read_checkpoint(self) -> dict[str, Any]:
         """The last checkpoint, on the CPU.
 
@@ -101,12 +110,17 @@ class RunFolder:
         os.replace(partial, self.checkpoint)
 
     def keep_metrics_before(self, epoch: int) -> None:
-        """Drop rows of ``metrics.csv`` from ``epoch`` on; a resumed run writes them again."""
+        """Drop rows of ``metrics.csv`` from ``epoch`` on; a resumed run writes them again.
+
+        Lines that cannot be read are dropped too, so that the file is whole again.
+        """
         rows = [row for row in self.read_metrics() if int(row["epoch"]) < epoch]
-        with self.metrics.open("w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
+        partial = self.metrics.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        os.replace(partial, self.metrics)
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Add the row of an epoch; floats with the digits that give back the same float32."""
@@ -115,11 +129,42 @@ class RunFolder:
             csv.DictWriter(file, METRICS).writerow(cells)
 
     def read_metrics(self) -> list[dict[str, str]]:
-        """The rows of ``metrics.csv``, oldest first; none where there is no file."""
+        """The rows of ``metrics.csv``, oldest first; none where there is no file.
+
+        A line that is cut short or otherwise no row is left out, and a note names it.
+        """
         if not self.metrics.is_file():
             return []
-        with self.metrics.open(newline="") as file:
-            return list(csv.DictReader(file))
+        lines = self.metrics.read_text(errors="replace").replace("\0", "\ufffd").split("\n")
+        header = lines[0].strip().split(",")
+        start = 1
+        if "epoch" not in header or not set(header) <= set(METRICS):
+            header, start = list(METRICS), 0  # the first line is damaged, or lost
+        rows, damaged = [], []
+        for number, line in enumerate(lines[start:], start + 1):
+            row = _metrics_row(header, line)
+            if row is not None:
+                rows.append(row)
+            elif line.strip():
+                damaged.append(str(number))
+        if damaged:
+            what = "line" if len(damaged) == 1 else "lines"
+            note(f"{self.metrics}: {what} {', '.join(damaged)} cannot be read and left out")
+        return rows
+
+
+def _metrics_row(header: list[str], line: str) -> dict[str, str] | None:
+    """A line of ``metrics.csv`` as a row, or None if it is not one; "nan" where it has no cell."""
+    cells = line.strip().split(",")
+    if len(cells) != len(header):
+        return None
+    row = dict.fromkeys(METRICS, "nan") | dict(zip(header, cells, strict=True))
+    try:
+        for name, cell in row.items():
+            _ = int(cell) if name in ("epoch", "step") else float(cell)
+    except ValueError:
+        return None
+    return row
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from ssltrain.augment import TwoViews
 from ssltrain.config import TrainConfig
-from ssltrain.data import ImageData, Images
+from ssltrain.data import ImageData, Images, check_resumed, fingerprint
 from ssltrain.diagnostics import collapse
-from ssltrain.errors import UserError
-from ssltrain.methods import StepMetrics, build_method
+from ssltrain.errors import UserError, note
+from ssltrain.methods import StepMetrics, build_method, online_weights
 from ssltrain.models import Encoder, build_encoder
-from ssltrain.optim import build_optimizer, warmup_cosine
+from ssltrain.optim import build_optimizer, set_step, warmup_cosine
 from ssltrain.parallel import World
 from ssltrain.runs import (
     RunFolder,
@@ -45,10 +45,18 @@ class Outcome(NamedTuple):
     images_per_s: float
 
 
-def fresh_encoder(config: TrainConfig, data: ImageData) -> Encoder:
-    """The encoder of a run before its first step: a function of the seed."""
+def fresh_encoder(
+    config: TrainConfig, data: ImageData, statistics: tuple[Tensor, Tensor] | None = None
+) -> Encoder:
+    """The encoder of a run before its first step: a function of the seed.
+
+    Args:
+        config: the run.
+        data: its images.
+        statistics: mean and standard deviation of each channel, where they are known already.
+    """
+    mean, std = statistics or channel_statistics(data.train.images)
     seed_everything(config.seed)
-    mean, std = channel_statistics(data.train.images)
     return build_encoder(config, mean, std, data.size)
 
 
@@ -76,7 +84,7 @@ class Trainer:
             folder: where the main process writes; None elsewhere.
 
         Raises:
-            UserError: the batch is larger than the training part.
+            UserError: the batch is larger than the training part, or a micro-batch is one image.
         """
         images = len(data.train)
         if config.batch_size > images:
@@ -84,7 +92,19 @@ class Trainer:
                 f"--batch-size {config.batch_size} is larger than the {images} training images "
                 f"of {data.name}; give at most {images}"
             )
+        share = config.batch_size // world.size
+        if (
+            share == 1
+            or config.micro_batch
+            and 1 in (config.micro_batch, share % config.micro_batch)
+        ):
+            what = f"--micro-batch {config.micro_batch}" if share > 1 else "--batch-size"
+            raise UserError(
+                f"{what} leaves a part of one image, of which batch norm can take no statistics; "
+                "give another"
+            )
         self.config, self.data, self.world, self.folder = config, data, world, folder
+        self.fingerprint = fingerprint(data)
         self.steps_per_epoch = images // config.batch_size  # what is left over sits an epoch out
         self.total_steps = config.epochs * self.steps_per_epoch
         encoder = fresh_encoder(config, data)
@@ -100,6 +120,21 @@ class Trainer:
         seed_everything(config.seed + 1_000_003 * (world.rank + 1))
         self._stop = False
 
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.method.step == self.total_steps
+
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Begin with the weights in the checkpoint of another run.
+
+        Raises:
+            UserError: it is of another encoder.
+        """
+        fresh = self.method.start_from(online_weights(state["method"]))
+        if fresh:
+            note(f"{' and '.join(fresh)} of the other run do not fit and start afresh")
+
     # ---- checkpoints -------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -111,6 +146,8 @@ class Trainer:
             {
                 "config": dataclasses.asdict(self.config),
                 "step": self.method.step,
+                "steps_per_epoch": self.steps_per_epoch,
+                "data": self.fingerprint,
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
@@ -123,8 +160,10 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            UserError: it belongs to another network or another number of processes.
+            UserError: it belongs to another network, other data or another number of processes,
+                or has more steps than the run.
         """
+        check_resumed(state.get("data"), self.data, self.config.accept_changed_data)
         if len(state["random"]) != self.world.size:
             raise UserError(
                 f"the run was made by {len(state['random'])} processes and must be resumed by as "
@@ -137,9 +176,20 @@ class Trainer:
                 f"the checkpoint does not fit the network: {str(error).splitlines()[0]}"
             ) from error
         self.optimizer.load_state_dict(state["optimizer"])
+        step, steps_per_epoch = state["step"], state.get("steps_per_epoch", self.steps_per_epoch)
+        same_epochs = steps_per_epoch == self.steps_per_epoch
+        if not same_epochs:  # other data: from the start of the epoch that was under way
+            step = step // steps_per_epoch * self.steps_per_epoch
+        if step > self.total_steps:
+            raise UserError(
+                f"the run is in epoch {-(-step // self.steps_per_epoch)}; --epochs must be at least "
+                f"that, got {self.config.epochs}"
+            )
         self.schedule.load_state_dict(state["schedule"])
-        self.method.step = state["step"]
-        self.sums.copy_(state["sums"])
+        set_step(self.schedule, step)
+        self.method.step = step
+        if same_epochs:
+            self.sums.copy_(state["sums"])
         set_random_state(state["random"][self.world.rank], self.world.device)
 
     # ---- the loop ----------------------------------------------------------------------------
@@ -185,7 +235,7 @@ class Trainer:
         self.save()
         seconds = time.perf_counter() - started
         images = (self.method.step - first) * self.config.batch_size
-        return Outcome(self.method.step == self.total_steps, seconds, images / max(seconds, 1e-9))
+        return Outcome(self.finished, seconds, images / max(seconds, 1e-9))
 
     def _epoch(self, epoch: int, last: int, bar: tqdm[Any], events: SummaryWriter | None) -> None:
         """The steps of ``epoch`` that are still to do, at most to step ``last``."""
