@@ -15,6 +15,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# Other libraries' classes need torchvision, which needs a torch of its own.
+PEERS := .venv-peers
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 	--prefer-binary --retries 5 --timeout 60 -c constraints.txt $(PIP_FLAGS)
 # The CUDA module is compiled where nvcc is found (10 s on two cores); it needs no GPU to be compiled.
@@ -46,6 +48,10 @@ test: test-setup ## run every test
 .PHONY: test-fast
 test-fast: test-setup ## run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+.PHONY: test-peers
+test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py $(ARGS)
 
 .PHONY: build
 build: $(VENV)/.build ## compile the C++ extension in place (SSLKERNELS_WERROR=1, DEBUG=1, SSLKERNELS_CUDA=1)
@@ -81,7 +87,7 @@ format: $(VENV)/.test ## format Python and C++ files
 
 .PHONY: clean
 clean: ## remove everything that was built, and .venv; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	rm -f sslkernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -117,6 +123,16 @@ $(VENV)/.test: $(VENV)/.tools
 	@$(BIN)/python .ci/requirements.py train gpu bench dev > $(VENV)/test.txt
 	@$(INSTALL) -r $(VENV)/test.txt
 	@touch $@ $(VENV)/.train
+
+$(PEERS)/.ready: constraints-peers.txt pyproject.toml $(VENV)/.tools
+	@echo "setting up $(PEERS): torch, torchvision and the libraries to compare with"
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	@$(BIN)/python .ci/requirements.py lightly pytorch_metric_learning open_clip sentence_transformers \
+		info_nce timm > $(PEERS)/requirements.txt
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input --prefer-binary \
+		--retries 5 --timeout 60 -c constraints-peers.txt $(PIP_FLAGS) torch torchvision pytest \
+		pytest-benchmark -r $(PEERS)/requirements.txt
+	@touch $@
 
 $(VENV)/.build: $(VENV)/.tools $(CPU_SOURCES)
 	@echo "compiling the C++ extension (about a minute)"

@@ -22,6 +22,7 @@ from sslkernels.functional import (
     uniformity_loss,
 )
 from sslkernels.grad_cache import cached_step
+from sslkernels.integrations import patch, unpatch
 from sslkernels.losses import (
     BYOLLoss,
     CLIPLoss,
@@ -71,6 +72,7 @@ __all__ = [
     "margin_loss",
     "metrics",
     "nt_xent_loss",
+    "patch",
     "reference",
     "set_backend",
     "siglip_loss",
@@ -78,4 +80,5 @@ __all__ = [
     "sup_con_loss",
     "triplet_loss",
     "uniformity_loss",
+    "unpatch",
 ]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the drop-ins share: hand-over to the original, errors of the peer's type, scalars."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sslkernels.integrations._patching import LOG, original
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class ShapeError(ValueError, RuntimeError, IndexError):
+    """Arguments that do not fit.  Ours is a ValueError; in a peer torch raises one of the others."""
+
+
+class PeerAssertionError(ValueError, AssertionError):
+    """Where the peer asserts; unlike an assertion it stays under ``python -O``."""
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A wrong dtype: ours is a TypeError, what torch raises in the peer a RuntimeError."""
+
+
+def torch_errors(function: _F) -> _F:
+    """Checks of ours raise what code that expects torch's RuntimeError catches too."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, AssertionError):
+            raise
+        except ValueError as error:
+            raise ShapeError(*error.args) from None
+        except TypeError as error:
+            raise DtypeError(*error.args) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+@functools.cache
+def _say(what: str, why: str) -> None:
+    LOG.warning("%s: handed over to the original (%s)", what, why)
+
+
+def hand_over(path: str, why: str) -> Any:
+    """The original at a dotted path, for what ours does not do; each reason is logged once.
+
+    Raises:
+        ModuleNotFoundError: If the peer is not installed, with what it is needed for.
+    """
+    name = path.rpartition(".")[2]
+    try:
+        theirs = original(path)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{name}: {why} needs the original of {path.partition('.')[0]}, "
+            f"which can't be imported here ({error})"
+        ) from None
+    _say(name, why)
+    return theirs
+
+
+def temperature_like(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A temperature of any sign or shape [1] as the functions of this library take it.
+
+    They refuse numbers <= 0, and do not look at the value of a tensor.
+    """
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(like.device)
+    if value > 0:
+        return value
+    return torch.full((), value, dtype=torch.promote_types(like.dtype, torch.float32),
+                      device=like.device)  # fmt: skip
+
+
+def world_size() -> int:
+    """Of the default process group; 1 without one."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
