@@ -15,13 +15,13 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -32,7 +32,7 @@ CPU_SOURCES = [
 ]
 # AVX512-BF16 is AVX-512 and more arithmetic; see csrc/cpu/kernels.h.
 BF16_SOURCES = [source for source in CPU_SOURCES if source != "csrc/cpu/others.cpp"]
-COMMON_SOURCES = ["csrc/module.cpp", "csrc/dispatch.cpp", "csrc/round_trip.cpp"]  # once
+COMMON_SOURCES = sorted(p.as_posix() for p in Path("csrc").glob("*.cpp"))  # once
 # Nothing in them is a loop: a third less time to compile, the same time for a call.
 COMMON_FLAGS = ["-O1"]
 FILES = {
@@ -45,6 +45,10 @@ HEADERS = sorted(FILES - {*CPU_SOURCES, *COMMON_SOURCES})  # whatever else is in
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# One build serves Python 3.10 and newer: the bindings use nothing else.  Free-threaded builds of Python have
+# no limited API.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+LIMITED_API_MACROS = [("Py_LIMITED_API", "0x030A0000")] if LIMITED_API else []
 X86_ISAS = {
     "avx2": AVX2,
     "avx512": AVX512,
@@ -85,12 +89,20 @@ def supported_isas(compiler: str) -> dict[str, list[str]]:
     return isas
 
 
+def remove_other_builds(extension: Path) -> None:
+    """Delete the same module for one version of Python, which would be imported in place of this one."""
+    for other in extension.parent.glob(f"{extension.name.partition('.')[0]}.*.so"):
+        if other.name != extension.name:
+            other.unlink()
+
+
 class BuildExt(build_ext):
     """Compiles kernel files for each instruction set in parallel and links them into one module."""
 
     def run(self) -> None:
         """Build sslkernels._C, then sslkernels._cuda where it is asked for."""
         super().run()
+        remove_other_builds(Path(self.get_ext_fullpath("sslkernels._C")))  # built in place
         cuda = cuda_build()
         output = Path(self.get_ext_fullpath("sslkernels._cuda"))
         if not cuda.cuda_extension_requested() or cuda.is_up_to_date(output):
@@ -102,7 +114,7 @@ class BuildExt(build_ext):
                 raise
             print(f"sslkernels: built without sslkernels._cuda: {error}", file=sys.stderr)
 
-    def build_extension(self, ext: Pybind11Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:
         """Compile csrc/cpu per instruction set, csrc once, then let setuptools link."""
         if ext.name != "sslkernels._C":
             super().build_extension(ext)
@@ -120,10 +132,9 @@ class BuildExt(build_ext):
             macros = [("SSLK_ISA_NS", name), *known]
             sources = BF16_SOURCES if name == "avx512_bf16" else CPU_SOURCES
             jobs += [(source, folder, macros, isa_flags) for source in sources]
-        jobs += [
-            (source, str(Path(self.build_temp, "common")), known, COMMON_FLAGS)
-            for source in COMMON_SOURCES
-        ]
+        folder = str(Path(self.build_temp, "common"))
+        macros = [*known, *LIMITED_API_MACROS]
+        jobs += [(source, folder, macros, COMMON_FLAGS) for source in COMMON_SOURCES]
 
         def compile_one(job: tuple) -> list[str]:
             source, folder, macros, isa_flags = job
@@ -140,14 +151,14 @@ class BuildExt(build_ext):
                 depends=ext.depends,
             )
 
-        # The bindings take longest, then the biggest kernels: the last one to finish is a short one.
-        slow = (COMMON_SOURCES[0], "csrc/cpu/others.cpp")
-        jobs.sort(key=lambda job: (job[0] not in slow, -Path(job[0]).stat().st_size))
+        # The biggest first: the last one to finish is a short one.
+        jobs.sort(key=lambda job: (job[0] != "csrc/cpu/others.cpp", -Path(job[0]).stat().st_size))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
         # libgomp is deliberately not linked: the OpenMP symbols come from the runtime that torch has
         # already loaded, so that there is exactly one in the process (sslkernels/backends/cpu.py).
         link = ["-fsanitize=address,undefined"] if flag("SSLKERNELS_SANITIZE") else []
+        remove_other_builds(Path(self.get_ext_fullpath(ext.name)))
         compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
@@ -174,8 +185,17 @@ def cuda_build() -> ModuleType:
     return module
 
 
-extension = Pybind11Extension(
-    "sslkernels._C", COMMON_SOURCES, extra_compile_args=compile_flags(), depends=HEADERS, cxx_std=0
+extension = Extension(
+    "sslkernels._C",
+    COMMON_SOURCES,
+    extra_compile_args=compile_flags(),
+    depends=HEADERS,
+    language="c++",
+    py_limited_api=LIMITED_API,
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+)

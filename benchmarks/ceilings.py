@@ -52,10 +52,10 @@ def measure_ceilings(device: str, threads: int) -> list[dict[str, Any]]:
     extension = cpu_extension() if device == "cpu" else None
     fma, how = sgemm, "no multiply-add loop here: torch.mm in float32, a lower bound"
     if extension is not None:
-        fma, how = extension.peak_flops(False, threads), "multiply-adds in registers"
+        fma, how = extension.peak_flops(bf16=False, n_threads=threads), "multiply-adds in registers"
     records = [_record("fma", fma, "FLOP/s", how)]
     if extension is not None and extension.has_bf16():
-        rate = extension.peak_flops(True, threads)
+        rate = extension.peak_flops(bf16=True, n_threads=threads)
         records.append(_record("bf16", rate, "FLOP/s", "bfloat16 pairs in registers"))
     elements = STREAM_BYTES // 4
     x, y = (torch.randn(elements, device=device) for _ in range(2))

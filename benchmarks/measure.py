@@ -95,7 +95,7 @@ def _line_timer(case: Case) -> Callable[[], float] | None:
     extension = cpu_extension()
     if extension is None or case.device != "cpu" or torch.get_num_threads() < 2:
         return None
-    return lambda: float(extension.round_trip(LINE_EXCHANGES))
+    return lambda: float(extension.round_trip(exchanges=LINE_EXCHANGES))
 
 
 def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:

@@ -1,129 +1,135 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module sslkernels._C: addresses in, GIL released, exceptions out; no mathematics.
-//
-// Addresses are data_ptr() integers, 0 for null.  sslkernels/backends/cpu.py is the only caller and
-// has checked shapes and dtypes.
+// The Python module sslkernels._C: values in, GIL released, exceptions out; no mathematics.
 
 #include "bindings.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "dispatch.h"
-#include "narrow_ids.h"
-
-namespace py = pybind11;
 
 namespace sslk {
 namespace {
 
-double read_scalar(uintptr_t address, DType dtype) {
-  if (address == 0) return 0.0;
-  return dtype == DType::f64 ? *at<const double>(address) : double(*at<const float>(address));
+struct PeakFlops {
+  static constexpr const char* kName = "peak_flops";
+  static constexpr const char* kDoc = "Floating-point operations per second that the processor's units can do.";
+  bool bf16 = false;
+  int n_threads = 1;
+
+  static Fields fields() {
+    return {SSLK_REQUIRED(PeakFlops, bf16, "bf16"), SSLK_REQUIRED(PeakFlops, n_threads, "n_threads")};
+  }
+  double run() { return kernels().peak_flops(bf16, n_threads); }
+};
+
+struct RoundTrip {
+  static constexpr const char* kName = "round_trip";
+  static constexpr const char* kDoc = "Seconds that a cache line takes from one core to another and back.";
+  int exchanges = 0;
+
+  static Fields fields() { return {SSLK_REQUIRED(RoundTrip, exchanges, "exchanges")}; }
+  double run() { return round_trip(exchanges); }
+};
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().isa); }
+
+PyObject* has_bf16(PyObject*, PyObject*) { return to_python(kernels().bf16); }
+
+PyObject* list_isas(PyObject*, PyObject*) {
+  return guarded(static_cast<PyObject*>(nullptr), [] {
+    Object list = Object::owned(PyList_New(0));
+    for (const std::string& name : available_isas()) {
+      const Object item = Object::owned(to_python(name));
+      if (PyList_Append(list.get(), item.get()) != 0) throw PythonError();
+    }
+    return list.release();
+  });
 }
 
-PairwiseArgs make_args(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale,
-                       uintptr_t bias, uintptr_t ids_q, uintptr_t ids_k, int n_threads) {
-  PairwiseArgs args;
-  args.dtype = DType(dtype);
-  args.d = d;
-  args.self = k == 0 && m < 0;
-  args.q[0] = {at<const void>(q), n, d};
-  if (!args.self) args.k[0] = {at<const void>(k), m, d};
-  args.scale = read_scalar(scale, args.dtype);
-  args.bias = read_scalar(bias, args.dtype);
-  args.ids_q = at<const int64_t>(ids_q);
-  args.ids_k = at<const int64_t>(ids_k);
-  args.n_threads = n_threads;
-  return args;
+PyObject* choose_isa(PyObject*, PyObject* name) {
+  return guarded(static_cast<PyObject*>(nullptr), [&] {
+    const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, nullptr) : nullptr;
+    if (text == nullptr) {
+      PyErr_Clear();
+      raise(PyExc_TypeError, "set_isa: the instruction set must be a string, got %R", name);
+    }
+    set_isa(text);
+    Py_INCREF(Py_None);
+    return Py_None;
+  });
 }
 
-void pairwise_forward(int kind, int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale,
-                      uintptr_t bias, uintptr_t ids_q, uintptr_t ids_k, int n_threads, uintptr_t row, uintptr_t col,
-                      uintptr_t threshold_row, uintptr_t threshold_col, uintptr_t rank_row, uintptr_t rank_col) {
-  py::gil_scoped_release release;
-  PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, bias, ids_q, ids_k, n_threads);
-  args.kind = Kind(kind);
-  NarrowIds narrow;
-  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
-  PairwiseForwardOut out;
-  out.row = at<void>(row);
-  out.col = at<void>(col);
-  out.threshold_row = at<const void>(threshold_row);
-  out.threshold_col = at<const void>(threshold_col);
-  out.rank_row = at<int64_t>(rank_row);
-  out.rank_col = at<int64_t>(rank_col);
-  check(kernels().pairwise_forward(args, out));
+State* state_of(PyObject* module) { return static_cast<State*>(PyModule_GetState(module)); }
+
+int traverse(PyObject* module, visitproc visit, void* arg) {
+  State* state = state_of(module);
+  if (state == nullptr) return 0;
+  for (Sites& sites : state->sites) {
+    if (const int stop = sites.traverse(visit, arg)) return stop;
+  }
+  return 0;
 }
 
-double pairwise_backward(int kind, int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m,
-                         uintptr_t scale, uintptr_t bias, uintptr_t ids_q, uintptr_t ids_k, int n_threads,
-                         uintptr_t row, uintptr_t col, uintptr_t drow, uintptr_t dcol, uintptr_t dq, uintptr_t dk) {
-  py::gil_scoped_release release;
-  PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, bias, ids_q, ids_k, n_threads);
-  args.kind = Kind(kind);
-  NarrowIds narrow;
-  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
-  double dbias = 0.0;
-  PairwiseBackwardArgs b;
-  b.row = at<const void>(row);
-  b.col = at<const void>(col);
-  b.drow = at<const void>(drow);
-  b.dcol = at<const void>(dcol);
-  b.dq = at<void>(dq);
-  b.dk = at<void>(dk);
-  b.stride = d;
-  b.capacity_q = n;
-  b.capacity_k = m;
-  b.dbias = &dbias;
-  check(kernels().pairwise_backward(args, b));
-  return dbias;
+int clear(PyObject* module) {
+  State* state = state_of(module);
+  if (state == nullptr) return 0;
+  for (Sites& sites : state->sites) sites.clear();
+  return 0;
 }
 
-void attend(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale, uintptr_t ids_q,
-            uintptr_t ids_k, int n_threads, uintptr_t lse, uintptr_t mean_key, uintptr_t threshold, uintptr_t rank) {
-  py::gil_scoped_release release;
-  PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, 0, ids_q, ids_k, n_threads);
-  NarrowIds narrow;
-  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
-  AttendOut out;
-  out.lse = at<void>(lse);
-  out.mean_key = at<void>(mean_key);
-  out.threshold = at<const void>(threshold);
-  out.rank = at<int64_t>(rank);
-  check(kernels().attend(args, out));
+void free_state(void* module) { clear(static_cast<PyObject*>(module)); }
+
+// Functions and types of the module; the same for each of its instances.
+const Definition& definition() {
+  static const Definition all = [] {
+    Definition d;
+    d.functions = {
+        {"isa", isa, METH_NOARGS, "isa($module, /)\n--\n\nThe instruction set in use."},
+        {"available_isas", list_isas, METH_NOARGS,
+         "available_isas($module, /)\n--\n\nUsable instruction sets, best first."},
+        {"set_isa", choose_isa, METH_O,
+         "set_isa($module, name, /)\n--\n\nUse an instruction set: \"auto\" or one of available_isas()."},
+        {"has_bf16", has_bf16, METH_NOARGS,
+         "has_bf16($module, /)\n--\n\nWhether the instruction set in use multiplies in bfloat16."},
+    };
+    add_function<PeakFlops>(d);
+    add_function<RoundTrip>(d);
+    bind_pairwise(d);
+    bind_losses(d);
+    bind_updates(d);
+    d.functions.push_back({nullptr, nullptr, 0, nullptr});
+    return d;
+  }();
+  return all;
 }
 
-void extremes(int dtype, int64_t d, uintptr_t q, int64_t n, uintptr_t k, int64_t m, uintptr_t scale, uintptr_t bias_k,
-              uintptr_t ids_q, uintptr_t ids_k, int n_threads, uintptr_t max_same, uintptr_t min_other) {
-  py::gil_scoped_release release;
-  PairwiseArgs args = make_args(dtype, d, q, n, k, m, scale, 0, ids_q, ids_k, n_threads);
-  NarrowIds narrow;
-  narrow.apply(args.dtype, &args.ids_q, args.rows(), &args.ids_k, args.self ? 0 : args.cols());
-  ExtremesOut out;
-  out.bias_k = at<const void>(bias_k);
-  out.max_same = at<int64_t>(max_same);
-  out.min_other = at<int64_t>(min_other);
-  check(kernels().extremes(args, out));
+int execute(PyObject* module) {
+  return guarded(-1, [&] {
+    for (PyType_Spec* spec : definition().types) {
+      const Object type = Object::owned(PyType_FromModuleAndSpec(module, spec, nullptr));
+      if (PyModule_AddType(module, reinterpret_cast<PyTypeObject*>(type.get())) != 0) throw PythonError();
+    }
+    return 0;
+  });
 }
 
 }  // namespace
 }  // namespace sslk
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled CPU kernels of sslkernels; called through sslkernels.backends.cpu.";
-  m.def("isa", [] { return std::string(sslk::kernels().isa); });
-  m.def("available_isas", &sslk::available_isas);
-  m.def("set_isa", &sslk::set_isa);
-  m.def("has_bf16", [] { return sslk::kernels().bf16; });
-  m.def(
-      "peak_flops", [](bool bf16, int n_threads) { return sslk::kernels().peak_flops(bf16, n_threads); },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("round_trip", &sslk::round_trip, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("pairwise_forward", &sslk::pairwise_forward);
-  m.def("pairwise_backward", &sslk::pairwise_backward);
-  m.def("attend", &sslk::attend);
-  m.def("extremes", &sslk::extremes);
-  sslk::bind_losses(m);
-  sslk::bind_updates(m);
+// In two phases, with all state in the module: subinterpreters that share a GIL each get their own.  No slot says
+// that one GIL each would do, nor that none would: the limited API of 3.10 has no word for it.
+PyMODINIT_FUNC PyInit__C() {
+  return sslk::guarded(static_cast<PyObject*>(nullptr), [] {
+    static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(sslk::execute)}, {0, nullptr}};
+    static PyModuleDef module = {
+        PyModuleDef_HEAD_INIT,
+        "_C",
+        "Compiled CPU kernels of sslkernels; called through sslkernels.backends.cpu.",
+        sizeof(sslk::State),
+        const_cast<PyMethodDef*>(sslk::definition().functions.data()),
+        slots,
+        sslk::traverse,
+        sslk::clear,
+        sslk::free_state,
+    };
+    return PyModuleDef_Init(&module);
+  });
 }

@@ -1,184 +1,333 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP), regression (BYOL), paired (InfoNCE with
 // negatives of its own for every query).
-//
-// Addresses are data_ptr() integers, 0 for null; strides are in elements.
 
 #include "bindings.h"
 #include "narrow_ids.h"
-#include "sslkernels.h"
-
-namespace py = pybind11;
 
 namespace sslk {
+
+template <>
+struct Handle<ContrastiveArgs> {
+  static constexpr const char* kName = "contrastive";
+};
+template <>
+struct Handle<PairedArgs> {
+  static constexpr const char* kName = "paired";
+};
+
 namespace {
 
-ContrastiveArgs contrastive_args(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n,
-                                 uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank,
-                                 int64_t bank_rows, int64_t stride_bank, uintptr_t scale, uintptr_t ids_q,
-                                 uintptr_t ids_k, bool bf16, int n_threads) {
+// ---- Contrastive ---------------------------------------------------------------------------------
+
+struct Contrastive {
+  static constexpr const char* kName = Handle<ContrastiveArgs>::kName;
+  static constexpr const char* kDoc = "The loss; a bank is given to forward only, which needs nothing of it later.";
   ContrastiveArgs args;
-  args.layout = Layout(layout);
-  args.reduction = Reduction(reduction);
-  args.dtype = DType(dtype);
-  args.normalize = normalize;
-  args.d = d;
-  args.a = {at<const void>(a), n, stride_a};
-  args.b = {at<const void>(b), n, stride_b};
-  args.bank = {at<const void>(bank), bank_rows, stride_bank};
-  args.scale = args.dtype == DType::f64 ? *at<const double>(scale) : double(*at<const float>(scale));
-  args.ids_q = at<const int64_t>(ids_q);
-  args.ids_k = at<const int64_t>(ids_k);
-  args.bf16 = bf16;
-  args.n_threads = n_threads;
-  return args;
-}
+  const void* scale = nullptr;  // [1] acc
 
-// state: [rows + 3 N] acc, which holds lse, positive and inv one after the other.
-ContrastiveState split_state(const ContrastiveArgs& args, uintptr_t state, uintptr_t mean_key, uintptr_t tiles) {
-  const uintptr_t size = args.dtype == DType::f64 ? 8 : 4;
-  const uintptr_t positive = state + uintptr_t(args.rows()) * size, inv = positive + uintptr_t(args.a.n) * size;
-  return {at<void>(state), at<void>(positive), at<void>(inv), at<void>(mean_key), at<void>(tiles)};
-}
+  static Fields fields() {
+    using Call = Contrastive;
+    return {
+        SSLK_REQUIRED(Call, args.layout, "layout"),
+        SSLK_REQUIRED(Call, args.reduction, "reduction"),
+        SSLK_REQUIRED(Call, args.dtype, "dtype"),
+        SSLK_REQUIRED(Call, args.normalize, "normalize"),
+        SSLK_REQUIRED(Call, args.d, "d"),
+        SSLK_REQUIRED(Call, args.a.n, "n"),
+        SSLK_REQUIRED(Call, args.a.data, "a"),
+        SSLK_REQUIRED(Call, args.a.stride, "a_stride"),
+        SSLK_REQUIRED(Call, args.b.data, "b"),
+        SSLK_REQUIRED(Call, args.b.stride, "b_stride"),
+        SSLK_REQUIRED(Call, scale, "scale"),
+        SSLK_REQUIRED(Call, args.ids_q, "ids_q"),
+        SSLK_REQUIRED(Call, args.ids_k, "ids_k"),
+        SSLK_REQUIRED(Call, args.bf16, "bf16"),
+        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+    };
+  }
+  ContrastiveArgs run() {
+    args.b.n = args.a.n;
+    args.scale = read_scalar(scale, args.dtype);
+    return args;
+  }
+};
 
-void contrastive_forward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
-                         int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
-                         int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, bool bf16,
-                         int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t tiles, uintptr_t loss,
-                         uintptr_t rank) {
-  py::gil_scoped_release release;
-  ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
-                                          bank_rows, stride_bank, scale, ids_q, ids_k, bf16, n_threads);
-  NarrowIds narrow;
-  narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
-  check(kernels().contrastive_forward(args, split_state(args, state, mean_key, tiles), at<void>(loss),
-                                      at<int64_t>(rank)));
-}
+// `state`: [R + 3 N] acc, which holds lse, positive and inv one after the other; R = rows().
+struct ContrastiveStateFields {
+  ContrastiveState state;
 
-double contrastive_backward(int layout, int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t a,
-                            int64_t stride_a, uintptr_t b, int64_t stride_b, uintptr_t bank, int64_t bank_rows,
-                            int64_t stride_bank, uintptr_t scale, uintptr_t ids_q, uintptr_t ids_k, bool bf16,
-                            int n_threads, uintptr_t state, uintptr_t mean_key, uintptr_t tiles, uintptr_t dloss,
-                            int64_t dloss_stride, uintptr_t da, uintptr_t db, bool want_scale) {
-  py::gil_scoped_release release;
-  ContrastiveArgs args = contrastive_args(layout, reduction, dtype, normalize, d, n, a, stride_a, b, stride_b, bank,
-                                          bank_rows, stride_bank, scale, ids_q, ids_k, bf16, n_threads);
-  NarrowIds narrow;
-  narrow.apply(args.dtype, &args.ids_q, n, &args.ids_k, bank_rows);
-  double dscale = 0.0;
+  static Fields fields() {
+    using Call = ContrastiveStateFields;
+    return {
+        SSLK_REQUIRED(Call, state.lse, "state"),
+        SSLK_REQUIRED(Call, state.mean_key, "mean_key"),
+        SSLK_REQUIRED(Call, state.tiles, "tiles"),
+    };
+  }
+  const ContrastiveState& split(const ContrastiveArgs& args) {
+    const int64_t size = args.dtype == DType::f64 ? 8 : 4;
+    state.positive = static_cast<char*>(state.lse) + args.rows() * size;
+    state.inv = static_cast<char*>(state.positive) + args.a.n * size;
+    return state;
+  }
+};
+
+struct ContrastiveForward {
+  using Args = ContrastiveArgs;
+  static constexpr const char* kName = "contrastive_forward";
+  static constexpr const char* kDoc = "The value of the loss, and what backward needs.";
+  const Args* args = nullptr;
+  Rows bank;
+  ContrastiveStateFields out;
+  void* loss = nullptr;
+  int64_t* rank = nullptr;
+
+  static Fields fields() {
+    using Call = ContrastiveForward;
+    return inside(offsetof(Call, out), ContrastiveStateFields::fields()) +
+           Fields{
+               SSLK_OPTIONAL(Call, bank.data, "bank"),
+               SSLK_OPTIONAL(Call, bank.n, "bank_rows"),
+               SSLK_OPTIONAL(Call, bank.stride, "bank_stride"),
+               SSLK_REQUIRED(Call, loss, "loss"),
+               SSLK_REQUIRED(Call, rank, "rank"),
+           };
+  }
+  void run() {
+    ContrastiveArgs all = *args;
+    all.bank = bank;
+    NarrowIds narrow;
+    narrow.apply(all.dtype, &all.ids_q, all.a.n, &all.ids_k, bank.n);
+    check(kernels().contrastive_forward(all, out.split(all), loss, rank));
+  }
+};
+
+struct ContrastiveBackward {
+  using Args = ContrastiveArgs;
+  static constexpr const char* kName = "contrastive_backward";
+  static constexpr const char* kDoc = "Gradients of a and b; returns the one of the scale.";
+  const Args* args = nullptr;
+  ContrastiveStateFields kept;
   ContrastiveBackwardArgs out;
-  out.dloss = at<const void>(dloss);
-  out.dloss_stride = dloss_stride;
-  out.da = at<void>(da);
-  out.db = at<void>(db);
-  out.dscale = want_scale ? &dscale : nullptr;
-  check(kernels().contrastive_backward(args, split_state(args, state, mean_key, tiles), out));
-  return dscale;
+  bool want_dscale = false;
+
+  static Fields fields() {
+    using Call = ContrastiveBackward;
+    return inside(offsetof(Call, kept), ContrastiveStateFields::fields()) +
+           Fields{
+               SSLK_REQUIRED(Call, out.dloss, "dloss"),
+               SSLK_REQUIRED(Call, out.dloss_stride, "dloss_stride"),
+               SSLK_REQUIRED(Call, out.da, "da"),
+               SSLK_REQUIRED(Call, out.db, "db"),
+               SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
+           };
+  }
+  double run() {
+    double dscale = 0.0;
+    out.dscale = want_dscale ? &dscale : nullptr;
+    ContrastiveArgs all = *args;
+    NarrowIds narrow;
+    narrow.apply(all.dtype, &all.ids_q, all.a.n, &all.ids_k, 0);
+    check(kernels().contrastive_backward(all, kept.split(all), out));
+    return dscale;
+  }
+};
+
+struct KeptTiles {
+  static constexpr const char* kName = "kept_tiles";
+  static constexpr const char* kDoc = "Elements of the logits that forward should keep for backward, 0 for none.";
+  Layout layout = Layout::joint;
+  DType dtype = DType::f32;
+  int64_t n = 0;
+  int64_t d = 0;
+
+  static Fields fields() {
+    return {
+        SSLK_REQUIRED(KeptTiles, layout, "layout"),
+        SSLK_REQUIRED(KeptTiles, dtype, "dtype"),
+        SSLK_REQUIRED(KeptTiles, n, "n"),
+        SSLK_REQUIRED(KeptTiles, d, "d"),
+    };
+  }
+  int64_t run() { return kernels().kept_tiles(layout, dtype, n, d); }
+};
+
+// ---- Regression ----------------------------------------------------------------------------------
+
+Fields regression_fields() {
+  return {
+      SSLK_REQUIRED(RegressionArgs, reduction, "reduction"),
+      SSLK_REQUIRED(RegressionArgs, dtype, "dtype"),
+      SSLK_REQUIRED(RegressionArgs, d, "d"),
+      SSLK_REQUIRED(RegressionArgs, prediction.n, "n"),
+      SSLK_REQUIRED(RegressionArgs, prediction.data, "prediction"),
+      SSLK_REQUIRED(RegressionArgs, prediction.stride, "prediction_stride"),
+      SSLK_REQUIRED(RegressionArgs, target.data, "target"),
+      SSLK_REQUIRED(RegressionArgs, target.stride, "target_stride"),
+      SSLK_REQUIRED(RegressionArgs, n_threads, "n_threads"),
+  };
 }
 
-int64_t kept_tiles(int layout, int dtype, int64_t n, int64_t d) {
-  return kernels().kept_tiles(Layout(layout), DType(dtype), n, d);
-}
-
-RegressionArgs regression_args(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
-                               int64_t stride_prediction, uintptr_t target, int64_t stride_target, int n_threads) {
+struct RegressionForward {
+  static constexpr const char* kName = "regression_forward";
+  static constexpr const char* kDoc = "2 - 2 cos by rows.";
   RegressionArgs args;
-  args.reduction = Reduction(reduction);
-  args.dtype = DType(dtype);
-  args.d = d;
-  args.prediction = {at<const void>(prediction), n, stride_prediction};
-  args.target = {at<const void>(target), n, stride_target};
-  args.n_threads = n_threads;
-  return args;
-}
+  void* state = nullptr;
+  void* loss = nullptr;
 
-void regression_forward(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction, int64_t stride_prediction,
-                        uintptr_t target, int64_t stride_target, int n_threads, uintptr_t state, uintptr_t loss) {
-  py::gil_scoped_release release;
-  check(kernels().regression_forward(
-      regression_args(reduction, dtype, d, n, prediction, stride_prediction, target, stride_target, n_threads),
-      at<void>(state), at<void>(loss)));
-}
+  static Fields fields() {
+    using Call = RegressionForward;
+    return inside(offsetof(Call, args), regression_fields()) +
+           Fields{SSLK_REQUIRED(Call, state, "state"), SSLK_REQUIRED(Call, loss, "loss")};
+  }
+  void run() {
+    args.target.n = args.prediction.n;
+    check(kernels().regression_forward(args, state, loss));
+  }
+};
 
-void regression_backward(int reduction, int dtype, int64_t d, int64_t n, uintptr_t prediction,
-                         int64_t stride_prediction, uintptr_t target, int64_t stride_target, int n_threads,
-                         uintptr_t state, uintptr_t dloss, int64_t dloss_stride, uintptr_t dprediction) {
-  py::gil_scoped_release release;
-  check(kernels().regression_backward(
-      regression_args(reduction, dtype, d, n, prediction, stride_prediction, target, stride_target, n_threads),
-      at<const void>(state), at<const void>(dloss), dloss_stride, at<void>(dprediction)));
-}
+struct RegressionBackward {
+  static constexpr const char* kName = "regression_backward";
+  static constexpr const char* kDoc = "The gradient of the prediction.";
+  RegressionArgs args;
+  const void* state = nullptr;
+  const void* dloss = nullptr;
+  int64_t dloss_stride = 0;
+  void* dprediction = nullptr;
 
-PairedArgs paired_args(int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t query,
-                       int64_t stride_query, uintptr_t positive_key, int64_t stride_positive, uintptr_t negatives,
-                       int64_t m, int64_t stride_row, int64_t stride_key, uintptr_t scale, uintptr_t ids_q,
-                       uintptr_t ids_k, int n_threads) {
+  static Fields fields() {
+    using Call = RegressionBackward;
+    return inside(offsetof(Call, args), regression_fields()) + Fields{
+                                                                   SSLK_REQUIRED(Call, state, "state"),
+                                                                   SSLK_REQUIRED(Call, dloss, "dloss"),
+                                                                   SSLK_REQUIRED(Call, dloss_stride, "dloss_stride"),
+                                                                   SSLK_REQUIRED(Call, dprediction, "dprediction"),
+                                                               };
+  }
+  void run() {
+    args.target.n = args.prediction.n;
+    check(kernels().regression_backward(args, state, dloss, dloss_stride, dprediction));
+  }
+};
+
+// ---- Paired --------------------------------------------------------------------------------------
+
+struct Paired {
+  static constexpr const char* kName = Handle<PairedArgs>::kName;
+  static constexpr const char* kDoc = "The loss without its negatives, which backward may not need.";
   PairedArgs args;
-  args.reduction = Reduction(reduction);
-  args.dtype = DType(dtype);
-  args.normalize = normalize;
-  args.d = d;
-  args.query = {at<const void>(query), n, stride_query};
-  args.positive = {at<const void>(positive_key), n, stride_positive};
-  args.negatives = at<const void>(negatives);
-  args.m = m;
-  args.stride_row = stride_row;
-  args.stride_key = stride_key;
-  args.scale = args.dtype == DType::f64 ? *at<const double>(scale) : double(*at<const float>(scale));
-  args.ids_q = at<const int64_t>(ids_q);
-  args.ids_k = at<const int64_t>(ids_k);
-  args.n_threads = n_threads;
-  return args;
-}
+  const void* scale = nullptr;  // [1] acc
 
-double paired_forward(int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t query,
-                      int64_t stride_query, uintptr_t positive_key, int64_t stride_positive, uintptr_t negatives,
-                      int64_t m, int64_t stride_row, int64_t stride_key, uintptr_t scale, uintptr_t ids_q,
-                      uintptr_t ids_k, int n_threads, uintptr_t lse, uintptr_t positive, uintptr_t norms,
-                      uintptr_t mean_key, uintptr_t loss, uintptr_t rank) {
-  py::gil_scoped_release release;
-  const PairedArgs args =
-      paired_args(reduction, dtype, normalize, d, n, query, stride_query, positive_key, stride_positive, negatives, m,
-                  stride_row, stride_key, scale, ids_q, ids_k, n_threads);
-  double similarity = 0.0;
-  const PairedState state{at<void>(lse), at<void>(positive), at<void>(norms), at<void>(mean_key)};
-  check(kernels().paired_forward(args, state, {at<void>(loss), at<int64_t>(rank), &similarity}));
-  return similarity;
-}
+  static Fields fields() {
+    using Call = Paired;
+    return {
+        SSLK_REQUIRED(Call, args.reduction, "reduction"),
+        SSLK_REQUIRED(Call, args.dtype, "dtype"),
+        SSLK_REQUIRED(Call, args.normalize, "normalize"),
+        SSLK_REQUIRED(Call, args.d, "d"),
+        SSLK_REQUIRED(Call, args.query.n, "n"),
+        SSLK_REQUIRED(Call, args.query.data, "query"),
+        SSLK_REQUIRED(Call, args.query.stride, "query_stride"),
+        SSLK_REQUIRED(Call, args.positive.data, "positive_key"),
+        SSLK_REQUIRED(Call, args.positive.stride, "positive_stride"),
+        SSLK_REQUIRED(Call, scale, "scale"),
+        SSLK_REQUIRED(Call, args.ids_q, "ids_q"),
+        SSLK_REQUIRED(Call, args.ids_k, "ids_k"),
+        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+    };
+  }
+  PairedArgs run() {
+    args.positive.n = args.query.n;
+    args.scale = read_scalar(scale, args.dtype);
+    return args;
+  }
+};
 
-double paired_backward(int reduction, int dtype, bool normalize, int64_t d, int64_t n, uintptr_t query,
-                       int64_t stride_query, uintptr_t positive_key, int64_t stride_positive, uintptr_t negatives,
-                       int64_t m, int64_t stride_row, int64_t stride_key, uintptr_t scale, uintptr_t ids_q,
-                       uintptr_t ids_k, int n_threads, uintptr_t lse, uintptr_t positive, uintptr_t norms,
-                       uintptr_t mean_key, uintptr_t dloss, int64_t dloss_stride, uintptr_t dquery, uintptr_t dpositive,
-                       uintptr_t dnegatives) {
-  py::gil_scoped_release release;
-  const PairedArgs args =
-      paired_args(reduction, dtype, normalize, d, n, query, stride_query, positive_key, stride_positive, negatives, m,
-                  stride_row, stride_key, scale, ids_q, ids_k, n_threads);
-  double dscale = 0.0;
+// The negatives, and what forward leaves for backward.
+struct PairedFields {
+  const void* negatives = nullptr;
+  int64_t m = 0;
+  int64_t row_stride = 0;
+  int64_t key_stride = 0;
+  PairedState state;
+
+  static Fields fields() {
+    using Call = PairedFields;
+    return {
+        SSLK_REQUIRED(Call, negatives, "negatives"),   SSLK_REQUIRED(Call, m, "m"),
+        SSLK_REQUIRED(Call, row_stride, "row_stride"), SSLK_REQUIRED(Call, key_stride, "key_stride"),
+        SSLK_REQUIRED(Call, state.lse, "lse"),         SSLK_REQUIRED(Call, state.positive, "positive"),
+        SSLK_REQUIRED(Call, state.norms, "norms"),     SSLK_REQUIRED(Call, state.mean_key, "mean_key"),
+    };
+  }
+  PairedArgs completed(PairedArgs args) const {
+    args.negatives = negatives;
+    args.m = m;
+    args.stride_row = row_stride;
+    args.stride_key = key_stride;
+    return args;
+  }
+};
+
+struct PairedForward {
+  using Args = PairedArgs;
+  static constexpr const char* kName = "paired_forward";
+  static constexpr const char* kDoc = "The loss; returns the mean similarity of a query and its negatives.";
+  const Args* args = nullptr;
+  PairedFields paired;
+  PairedForwardOut out;
+
+  static Fields fields() {
+    using Call = PairedForward;
+    return inside(offsetof(Call, paired), PairedFields::fields()) +
+           Fields{SSLK_REQUIRED(Call, out.loss, "loss"), SSLK_REQUIRED(Call, out.rank, "rank")};
+  }
+  double run() {
+    double similarity = 0.0;
+    out.similarity = &similarity;
+    check(kernels().paired_forward(paired.completed(*args), paired.state, out));
+    return similarity;
+  }
+};
+
+struct PairedBackward {
+  using Args = PairedArgs;
+  static constexpr const char* kName = "paired_backward";
+  static constexpr const char* kDoc = "Gradients of queries and keys; returns the one of the scale.";
+  const Args* args = nullptr;
+  PairedFields paired;
   PairedBackwardArgs out;
-  out.dloss = at<const void>(dloss);
-  out.dloss_stride = dloss_stride;
-  out.dquery = at<void>(dquery);
-  out.dpositive = at<void>(dpositive);
-  out.dnegatives = at<void>(dnegatives);
-  out.dscale = &dscale;
-  const PairedState state{at<void>(lse), at<void>(positive), at<void>(norms), at<void>(mean_key)};
-  check(kernels().paired_backward(args, state, out));
-  return dscale;
-}
+
+  static Fields fields() {
+    using Call = PairedBackward;
+    return inside(offsetof(Call, paired), PairedFields::fields()) +
+           Fields{
+               SSLK_REQUIRED(Call, out.dloss, "dloss"),           SSLK_REQUIRED(Call, out.dloss_stride, "dloss_stride"),
+               SSLK_REQUIRED(Call, out.dquery, "dquery"),         SSLK_REQUIRED(Call, out.dpositive, "dpositive"),
+               SSLK_REQUIRED(Call, out.dnegatives, "dnegatives"),
+           };
+  }
+  double run() {
+    double dscale = 0.0;
+    out.dscale = &dscale;
+    check(kernels().paired_backward(paired.completed(*args), paired.state, out));
+    return dscale;
+  }
+};
 
 }  // namespace
 
-void bind_losses(py::module_& m) {
-  m.def("contrastive_forward", &contrastive_forward);
-  m.def("contrastive_backward", &contrastive_backward);
-  m.def("kept_tiles", &kept_tiles);
-  m.def("regression_forward", &regression_forward);
-  m.def("regression_backward", &regression_backward);
-  m.def("paired_forward", &paired_forward);
-  m.def("paired_backward", &paired_backward);
+void bind_losses(Definition& definition) {
+  add_function<Contrastive>(definition);
+  add_function<ContrastiveForward>(definition);
+  add_function<ContrastiveBackward>(definition);
+  add_function<KeptTiles>(definition);
+  add_function<RegressionForward>(definition);
+  add_function<RegressionBackward>(definition);
+  add_function<Paired>(definition);
+  add_function<PairedForward>(definition);
+  add_function<PairedBackward>(definition);
 }
 
 }  // namespace sslk

@@ -5,10 +5,6 @@
 // the most.  So a plan keeps addresses and sizes, and the two watches below tell, in one call each,
 // whether they are still true.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -16,41 +12,53 @@
 #include <vector>
 
 #include "bindings.h"
-#include "sslkernels.h"
-
-namespace py = pybind11;
 
 namespace sslk {
 namespace {
 
-using Table = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-
-void require_columns(const Table& table, int columns, const char* what) {
-  if (table.ndim() != 2 || table.shape(1) != columns) {
-    throw std::invalid_argument(std::string(what) + ": the table must have shape [n, " + std::to_string(columns) + "]");
+template <class... Columns>
+void require_same_length(const char* op, size_t n, const Columns&... columns) {
+  if (((columns.size() != n) || ...)) {
+    throw std::invalid_argument(std::string(op) + ": the lists must have the same length");
   }
 }
 
-DType dtype_of(int64_t code) {
-  if (code < 0 || code > int(DType::f16)) throw std::invalid_argument("unknown dtype code");
-  return DType(code);
-}
+// ---- Plans ---------------------------------------------------------------------------------------
 
 // Pairs of tensors by address; the caller keeps the memory alive.
 class EmaPlan {
  public:
-  // [n, 5]: address of target, address of source, elements, dtype of target, dtype of source
-  explicit EmaPlan(const Table& table) {
-    require_columns(table, 5, "EmaPlan");
-    const auto rows = table.unchecked<2>();
-    for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
+  static constexpr const char* kName = "EmaPlan";
+  // A column of the list of pairs each.
+  struct Columns {
+    std::vector<uint8_t*> targets;        // addresses
+    std::vector<const uint8_t*> sources;  // addresses
+    std::vector<int64_t> sizes;           // elements
+    std::vector<DType> target_dtypes;
+    std::vector<DType> source_dtypes;
+
+    static Fields fields() {
+      return {
+          SSLK_REQUIRED(Columns, targets, "targets"),
+          SSLK_REQUIRED(Columns, sources, "sources"),
+          SSLK_REQUIRED(Columns, sizes, "sizes"),
+          SSLK_REQUIRED(Columns, target_dtypes, "target_dtypes"),
+          SSLK_REQUIRED(Columns, source_dtypes, "source_dtypes"),
+      };
+    }
+  };
+
+  explicit EmaPlan(const Columns& pairs) {
+    require_same_length(kName, pairs.sizes.size(), pairs.targets, pairs.sources, pairs.target_dtypes,
+                        pairs.source_dtypes);
+    for (size_t i = 0; i < pairs.sizes.size(); ++i) {
       EmaEntry entry;
-      entry.target = reinterpret_cast<void*>(rows(i, 0));
-      entry.source = reinterpret_cast<const void*>(rows(i, 1));
-      entry.n = rows(i, 2);
+      entry.target = pairs.targets[i];
+      entry.source = pairs.sources[i];
+      entry.n = pairs.sizes[i];
       entry.begin = n_elements_;
-      entry.target_dtype = dtype_of(rows(i, 3));
-      entry.source_dtype = dtype_of(rows(i, 4));
+      entry.target_dtype = pairs.target_dtypes[i];
+      entry.source_dtype = pairs.source_dtypes[i];
       entry.index = uint32_t(i);
       if (entry.n <= 0) continue;
       n_elements_ += entry.n;
@@ -58,51 +66,94 @@ class EmaPlan {
     }
   }
 
-  void run(double decay, bool stochastic_rounding, uint64_t seed, uint64_t step, int n_threads) const {
-    py::gil_scoped_release release;
+  struct Run {
+    using Self = EmaPlan;
+    static constexpr const char* kName = "run";
+    static constexpr const char* kDoc = "target = decay * target + (1 - decay) * source.";
+    const EmaPlan* self = nullptr;
     EmaArgs args;
-    args.entries = entries_.data();
-    args.n_entries = int64_t(entries_.size());
-    args.n_elements = n_elements_;
-    args.decay = decay;
-    args.stochastic_rounding = stochastic_rounding;
-    args.seed = seed;
-    args.step = uint32_t(step);
-    args.n_threads = n_threads;
-    kernels().ema_update(args);
-  }
+    uint64_t step = 0;  // its lower 32 bits count
+
+    static Fields fields() {
+      return {
+          SSLK_REQUIRED(Run, args.decay, "decay"),
+          SSLK_REQUIRED(Run, args.stochastic_rounding, "stochastic_rounding"),
+          SSLK_REQUIRED(Run, args.seed, "seed"),
+          SSLK_REQUIRED(Run, step, "step"),
+          SSLK_REQUIRED(Run, args.n_threads, "n_threads"),
+      };
+    }
+    void run() {
+      args.entries = self->entries_.data();
+      args.n_entries = int64_t(self->entries_.size());
+      args.n_elements = self->n_elements_;
+      args.step = uint32_t(step);
+      check(kernels().ema_update(args));
+    }
+  };
 
  private:
   std::vector<EmaEntry> entries_;
   int64_t n_elements_ = 0;
 };
 
-// [n, 3]: address of target, address of source, bytes
-void copy_all(const Table& table) {
-  require_columns(table, 3, "copy_all");
-  const auto rows = table.unchecked<2>();
-  py::gil_scoped_release release;
-  for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
-    if (rows(i, 2) > 0) {
-      // memmove: a buffer may be its own source.
-      std::memmove(reinterpret_cast<void*>(rows(i, 0)), reinterpret_cast<const void*>(rows(i, 1)), size_t(rows(i, 2)));
+// Memory to be copied; the caller keeps it alive.
+class CopyPlan {
+ public:
+  static constexpr const char* kName = "CopyPlan";
+  struct Columns {
+    std::vector<uint8_t*> targets;        // addresses
+    std::vector<const uint8_t*> sources;  // addresses
+    std::vector<int64_t> bytes;
+
+    static Fields fields() {
+      return {
+          SSLK_REQUIRED(Columns, targets, "targets"),
+          SSLK_REQUIRED(Columns, sources, "sources"),
+          SSLK_REQUIRED(Columns, bytes, "bytes"),
+      };
     }
+  };
+
+  explicit CopyPlan(const Columns& pairs) : pairs_(pairs) {
+    require_same_length(kName, pairs.bytes.size(), pairs.targets, pairs.sources);
   }
-}
+
+  struct Run {
+    using Self = CopyPlan;
+    static constexpr const char* kName = "run";
+    static constexpr const char* kDoc = "target = source.";
+    const CopyPlan* self = nullptr;
+
+    static Fields fields() { return {}; }
+    void run() {
+      const Columns& pairs = self->pairs_;
+      for (size_t i = 0; i < pairs.bytes.size(); ++i) {
+        // memmove: a buffer may be its own source.
+        if (pairs.bytes[i] > 0) std::memmove(pairs.targets[i], pairs.sources[i], size_t(pairs.bytes[i]));
+      }
+    }
+  };
+
+ private:
+  Columns pairs_;
+};
+
+// ---- Watches -------------------------------------------------------------------------------------
 
 // Functions of torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), found in the torch
 // that is loaded.  A handle is the address of an at::Tensor, which is one pointer to its TensorImpl.
 struct TensorInterface {
   using Handle = void**;
-  int32_t (*data_ptr)(Handle, void**);
-  int32_t (*numel)(Handle, int64_t*);
-  int32_t (*dtype)(Handle, int32_t*);
-  int32_t (*dim)(Handle, int64_t*);
-  int32_t (*strides)(Handle, int64_t**);
+  int32_t (*data_ptr)(Handle, void**) = nullptr;
+  int32_t (*numel)(Handle, int64_t*) = nullptr;
+  int32_t (*dtype)(Handle, int32_t*) = nullptr;
+  int32_t (*dim)(Handle, int64_t*) = nullptr;
+  int32_t (*strides)(Handle, int64_t**) = nullptr;
 };
 
 // What an update relies on.  Sizes follow from it where strides are those of a dense tensor.
-struct Layout {
+struct TensorLayout {
   static constexpr int64_t kMaxDim = 6;
   void* data = nullptr;
   int64_t numel = 0;
@@ -110,7 +161,7 @@ struct Layout {
   int64_t dim = 0;
   int64_t strides[kMaxDim] = {};
 
-  bool operator==(const Layout& other) const {
+  bool operator==(const TensorLayout& other) const {
     if (data != other.data || numel != other.numel || dtype != other.dtype || dim != other.dim) return false;
     for (int64_t i = 0; i < dim; ++i) {
       if (strides[i] != other.strides[i]) return false;
@@ -119,24 +170,49 @@ struct Layout {
   }
 };
 
+uint64_t integer_of(const Object& object) {
+  const uint64_t value = PyLong_AsUnsignedLongLong(object.get());
+  if (value == uint64_t(-1) && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+// The object of a weak reference, for a comparison only; None when it is gone.
+PyObject* referent(PyObject* reference) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // the one that returns a new reference is of Python 3.13
+  return PyWeakref_GetObject(reference);
+#pragma GCC diagnostic pop
+}
+
 // Tensors that must still be the same objects with the same memory and layout.  Holds weak references:
 // it keeps no tensor alive, an object at the address of a dead one is not taken for it, and torch
 // refuses to exchange the insides of a tensor that has one (swap_tensors), so that an implementation
 // asked here belongs to a living tensor.
 class TensorWatch {
  public:
-  // `functions` are the addresses of the members of TensorInterface.
-  TensorWatch(const py::list& tensors, const std::vector<uintptr_t>& functions) {
-    if (functions.size() != 5) throw std::invalid_argument("TensorWatch: 5 functions are needed");
-    torch_.data_ptr = reinterpret_cast<decltype(torch_.data_ptr)>(functions[0]);
-    torch_.numel = reinterpret_cast<decltype(torch_.numel)>(functions[1]);
-    torch_.dtype = reinterpret_cast<decltype(torch_.dtype)>(functions[2]);
-    torch_.dim = reinterpret_cast<decltype(torch_.dim)>(functions[3]);
-    torch_.strides = reinterpret_cast<decltype(torch_.strides)>(functions[4]);
-    for (py::handle tensor : tensors) {
-      Seen seen{py::weakref(tensor), reinterpret_cast<void*>(py::cast<uintptr_t>(tensor.attr("_cdata"))), {}};
+  static constexpr const char* kName = "TensorWatch";
+  struct Columns {
+    std::vector<PyObject*> tensors;
+    TensorInterface torch;
+
+    static Fields fields() {
+      return {
+          SSLK_REQUIRED(Columns, tensors, "tensors"),   SSLK_REQUIRED(Columns, torch.data_ptr, "data_ptr"),
+          SSLK_REQUIRED(Columns, torch.numel, "numel"), SSLK_REQUIRED(Columns, torch.dtype, "dtype"),
+          SSLK_REQUIRED(Columns, torch.dim, "dim"),     SSLK_REQUIRED(Columns, torch.strides, "strides"),
+      };
+    }
+  };
+
+  explicit TensorWatch(const Columns& given) : torch_(given.torch) {
+    for (PyObject* tensor : given.tensors) {
+      Seen seen;
+      seen.reference = Object::owned(PyWeakref_NewRef(tensor, nullptr));
+      const Object impl = Object::owned(PyObject_GetAttrString(tensor, "_cdata"));
+      seen.impl = reinterpret_cast<void*>(integer_of(impl));
       if (!ask(seen.impl, seen.layout)) throw std::runtime_error("TensorWatch: a tensor has no memory");
-      if (uintptr_t(seen.layout.data) != py::cast<uintptr_t>(tensor.attr("data_ptr")())) {
+      const Object address = Object::owned(PyObject_CallMethod(tensor, "data_ptr", nullptr));
+      if (reinterpret_cast<void*>(integer_of(address)) != seen.layout.data) {
         throw std::runtime_error("TensorWatch: torch's C interface disagrees with data_ptr()");
       }
       seen_.push_back(std::move(seen));
@@ -144,64 +220,61 @@ class TensorWatch {
   }
 
   // Whether a + b are the tensors of the constructor, unchanged.
-  bool unchanged(const py::list& a, const py::list& b) const {
-    const size_t n_a = a.size(), n_b = b.size();
-    if (n_a + n_b != seen_.size()) return false;
-    Layout now;
-    for (size_t i = 0; i < seen_.size(); ++i) {
-      PyObject* tensor =
-          i < n_a ? PyList_GET_ITEM(a.ptr(), py::ssize_t(i)) : PyList_GET_ITEM(b.ptr(), py::ssize_t(i - n_a));
-      if (!refers_to(seen_[i].reference.ptr(), tensor) || !ask(seen_[i].impl, now) || !(now == seen_[i].layout)) {
-        return false;
-      }
+  bool unchanged(PyObject* a, PyObject* b) const {
+    const Py_ssize_t n_a = PyList_Size(a), n_b = PyList_Size(b);
+    if (n_a < 0 || n_b < 0) throw PythonError();
+    if (size_t(n_a + n_b) != seen_.size()) return false;
+    TensorLayout now;
+    for (Py_ssize_t i = 0; i < n_a + n_b; ++i) {
+      const Seen& seen = seen_[size_t(i)];
+      PyObject* tensor = i < n_a ? PyList_GetItem(a, i) : PyList_GetItem(b, i - n_a);
+      if (referent(seen.reference.get()) != tensor || !ask(seen.impl, now) || !(now == seen.layout)) return false;
     }
     return true;
   }
 
  private:
   struct Seen {
-    py::weakref reference;
-    void* impl;
-    Layout layout;
+    Object reference;
+    void* impl = nullptr;
+    TensorLayout layout;
   };
 
-  bool ask(void* impl, Layout& out) const {
+  bool ask(void* impl, TensorLayout& out) const {
     int64_t* strides = nullptr;
     if (torch_.data_ptr(&impl, &out.data) != 0 || torch_.numel(&impl, &out.numel) != 0 ||
         torch_.dtype(&impl, &out.dtype) != 0 || torch_.dim(&impl, &out.dim) != 0 ||
-        torch_.strides(&impl, &strides) != 0 || out.dim > Layout::kMaxDim) {
+        torch_.strides(&impl, &strides) != 0 || out.dim > TensorLayout::kMaxDim) {
       return false;
     }
     for (int64_t i = 0; i < out.dim; ++i) out.strides[i] = strides[i];
     return true;
   }
 
-  static bool refers_to(PyObject* reference, PyObject* object) {
-#if PY_VERSION_HEX >= 0x030D0000
-    PyObject* target = nullptr;
-    if (PyWeakref_GetRef(reference, &target) < 0) throw py::error_already_set();
-    Py_XDECREF(target);
-    return target == object;
-#else
-    return PyWeakref_GET_OBJECT(reference) == object;
-#endif
-  }
-
-  TensorInterface torch_ = {};
+  TensorInterface torch_;
   std::vector<Seen> seen_;
 };
 
 // Dicts whose entries must still be the same objects: the parameters, buffers and submodules of a model.
 class SlotWatch {
  public:
-  explicit SlotWatch(const py::list& dicts) {
-    for (py::handle item : dicts) {
-      const auto dict = py::cast<py::dict>(item);
+  static constexpr const char* kName = "SlotWatch";
+  struct Columns {
+    std::vector<PyObject*> dicts;
+
+    static Fields fields() { return {SSLK_REQUIRED(Columns, dicts, "dicts")}; }
+  };
+
+  explicit SlotWatch(const Columns& given) {
+    for (PyObject* dict : given.dicts) {
+      if (!PyDict_Check(dict)) raise(PyExc_TypeError, "SlotWatch: dicts must be a list of dicts, got %R in it", dict);
       Seen seen;
-      seen.dict = dict;
-      for (const auto& entry : dict) {
-        seen.keys.push_back(py::reinterpret_borrow<py::object>(entry.first));
-        seen.values.push_back(py::reinterpret_borrow<py::object>(entry.second));
+      seen.dict = Object::shared(dict);
+      PyObject *key = nullptr, *value = nullptr;
+      Py_ssize_t position = 0;
+      while (PyDict_Next(dict, &position, &key, &value)) {
+        seen.keys.push_back(Object::shared(key));
+        seen.values.push_back(Object::shared(value));
       }
       seen_.push_back(std::move(seen));
     }
@@ -209,54 +282,128 @@ class SlotWatch {
 
   bool unchanged() const {
     for (const Seen& seen : seen_) {
-      if (size_t(PyDict_GET_SIZE(seen.dict.ptr())) != seen.keys.size()) return false;
+      if (size_t(PyDict_Size(seen.dict.get())) != seen.keys.size()) return false;
       for (size_t i = 0; i < seen.keys.size(); ++i) {
-        PyObject* value = PyDict_GetItemWithError(seen.dict.ptr(), seen.keys[i].ptr());
-        if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-        if (value != seen.values[i].ptr()) return false;
+        PyObject* value = PyDict_GetItemWithError(seen.dict.get(), seen.keys[i].get());
+        if (value == nullptr && PyErr_Occurred()) throw PythonError();
+        if (value != seen.values[i].get()) return false;
       }
     }
     return true;
   }
 
+  // A model that holds its EMA is held by the EMA's watch: garbage that the collector must find.
+  static int traverse(PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (reinterpret_cast<Instance<SlotWatch>*>(self)->value == nullptr) return 0;
+    for (const Seen& seen : value_of<SlotWatch>(self).seen_) {
+      Py_VISIT(seen.dict.get());
+      for (const Object& key : seen.keys) Py_VISIT(key.get());
+      for (const Object& value : seen.values) Py_VISIT(value.get());
+    }
+    return 0;
+  }
+  static int clear(PyObject* self) {
+    if (reinterpret_cast<Instance<SlotWatch>*>(self)->value == nullptr) return 0;
+    const std::vector<Seen> dropped = std::move(value_of<SlotWatch>(self).seen_);
+    return 0;
+  }
+
  private:
   struct Seen {
-    py::dict dict;
-    std::vector<py::object> keys, values;
+    Object dict;
+    std::vector<Object> keys, values;
   };
   std::vector<Seen> seen_;
 };
 
-void enqueue(uintptr_t queue, int queue_dtype, int64_t size, int64_t dim, uintptr_t ptr, uintptr_t fill, uintptr_t keys,
-             int keys_dtype, int64_t n, int64_t stride, bool normalize, uintptr_t queue_labels, uintptr_t labels,
-             int n_threads) {
-  py::gil_scoped_release release;
-  EnqueueArgs args;
-  args.queue = reinterpret_cast<void*>(queue);
-  args.queue_dtype = dtype_of(queue_dtype);
-  args.size = size;
-  args.dim = dim;
-  args.ptr = reinterpret_cast<int64_t*>(ptr);
-  args.fill = reinterpret_cast<int64_t*>(fill);
-  args.keys = {reinterpret_cast<const void*>(keys), n, stride};
-  args.keys_dtype = dtype_of(keys_dtype);
-  args.normalize = normalize;
-  args.queue_labels = reinterpret_cast<int64_t*>(queue_labels);
-  args.labels = reinterpret_cast<const int64_t*>(labels);
-  args.n_threads = n_threads;
-  kernels().enqueue(args);
+// ---- Types ---------------------------------------------------------------------------------------
+
+// tp_new: the columns by name, then a T of them.
+template <class T>
+PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  return new_instance<T>(type, [&] {
+    typename T::Columns columns;
+    fill(T::kName, Bound<typename T::Columns>::fields(), args, kwargs, &columns);
+    return new T(columns);
+  });
 }
+
+PyObject* tensors_unchanged(PyObject* self, PyObject* args) {
+  return guarded(static_cast<PyObject*>(nullptr), [&] {
+    PyObject *a = nullptr, *b = nullptr;
+    if (PyArg_UnpackTuple(args, "unchanged", 2, 2, &a, &b) == 0) throw PythonError();
+    return to_python(value_of<TensorWatch>(self).unchanged(a, b));
+  });
+}
+
+PyObject* slots_unchanged(PyObject* self, PyObject*) {
+  return guarded(static_cast<PyObject*>(nullptr), [&] { return to_python(value_of<SlotWatch>(self).unchanged()); });
+}
+
+// Adds the type sslkernels._C.NAME, which can't be inherited from.  `name` is the whole name.
+template <class T>
+void add_type(Definition& definition, const char* name, PyMethodDef method, bool collected = false) {
+  static PyMethodDef methods[] = {method, {nullptr, nullptr, 0, nullptr}};
+  static std::vector<PyType_Slot> slots = {
+      {Py_tp_new, reinterpret_cast<void*>(make<T>)},
+      {Py_tp_dealloc, reinterpret_cast<void*>(delete_instance<T>)},
+      {Py_tp_methods, methods},
+  };
+  if constexpr (std::is_same_v<T, SlotWatch>) {
+    slots.push_back({Py_tp_traverse, reinterpret_cast<void*>(SlotWatch::traverse)});
+    slots.push_back({Py_tp_clear, reinterpret_cast<void*>(SlotWatch::clear)});
+  }
+  slots.push_back({0, nullptr});
+  static PyType_Spec spec = {name, int(sizeof(Instance<T>)), 0,
+                             unsigned(Py_TPFLAGS_DEFAULT | (collected ? Py_TPFLAGS_HAVE_GC : 0)), slots.data()};
+  definition.types.push_back(&spec);
+}
+
+// ---- Queue ---------------------------------------------------------------------------------------
+
+struct Enqueue {
+  static constexpr const char* kName = "enqueue";
+  static constexpr const char* kDoc = "Normalise, cast and write a batch of keys, and advance the pointer.";
+  EnqueueArgs args;
+
+  static Fields fields() {
+    using Call = Enqueue;
+    return {
+        SSLK_REQUIRED(Call, args.queue, "queue"),
+        SSLK_REQUIRED(Call, args.queue_dtype, "queue_dtype"),
+        SSLK_REQUIRED(Call, args.size, "size"),
+        SSLK_REQUIRED(Call, args.dim, "dim"),
+        SSLK_REQUIRED(Call, args.ptr, "ptr"),
+        SSLK_REQUIRED(Call, args.fill, "fill"),
+        SSLK_REQUIRED(Call, args.keys.data, "keys"),
+        SSLK_REQUIRED(Call, args.keys_dtype, "keys_dtype"),
+        SSLK_REQUIRED(Call, args.keys.n, "n"),
+        SSLK_REQUIRED(Call, args.keys.stride, "keys_stride"),
+        SSLK_REQUIRED(Call, args.normalize, "normalize"),
+        SSLK_REQUIRED(Call, args.queue_labels, "queue_labels"),
+        SSLK_REQUIRED(Call, args.labels, "labels"),
+        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+    };
+  }
+  void run() { check(kernels().enqueue(args)); }
+};
 
 }  // namespace
 
-void bind_updates(py::module_& m) {
-  py::class_<EmaPlan>(m, "EmaPlan").def(py::init<const Table&>()).def("run", &EmaPlan::run);
-  m.def("copy_all", &copy_all);
-  py::class_<TensorWatch>(m, "TensorWatch")
-      .def(py::init<const py::list&, const std::vector<uintptr_t>&>())
-      .def("unchanged", &TensorWatch::unchanged);
-  py::class_<SlotWatch>(m, "SlotWatch").def(py::init<const py::list&>()).def("unchanged", &SlotWatch::unchanged);
-  m.def("enqueue", &enqueue);
+void bind_updates(Definition& definition) {
+  add_type<EmaPlan>(definition, "sslkernels._C.EmaPlan",
+                    bound<EmaPlan::Run>(definition, method_entry<EmaPlan::Run>, "$self, /"));
+  add_type<CopyPlan>(definition, "sslkernels._C.CopyPlan",
+                     bound<CopyPlan::Run>(definition, method_entry<CopyPlan::Run>, "$self, /"));
+  add_type<TensorWatch>(definition, "sslkernels._C.TensorWatch",
+                        {"unchanged", tensors_unchanged, METH_VARARGS,
+                         "unchanged($self, a, b, /)\n--\n\nWhether a + b are these tensors, in the same memory."});
+  add_type<SlotWatch>(definition, "sslkernels._C.SlotWatch",
+                      {"unchanged", slots_unchanged, METH_NOARGS,
+                       "unchanged($self, /)\n--\n\nWhether no dict got, lost or replaced an entry."},
+                      true);
+  add_function<Enqueue>(definition);
 }
 
 }  // namespace sslk

@@ -1,29 +1,243 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
-from typing import Any
+# Addresses are data_ptr() integers, None for null; strides are in elements.  The names
+# come from csrc/bindings*.cpp; tests/test_bindings.py compares this file with the module.
+from typing import Any, NewType
 
-import numpy as np
 from torch import Tensor
+
+_Address = int | None
+_Tiles = NewType("_Tiles", object)
+_Contrastive = NewType("_Contrastive", object)
+_Paired = NewType("_Paired", object)
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
-def set_isa(name: str) -> None: ...
+def set_isa(name: str, /) -> None: ...
+def has_bf16() -> bool: ...
+def peak_flops(*, bf16: bool, n_threads: int) -> float: ...
+def round_trip(*, exchanges: int) -> float: ...
+def tiles(
+    *,
+    kind: str,
+    dtype: str,
+    d: int,
+    q: _Address,
+    n: int,
+    k: _Address,
+    m: int,
+    scale: _Address,
+    bias: _Address,
+    ids_q: _Address,
+    ids_k: _Address,
+    n_threads: int,
+) -> _Tiles: ...
+def pairwise_forward(
+    tiles: _Tiles,
+    /,
+    *,
+    row: _Address,
+    col: _Address,
+    threshold_row: _Address,
+    threshold_col: _Address,
+    rank_row: _Address,
+    rank_col: _Address,
+) -> None: ...
+def pairwise_backward(
+    tiles: _Tiles,
+    /,
+    *,
+    row: _Address,
+    col: _Address,
+    drow: _Address,
+    dcol: _Address,
+    dq: _Address,
+    dk: _Address,
+) -> float: ...
+def attend(
+    tiles: _Tiles,
+    /,
+    *,
+    lse: _Address,
+    mean_key: _Address,
+    threshold: _Address,
+    rank: _Address,
+) -> None: ...
+def extremes(
+    tiles: _Tiles, /, *, bias_k: _Address, max_same: _Address, min_other: _Address
+) -> None: ...
+def contrastive(
+    *,
+    layout: str,
+    reduction: str,
+    dtype: str,
+    normalize: bool,
+    d: int,
+    n: int,
+    a: _Address,
+    a_stride: int,
+    b: _Address,
+    b_stride: int,
+    scale: _Address,
+    ids_q: _Address,
+    ids_k: _Address,
+    bf16: bool,
+    n_threads: int,
+) -> _Contrastive: ...
+def contrastive_forward(
+    contrastive: _Contrastive,
+    /,
+    *,
+    state: _Address,
+    mean_key: _Address,
+    tiles: _Address,
+    bank: _Address = ...,
+    bank_rows: int = ...,
+    bank_stride: int = ...,
+    loss: _Address,
+    rank: _Address,
+) -> None: ...
+def contrastive_backward(
+    contrastive: _Contrastive,
+    /,
+    *,
+    state: _Address,
+    mean_key: _Address,
+    tiles: _Address,
+    dloss: _Address,
+    dloss_stride: int,
+    da: _Address,
+    db: _Address,
+    want_dscale: bool,
+) -> float: ...
+def kept_tiles(*, layout: str, dtype: str, n: int, d: int) -> int: ...
+def regression_forward(
+    *,
+    reduction: str,
+    dtype: str,
+    d: int,
+    n: int,
+    prediction: _Address,
+    prediction_stride: int,
+    target: _Address,
+    target_stride: int,
+    n_threads: int,
+    state: _Address,
+    loss: _Address,
+) -> None: ...
+def regression_backward(
+    *,
+    reduction: str,
+    dtype: str,
+    d: int,
+    n: int,
+    prediction: _Address,
+    prediction_stride: int,
+    target: _Address,
+    target_stride: int,
+    n_threads: int,
+    state: _Address,
+    dloss: _Address,
+    dloss_stride: int,
+    dprediction: _Address,
+) -> None: ...
+def paired(
+    *,
+    reduction: str,
+    dtype: str,
+    normalize: bool,
+    d: int,
+    n: int,
+    query: _Address,
+    query_stride: int,
+    positive_key: _Address,
+    positive_stride: int,
+    scale: _Address,
+    ids_q: _Address,
+    ids_k: _Address,
+    n_threads: int,
+) -> _Paired: ...
+def paired_forward(
+    paired: _Paired,
+    /,
+    *,
+    negatives: _Address,
+    m: int,
+    row_stride: int,
+    key_stride: int,
+    lse: _Address,
+    positive: _Address,
+    norms: _Address,
+    mean_key: _Address,
+    loss: _Address,
+    rank: _Address,
+) -> float: ...
+def paired_backward(
+    paired: _Paired,
+    /,
+    *,
+    negatives: _Address,
+    m: int,
+    row_stride: int,
+    key_stride: int,
+    lse: _Address,
+    positive: _Address,
+    norms: _Address,
+    mean_key: _Address,
+    dloss: _Address,
+    dloss_stride: int,
+    dquery: _Address,
+    dpositive: _Address,
+    dnegatives: _Address,
+) -> float: ...
+def enqueue(
+    *,
+    queue: _Address,
+    queue_dtype: str,
+    size: int,
+    dim: int,
+    ptr: _Address,
+    fill: _Address,
+    keys: _Address,
+    keys_dtype: str,
+    n: int,
+    keys_stride: int,
+    normalize: bool,
+    queue_labels: _Address,
+    labels: _Address,
+    n_threads: int,
+) -> None: ...
 
 class EmaPlan:
-    def __init__(self, table: np.ndarray[Any, Any]) -> None: ...
+    def __init__(
+        self,
+        *,
+        targets: list[int],
+        sources: list[int],
+        sizes: list[int],
+        target_dtypes: list[str],
+        source_dtypes: list[str],
+    ) -> None: ...
     def run(
-        self, decay: float, stochastic_rounding: bool, seed: int, step: int, n_threads: int
+        self, *, decay: float, stochastic_rounding: bool, seed: int, step: int, n_threads: int
     ) -> None: ...
 
+class CopyPlan:
+    def __init__(self, *, targets: list[int], sources: list[int], bytes: list[int]) -> None: ...
+    def run(self) -> None: ...
+
 class TensorWatch:
-    def __init__(self, tensors: Sequence[Tensor], functions: Sequence[int]) -> None: ...
-    def unchanged(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool: ...
+    def __init__(
+        self,
+        *,
+        tensors: list[Tensor],
+        data_ptr: int,
+        numel: int,
+        dtype: int,
+        dim: int,
+        strides: int,
+    ) -> None: ...
+    def unchanged(self, a: list[Tensor], b: list[Tensor], /) -> bool: ...
 
 class SlotWatch:
-    def __init__(self, dicts: Sequence[dict[str, Any]]) -> None: ...
+    def __init__(self, *, dicts: list[dict[str, Any]]) -> None: ...
     def unchanged(self) -> bool: ...
-
-def copy_all(table: np.ndarray[Any, Any]) -> None: ...
-
-# The kernels: addresses, sizes and codes, in the order of csrc/bindings*.cpp.
-def __getattr__(name: str) -> Any: ...

@@ -7,6 +7,7 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,16 @@ import sslkernels
 from sslkernels.ops import registry
 
 SEED = int(os.environ.get("SSLKERNELS_TEST_SEED", "20240601"))
+
+
+def pytest_configure() -> None:
+    """Stops where an extension of an older checkout would be imported in place of the built one."""
+    builds = sorted(path.name for path in Path(sslkernels.__file__).parent.glob("_C.*.so"))
+    if len(builds) > 1:
+        pytest.exit(
+            f"sslkernels has several builds of _C: {', '.join(builds)}; remove all but _C.abi3.so",
+            4,
+        )
 
 
 def pytest_report_header() -> list[str]:

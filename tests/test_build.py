@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 import zipfile
@@ -19,6 +20,7 @@ from helpers import available_isas
 import sslkernels
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # as setup.py decides
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -91,6 +93,12 @@ print("sslkernels._cuda" in sys.modules, "triton" in sys.modules)
     assert done.stdout.split() == ["False", "False"], done.stderr + done.stdout
 
 
+def test_the_extension_serves_every_python() -> None:
+    """Its name says that it uses the limited API only; the compiler has seen to it."""
+    name = Path(sys.modules["sslkernels._C"].__file__ or "").name
+    assert (name == "_C.abi3.so") == LIMITED_API, name
+
+
 def test_the_extension_links_neither_torch_nor_openmp() -> None:
     extension = Path(sys.modules["sslkernels._C"].__file__ or "")
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True, check=False)
@@ -141,7 +149,9 @@ def test_wheel_builds_in_isolation(sdist: Path, tmp_path: Path) -> None:
     print(f"the wheel took {seconds:.0f} s")
     (wheel,) = (tmp_path / "wheels").glob("sslkernels-*.whl")
     held = zipfile.ZipFile(wheel).namelist()
-    assert any(re.fullmatch(r"sslkernels/_C\..*\.so", name) for name in held)
+    extension = "_C.abi3.so" if LIMITED_API else f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert f"sslkernels/{extension}" in held
+    assert not LIMITED_API or "-cp310-abi3-" in wheel.name, wheel.name
     for wanted in ("sslkernels/py.typed", "sslkernels/ops/ema.py", "ssltrain/cli.py"):
         assert wanted in held
     assert any(name.endswith("entry_points.txt") for name in held)

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sslkernels import _C
 
-# csrc/sslkernels.h: enum class DType
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# csrc/bindings.h: Names<DType>
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 class EmaPlan:
@@ -27,20 +31,24 @@ class EmaPlan:
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """See the class."""
         self._plan = _C.EmaPlan(
-            _table(
-                [
-                    (t.data_ptr(), s.data_ptr(), t.numel(), _DTYPES[t.dtype], _DTYPES[s.dtype])
-                    for t, s in zip(targets, sources, strict=True)
-                ],
-                columns=5,
-            )
+            targets=[x.data_ptr() for x in targets],
+            sources=[x.data_ptr() for x in sources],
+            sizes=[x.numel() for x in targets],
+            target_dtypes=[DTYPES[x.dtype] for x in targets],
+            source_dtypes=[DTYPES[x.dtype] for x in sources],
         )
 
     def run(
         self, decay: float, *, stochastic_rounding: bool = False, seed: int = 0, step: int = 0
     ) -> None:
         """Update every target in place."""
-        self._plan.run(decay, stochastic_rounding, seed, step, torch.get_num_threads())
+        self._plan.run(
+            decay=decay,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            step=step,
+            n_threads=torch.get_num_threads(),
+        )
 
 
 class CopyPlan:
@@ -53,21 +61,15 @@ class CopyPlan:
 
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """See the class."""
-        self._table = _table(
-            [
-                (t.data_ptr(), s.data_ptr(), t.numel() * t.element_size())
-                for t, s in zip(targets, sources, strict=True)
-            ],
-            columns=3,
+        self._plan = _C.CopyPlan(
+            targets=[x.data_ptr() for x in targets],
+            sources=[x.data_ptr() for x in sources],
+            bytes=[x.numel() * x.element_size() for x in targets],
         )
 
     def run(self) -> None:
         """Copy every source."""
-        _C.copy_all(self._table)
-
-
-def _table(rows: list[tuple[int, ...]], columns: int) -> np.ndarray:
-    return np.array(rows, dtype=np.int64).reshape(len(rows), columns)
+        self._plan.run()
 
 
 def enqueue_(
@@ -89,18 +91,18 @@ def enqueue_(
         labels = labels.contiguous()
     size, dim = queue.shape
     _C.enqueue(
-        queue.data_ptr(),
-        _DTYPES[queue.dtype],
-        size,
-        dim,
-        queue_ptr.data_ptr(),
-        fill.data_ptr(),
-        keys.data_ptr(),
-        _DTYPES[keys.dtype],
-        keys.shape[0],
-        keys.stride(0),
-        normalize,
-        0 if queue_labels is None else queue_labels.data_ptr(),
-        0 if labels is None else labels.data_ptr(),
-        torch.get_num_threads(),
+        queue=queue.data_ptr(),
+        queue_dtype=DTYPES[queue.dtype],
+        size=size,
+        dim=dim,
+        ptr=queue_ptr.data_ptr(),
+        fill=fill.data_ptr(),
+        keys=keys.data_ptr(),
+        keys_dtype=DTYPES[keys.dtype],
+        n=keys.shape[0],
+        keys_stride=keys.stride(0),
+        normalize=normalize,
+        queue_labels=None if queue_labels is None else queue_labels.data_ptr(),
+        labels=None if labels is None else labels.data_ptr(),
+        n_threads=torch.get_num_threads(),
     )

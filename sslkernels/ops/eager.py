@@ -57,8 +57,8 @@ def bump_versions(tensors: Sequence[Tensor]) -> None:
 
 
 @functools.cache
-def _torch_interface() -> list[int] | None:
-    """Addresses of five functions of torch's stable C interface, or None where torch lacks one.
+def _torch_interface() -> dict[str, int] | None:
+    """Addresses by name of five functions of torch's stable C interface, or None where torch lacks one.
 
     Asking a tensor for its address through Python takes as long as updating 64 elements; asked 80
     times, it would be the whole cost of the update.
@@ -66,10 +66,10 @@ def _torch_interface() -> list[int] | None:
     names = ("data_ptr", "numel", "dtype", "dim", "strides")
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        functions = [getattr(library, f"aoti_torch_get_{name}") for name in names]
+        functions = {name: getattr(library, f"aoti_torch_get_{name}") for name in names}
     except (OSError, AttributeError):
         return None
-    return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+    return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in functions.items()}
 
 
 def watch(tensors: Sequence[Tensor]) -> Any | None:
@@ -82,11 +82,11 @@ def watch(tensors: Sequence[Tensor]) -> Any | None:
     if _C is None or functions is None:
         return None
     try:
-        return _C.TensorWatch(list(tensors), functions)
+        return _C.TensorWatch(tensors=list(tensors), **functions)
     except RuntimeError:  # tensors without memory of their own (functorch wrappers)
         return None
 
 
 def watch_slots(dicts: Sequence[dict[str, Any]]) -> Any | None:
     """An object whose ``unchanged()`` says that no dict got, lost or replaced an entry."""
-    return None if _C is None else _C.SlotWatch(list(dicts))
+    return None if _C is None else _C.SlotWatch(dicts=list(dicts))

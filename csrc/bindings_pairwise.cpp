@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bindings of the tile engine: what is reduced over the tiles of S = scale * Q K^T + bias.
+
+#include "bindings.h"
+#include "narrow_ids.h"
+
+namespace sslk {
+
+template <>
+struct Handle<PairwiseArgs> {
+  static constexpr const char* kName = "tiles";
+};
+
+namespace {
+
+struct Tiles {
+  static constexpr const char* kName = Handle<PairwiseArgs>::kName;
+  static constexpr const char* kDoc = "What S is.  m = -1: the keys are the queries (self mode), and k is None.";
+  PairwiseArgs args;
+  int64_t m = 0;
+  const void* scale = nullptr;  // [1] acc
+  const void* bias = nullptr;   // [1] acc or null
+
+  static Fields fields() {
+    return {
+        SSLK_REQUIRED(Tiles, args.kind, "kind"),
+        SSLK_REQUIRED(Tiles, args.dtype, "dtype"),
+        SSLK_REQUIRED(Tiles, args.d, "d"),
+        SSLK_REQUIRED(Tiles, args.q[0].data, "q"),
+        SSLK_REQUIRED(Tiles, args.q[0].n, "n"),
+        SSLK_REQUIRED(Tiles, args.k[0].data, "k"),
+        SSLK_REQUIRED(Tiles, m, "m"),
+        SSLK_REQUIRED(Tiles, scale, "scale"),
+        SSLK_REQUIRED(Tiles, bias, "bias"),
+        SSLK_REQUIRED(Tiles, args.ids_q, "ids_q"),
+        SSLK_REQUIRED(Tiles, args.ids_k, "ids_k"),
+        SSLK_REQUIRED(Tiles, args.n_threads, "n_threads"),
+    };
+  }
+  PairwiseArgs run() {
+    args.self = m < 0;
+    args.q[0].stride = args.k[0].stride = args.d;
+    args.k[0].n = args.self ? 0 : m;
+    args.scale = read_scalar(scale, args.dtype);
+    args.bias = read_scalar(bias, args.dtype);
+    return args;
+  }
+};
+
+// The tiles with ids that fit into 32 bits.
+class NarrowTiles {
+ public:
+  explicit NarrowTiles(const PairwiseArgs& args) : args_(args) {
+    narrow_.apply(args.dtype, &args_.ids_q, args.rows(), &args_.ids_k, args.self ? 0 : args.cols());
+  }
+  const PairwiseArgs& get() const { return args_; }
+
+ private:
+  PairwiseArgs args_;
+  NarrowIds narrow_;
+};
+
+struct PairwiseForward {
+  using Args = PairwiseArgs;
+  static constexpr const char* kName = "pairwise_forward";
+  static constexpr const char* kDoc = "Reductions of rows and columns, and ranks.";
+  const Args* args = nullptr;
+  PairwiseForwardOut out;
+
+  static Fields fields() {
+    using Call = PairwiseForward;
+    return {
+        SSLK_REQUIRED(Call, out.row, "row"),
+        SSLK_REQUIRED(Call, out.col, "col"),
+        SSLK_REQUIRED(Call, out.threshold_row, "threshold_row"),
+        SSLK_REQUIRED(Call, out.threshold_col, "threshold_col"),
+        SSLK_REQUIRED(Call, out.rank_row, "rank_row"),
+        SSLK_REQUIRED(Call, out.rank_col, "rank_col"),
+    };
+  }
+  void run() { check(kernels().pairwise_forward(NarrowTiles(*args).get(), out)); }
+};
+
+struct PairwiseBackward {
+  using Args = PairwiseArgs;
+  static constexpr const char* kName = "pairwise_backward";
+  static constexpr const char* kDoc = "Gradients of queries and keys; returns the one of the bias.";
+  const Args* args = nullptr;
+  PairwiseBackwardArgs out;
+
+  static Fields fields() {
+    using Call = PairwiseBackward;
+    return {
+        SSLK_REQUIRED(Call, out.row, "row"),   SSLK_REQUIRED(Call, out.col, "col"),
+        SSLK_REQUIRED(Call, out.drow, "drow"), SSLK_REQUIRED(Call, out.dcol, "dcol"),
+        SSLK_REQUIRED(Call, out.dq, "dq"),     SSLK_REQUIRED(Call, out.dk, "dk"),
+    };
+  }
+  double run() {
+    double dbias = 0.0;
+    out.stride = args->d;
+    out.capacity_q = args->q[0].n;
+    out.capacity_k = args->k[0].n;
+    out.dbias = &dbias;
+    check(kernels().pairwise_backward(NarrowTiles(*args).get(), out));
+    return dbias;
+  }
+};
+
+struct Attend {
+  using Args = PairwiseArgs;
+  static constexpr const char* kName = "attend";
+  static constexpr const char* kDoc = "Log-sum-exp of rows, and the mean of the keys with softmax weights.";
+  const Args* args = nullptr;
+  AttendOut out;
+
+  static Fields fields() {
+    using Call = Attend;
+    return {
+        SSLK_REQUIRED(Call, out.lse, "lse"),
+        SSLK_REQUIRED(Call, out.mean_key, "mean_key"),
+        SSLK_REQUIRED(Call, out.threshold, "threshold"),
+        SSLK_REQUIRED(Call, out.rank, "rank"),
+    };
+  }
+  void run() { check(kernels().attend(NarrowTiles(*args).get(), out)); }
+};
+
+struct Extremes {
+  using Args = PairwiseArgs;
+  static constexpr const char* kName = "extremes";
+  static constexpr const char* kDoc = "Of every row, the largest of the same id and the smallest of another.";
+  const Args* args = nullptr;
+  ExtremesOut out;
+
+  static Fields fields() {
+    using Call = Extremes;
+    return {
+        SSLK_REQUIRED(Call, out.bias_k, "bias_k"),
+        SSLK_REQUIRED(Call, out.max_same, "max_same"),
+        SSLK_REQUIRED(Call, out.min_other, "min_other"),
+    };
+  }
+  void run() { check(kernels().extremes(NarrowTiles(*args).get(), out)); }
+};
+
+}  // namespace
+
+void bind_pairwise(Definition& definition) {
+  add_function<Tiles>(definition);
+  add_function<PairwiseForward>(definition);
+  add_function<PairwiseBackward>(definition);
+  add_function<Attend>(definition);
+  add_function<Extremes>(definition);
+}
+
+}  // namespace sslk
