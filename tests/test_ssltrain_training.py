@@ -25,8 +25,8 @@ from ssltrain.config import METHODS, TrainConfig
 from ssltrain.data import load
 from ssltrain.diagnostics import collapse
 from ssltrain.evaluate import SOURCES, few_label_rows, table
-from ssltrain.methods import build_method
-from ssltrain.optim import build_optimizer, warmup_cosine
+from ssltrain.methods import Batch, build_method
+from ssltrain.optim import build_optimizer, build_schedule
 from ssltrain.parallel import World
 from ssltrain.runs import METRICS, epoch_order
 from ssltrain.trainer import fresh_encoder
@@ -192,7 +192,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(
         torch.manual_seed(1)
         views = torch.rand(3, 64, 1, 8, 8, dtype=torch.float64)
         method.prime([views[2]])
-        metrics = method.train_step(views[0], views[1])
+        metrics = method.train_step(Batch(views[0], views[1]))
         grads.append([p.grad for p in method.online.parameters()] + [metrics.loss])
     assert any(grad.abs().max() > 1e-3 for grad in grads[0][:-1])
     for whole, parts in zip(*grads, strict=True):
@@ -208,11 +208,11 @@ def small_method(name: str, data_file: str, *words: str) -> Any:
 
 def test_byol_moves_its_target_after_the_step(digits_file: str) -> None:
     method = small_method("byol", digits_file, "--ema-decay", "0.75")
-    optimizer = build_optimizer(method.config, method.online.parameters())
+    optimizer = build_optimizer(method.config, method.online)
     views = torch.rand(2, 64, 1, 8, 8)
     for step in range(2):
         before = [p.detach().double() for p in method.target.parameters()]
-        method.train_step(views[0], views[1])
+        method.train_step(Batch(views[0], views[1]))
         unmoved = [p.detach().double() for p in method.target.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, unmoved, strict=True))
         optimizer.step()
@@ -235,7 +235,7 @@ def test_moco_averages_first_and_enqueues_last(digits_file: str) -> None:
             parameter.mul_(1.25)
         before = [p.clone() for p in method.target.parameters()]
     seen = len(method.queue)
-    method.train_step(views[0], views[1])
+    method.train_step(Batch(views[0], views[1]))
     online = list(method.network.parameters())
     for target, old, new in zip(method.target.parameters(), before, online, strict=True):
         torch.testing.assert_close(target, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
@@ -363,6 +363,7 @@ def test_the_demo_compares_the_three_methods(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ssltrain.plots.flat_map", lambda features: features[:, :2])  # t-SNE: slow
+    monkeypatch.setattr("ssltrain.evaluate.PROBE_ITERATIONS", 20)
     assert main(["demo", *SMALL, "--epochs", "1", "--batch-size", "256"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-5:]
     titles = [line.split("  ")[0] for line in last]
@@ -435,7 +436,7 @@ def test_optimizers_decay_matrices_only(name: str) -> None:
     config = TrainConfig(optimizer=name, base_lr=0.1, weight_decay=0.5)  # type: ignore[arg-type]
     layer = nn.Linear(3, 3)
     nn.init.ones_(layer.bias)
-    optimizer = build_optimizer(config, layer.parameters())
+    optimizer = build_optimizer(config, layer)
     size = layer.weight.norm().item()
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -444,20 +445,37 @@ def test_optimizers_decay_matrices_only(name: str) -> None:
     assert layer.weight.norm().item() < size
 
 
-def test_warmup_then_cosine() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = warmup_cosine(optimizer, warmup_steps=4, total_steps=20)
-    rates = []
-    for _ in range(20):
-        rates.append(schedule.get_last_lr()[0])
+def rates(schedule_name: str, steps: int, warmup: float, fixed: bool = False) -> list[float]:
+    """The learning rate of each step at a peak of 2, and the one after the last."""
+    config = TrainConfig(schedule=schedule_name, warmup=warmup, optimizer="sgd", base_lr=2.0)  # type: ignore[arg-type]
+    layer = nn.Linear(1, 1)
+    optimizer = build_optimizer(config, layer, layer if fixed else None)
+    schedule = build_schedule(optimizer, config, steps)
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[-1])
         optimizer.step()
         schedule.step()
-    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
-    assert rates[12] == pytest.approx(1.0) and 0 < rates[-1] < 0.05
-    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+    return [*found, schedule.get_last_lr()[-1]]
 
 
-@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_warmup_then_cosine() -> None:
+    found = rates("cosine", 20, warmup=0.2)
+    assert found[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert found[12] == pytest.approx(1.0) and 0 < found[19] < 0.05
+    assert found[20] == pytest.approx(0, abs=1e-9)
+
+
+def test_other_schedules() -> None:
+    found = rates("steps", 20, warmup=0.1)
+    assert found[:2] == pytest.approx([2 / 3, 4 / 3])
+    assert found[2:12] == pytest.approx([2.0] * 10)
+    assert found[12:16] == pytest.approx([0.2] * 4) and found[16:] == pytest.approx([0.02] * 5)
+    assert rates("constant", 4, warmup=0.0) == [2.0] * 5
+    assert rates("cosine", 4, warmup=0.5, fixed=True) == [2.0] * 5, "SimSiam's predictor"
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "moco3"])
 def test_two_processes_share_a_run(method: str, digits_file: str, tmp_path: Path) -> None:
     """Two gloo processes train together, with shared negatives, and one writes the run."""
     with socket.socket() as free:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thin SimCLR, BYOL and MoCo trainers on the fused operations of ``sslkernels``.
+"""Thin trainers (SimCLR, BYOL, MoCo and their kin) on the fused operations of ``sslkernels``.
 
 The package holds no numerics of its own: losses, queues and averages come from the public API
 of ``sslkernels``, augmentations from kornia, probes from scikit-learn. Start with the command

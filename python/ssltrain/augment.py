@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two random views of a batch, drawn by kornia on the device of the batch."""
+"""The random views of a batch, drawn by kornia on the device of the batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import torch
@@ -16,7 +17,7 @@ with warnings.catch_warnings():  # kornia's import touches deprecated names of t
 
 
 class TwoViews(nn.Module):
-    """Two augmentations of each image of a batch.
+    """Two augmentations of each image of a batch, and the small crops of multi-crop.
 
     Randomness comes from torch's global generator alone, so its state is all that a checkpoint
     needs to continue the same stream of views.
@@ -25,6 +26,14 @@ class TwoViews(nn.Module):
     def __init__(self, config: TrainConfig, channels: int, size: tuple[int, int]) -> None:
         super().__init__()
         self.transform = nn.Sequential(*_transforms(config, channels, size))
+        self.crops = config.crops
+        if self.crops:
+            side = config.crop_size
+            small = (side, side) if side else ((size[0] + 1) // 2, (size[1] + 1) // 2)
+            area = (min(config.crop_min, config.crop_max), config.crop_max)
+            rest = dataclasses.replace(config, crop_min=1.0)
+            cut = K.RandomResizedCrop(small, scale=area, cropping_mode="resample", p=1.0)
+            self.small = nn.Sequential(cut, *_transforms(rest, channels, small))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +49,21 @@ class TwoViews(nn.Module):
         # One call for both views: half the overhead, and every image draws its own parameters.
         view_1, view_2 = self.transform(torch.cat([pixels, pixels])).clamp_(0, 1).chunk(2)
         return view_1, view_2
+
+    @torch.no_grad()
+    def small_views(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The small views of multi-crop.
+
+        Args:
+            images: uint8 [B, C, H, W].
+
+        Returns:
+            ``--crops`` views, float32 [B, C, S, S] from 0 to 1 each.
+        """
+        if not self.crops:
+            return ()
+        pixels = (images.float() / 255).repeat(self.crops, 1, 1, 1)
+        return self.small(pixels).clamp_(0, 1).chunk(self.crops)
 
 
 def _transforms(config: TrainConfig, channels: int, size: tuple[int, int]) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from ssltrain.config import (
     flag,
 )
 from ssltrain.errors import UserError, note
+from ssltrain.presets import RECIPES, recipe, recipe_names
 
 # torch, kornia, scikit-learn and matplotlib take seconds to import: the functions below import
 # them when they are needed, so that help and a mistyped flag answer at once.
@@ -33,13 +34,15 @@ USAGE = """\
 usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
        ssltrain METHOD --resume RUN            continue a run bit for bit, or for more --epochs
        ssltrain METHOD --init-from RUN         start a new run from the weights of another
-       ssltrain demo [flags]                   train all three methods on digits
+       ssltrain METHOD --recipe NAME           start with the settings of a paper
+       ssltrain recipes [NAME]                 list or show these settings
+       ssltrain demo [flags]                   train SimCLR, BYOL and MoCo on digits
        ssltrain eval RUN [--data DATA]         evaluate a run again
        ssltrain embed RUN [--data DATA]        write the features of a data set
        ssltrain plot RUN [--data DATA]         draw a run again
 
-METHOD is simclr, byol or moco. Every run has a folder (the default is runs/METHOD-DATA-seedN).
-'ssltrain simclr --help' lists the flags; docs/training.md explains them.
+METHOD is simclr, byol, moco, moco3, simsiam or supcon. Every run has a folder (the default is
+runs/METHOD-DATA-seedN). 'ssltrain simclr --help' lists the flags; docs/training.md explains them.
 """
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -79,7 +82,9 @@ def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command in METHODS:
         return _train(command, rest)
-    commands = {"demo": _demo, "eval": _eval, "embed": _embed, "plot": _plot}
+    commands = {
+        "recipes": _recipes, "demo": _demo, "eval": _eval, "embed": _embed, "plot": _plot,
+    }  # fmt: skip
     if command not in commands:
         raise UserError(
             f"unknown command '{command}'; choose one of {', '.join([*METHODS, *commands])}"
@@ -116,6 +121,8 @@ def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunF
 
         kind, _ = locate(values["data"])
         defaults, folder = TrainConfig.from_presets(method, values["data"], kind), None
+        if values["recipe"]:
+            defaults = dataclasses.replace(defaults, **recipe(values["recipe"]))
     else:
         from ssltrain.runs import RunFolder
 
@@ -257,13 +264,34 @@ def _report(opened: _Opened, evaluate: bool) -> None:
     print("wrote " + ", ".join(str(path) for path in written), flush=True)
 
 
+def _recipes(arguments: list[str]) -> int:
+    """List the recipes, each by the first line of its file, or show one."""
+    parser = OneLineParser(
+        prog="ssltrain recipes", description="settings of the papers, for --recipe and --config",
+        allow_abbrev=False, default_env=False,
+    )  # fmt: skip
+    parser.add_argument("name", type=str, nargs="?", help="recipe to show as a file for --config")
+    name = parser.parse_args(arguments).as_dict()["name"]
+    if name:
+        recipe(name)
+        print((RECIPES / f"{name}.yaml").read_text(), end="")
+        return 0
+    for name in recipe_names():
+        first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+        print(f"{name:<18}{first.removeprefix('# ')}")
+    return 0
+
+
+DEMO = ("simclr", "byol", "moco")
+
+
 def _demo(arguments: list[str]) -> int:
-    """Train the three methods on digits with the same flags, then print them side by side."""
+    """Train three methods on digits with the same flags, then print them side by side."""
     from ssltrain.evaluate import summary
     from ssltrain.runs import RunFolder
 
     folders = {}
-    for method in METHODS:
+    for method in DEMO:
         config, resume = read_arguments(method, arguments)
         if resume is not None or config.run:
             raise UserError("ssltrain demo starts three new runs: drop --resume and --run")

@@ -19,8 +19,11 @@ from jsonargparse import ArgumentParser
 from ssltrain.errors import UserError
 from ssltrain.presets import preset
 
-METHODS = ("simclr", "byol", "moco")
-TITLES = {"simclr": "SimCLR", "byol": "BYOL", "moco": "MoCo"}
+TITLES = {
+    "simclr": "SimCLR", "byol": "BYOL", "moco": "MoCo", "moco3": "MoCo v3", "simsiam": "SimSiam",
+    "supcon": "SupCon",
+}  # fmt: skip
+METHODS = tuple(TITLES)
 
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.
 RUNTIME_FIELDS = frozenset(
@@ -48,7 +51,9 @@ class TrainConfig:
     (``ssltrain.presets``), then by ``--config FILE``, then by flags.
     """
 
-    method: Literal["simclr", "byol", "moco"] = _option("simclr", "run", "training method")
+    method: Literal["simclr", "byol", "moco", "moco3", "simsiam", "supcon"] = _option(
+        "simclr", "run", "training method"
+    )
     data: str = _option(
         "digits", "data", "digits, or a path, or mnist:DIR, cifar10:DIR, npz:FILE, folder:DIR"
     )
@@ -81,20 +86,39 @@ class TrainConfig:
         2048, "data", "an image folder up to this size, decoded, is held in memory (MB)"
     )
 
+    recipe: str = _option(
+        "", "run", "settings of a paper, which replace the presets: 'ssltrain recipes' lists them"
+    )
+
     backbone: str = _option("resnet", "model", "resnet, timm:NAME or module:factory")
     width: int = _option(32, "model", "channels of the first stage of resnet")
     stages: int = _option(4, "model", "stages of resnet; each after the first halves the image")
     blocks: int = _option(2, "model", "residual blocks a stage of resnet")
-    projector_hidden: int = _option(512, "model", "hidden width of projector and predictor")
+    projector_hidden: int = _option(512, "model", "hidden width of the projector")
     projector_dim: int = _option(128, "model", "output width of projector and predictor")
+    projector_layers: int = _option(
+        0, "model", "layers of the projector; 0 is as in the paper of the method, 1 is linear"
+    )
+    predictor_hidden: int = _option(
+        0,
+        "model",
+        "hidden width of the predictor; 0 is that of the projector (byol, moco3) or a quarter of "
+        "the output (simsiam)",
+    )
 
-    temperature: float = _option(0.1, "loss", "softmax temperature (simclr, moco)")
+    temperature: float = _option(0.1, "loss", "softmax temperature (not byol, simsiam)")
     queue_size: int = _option(4096, "loss", "negatives kept in the queue (moco)")
+    queue_dtype: Literal["float32", "bf16"] = _option(
+        "float32", "loss", "precision of the queue (moco)"
+    )
     ema_decay: float = _option(
-        0.99, "loss", "decay of the target network; byol raises it to 1 along a cosine"
+        0.99, "loss", "decay of the target network; byol and moco3 raise it to 1 along a cosine"
     )
     symmetric: bool = _option(
-        False, "loss", "moco: also use view 2 as query and view 1 as key (byol always does)"
+        False, "loss", "moco: also use view 2 as query and view 1 as key (the others always do)"
+    )
+    loss_backend: Literal["fused", "eager"] = _option(
+        "fused", "loss", "losses, queue and average of sslkernels, or plain PyTorch to compare with"
     )
 
     crop_min: float = _option(0.2, "augmentation", "least area of a random crop; 1 turns it off")
@@ -109,6 +133,13 @@ class TrainConfig:
     elastic: float = _option(0.0, "augmentation", "strength of elastic deformation")
     erase: float = _option(0.0, "augmentation", "probability of erasing a rectangle")
     noise: float = _option(0.0, "augmentation", "standard deviation of Gaussian noise")
+    crops: int = _option(
+        0,
+        "augmentation",
+        "small views of each image beside the two (multi-crop: simclr, byol, supcon)",
+    )
+    crop_size: int = _option(0, "augmentation", "pixels a side of small views; 0 is half the image")
+    crop_max: float = _option(0.4, "augmentation", "largest area of small views")
 
     epochs: int = _option(100, "optimisation", "passes over the training images")
     batch_size: int = _option(256, "optimisation", "images a step, over all processes")
@@ -120,7 +151,17 @@ class TrainConfig:
     momentum: float = _option(0.9, "optimisation", "momentum (sgd, lars)")
     weight_decay: float = _option(5e-4, "optimisation", "weight decay, not on biases and norms")
     warmup: float = _option(0.1, "optimisation", "share of the steps for linear warm-up")
-    amp: Literal["none", "bf16"] = _option("none", "optimisation", "autocast of the networks")
+    schedule: Literal["cosine", "steps", "constant"] = _option(
+        "cosine",
+        "optimisation",
+        "of the learning rate; steps divides by 10 after 60 and 80 percent",
+    )
+    clip_grad: float = _option(
+        0.0, "optimisation", "largest norm of the gradient of a step; 0 does not clip"
+    )
+    amp: Literal["none", "bf16", "fp16"] = _option(
+        "none", "optimisation", "autocast of the networks; fp16 scales the loss"
+    )
 
     seed: int = _option(0, "run", "seed of weights, order and augmentation")
     init_from: str = _option("", "run", "run folder whose weights the run starts from")
@@ -145,7 +186,8 @@ class TrainConfig:
             "epochs", "batch_size", "log_every", "save_every",
         )  # fmt: skip
         not_negative = (
-            "image_size", "micro_batch", "weight_decay", "cache_mb", "stop_after", "threads",
+            "image_size", "micro_batch", "weight_decay", "cache_mb", "clip_grad",
+            "projector_layers", "predictor_hidden", "crops", "crop_size", "stop_after", "threads",
             "jitter", "rotate", "translate", "zoom", "shear", "elastic", "noise", "base_lr", "seed",
         )  # fmt: skip
         for name in positive:
@@ -155,7 +197,10 @@ class TrainConfig:
         for name in ("flip", "gray", "blur", "erase", "ema_decay", "momentum", "warmup"):
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check("temperature", self.temperature > 0, "greater than 0")
-        self._check("crop_min", 0 < self.crop_min <= 1, "greater than 0 and at most 1")
+        for name in ("crop_min", "crop_max"):
+            self._check(name, 0 < getattr(self, name) <= 1, "greater than 0 and at most 1")
+        several = self.method in ("simclr", "byol", "supcon")
+        self._check("crops", several or not self.crops, f"0, as {self.method} has two views")
         self._check("zoom", self.zoom < 1, "less than 1")
         self._check("batch_size", self.batch_size >= 2, "at least 2 (a loss needs negatives)")
         parse_range(self.pixel_range)

@@ -154,12 +154,36 @@ def _feature_dim(backbone: nn.Module, channels: int, size: tuple[int, int]) -> i
     return features.shape[1]
 
 
-def mlp_head(in_dim: int, hidden: int, out_dim: int, norm: bool = True) -> nn.Sequential:
-    """Linear, batch norm (optional), ReLU, linear: the projector and predictor of the papers."""
-    layers: list[nn.Module] = [nn.Linear(in_dim, hidden, bias=not norm)]
-    if norm:
-        layers.append(nn.BatchNorm1d(hidden))
-    return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden, out_dim))
+def mlp_head(
+    in_dim: int,
+    hidden: int,
+    out_dim: int,
+    *,
+    layers: int = 2,
+    norm: bool = True,
+    norm_out: bool = False,
+) -> nn.Sequential:
+    """The projectors and predictors of the papers: linear layers with ReLU between them.
+
+    Args:
+        in_dim: width of the input.
+        hidden: width between layers.
+        out_dim: width of the output.
+        layers: how many linear layers; 1 is a linear head.
+        norm: batch norm before each ReLU.
+        norm_out: batch norm without scale and shift at the end.
+    """
+    steps: list[nn.Module] = []
+    for _ in range(layers - 1):
+        steps.append(nn.Linear(in_dim, hidden, bias=not norm))
+        if norm:
+            steps.append(nn.BatchNorm1d(hidden))
+        steps.append(nn.ReLU(inplace=True))
+        in_dim = hidden
+    steps.append(nn.Linear(in_dim, out_dim, bias=not norm_out))
+    if norm_out:
+        steps.append(nn.BatchNorm1d(out_dim, affine=False))
+    return nn.Sequential(*steps)
 
 
 class Network(nn.Module):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -13,21 +12,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from ssltrain.config import TrainConfig
 from ssltrain.errors import UserError
 
+DROPS = (0.6, 0.8)  # of the training: epochs 120 and 160 of 200 in MoCo's recipe
 
-def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
+
+def build_optimizer(
+    config: TrainConfig, online: nn.Module, fixed: nn.Module | None = None
+) -> Optimizer:
     """The optimiser of ``config``; biases and norm weights get no weight decay.
+
+    Args:
+        config: the run.
+        online: what is trained.
+        fixed: the part of it whose learning rate stays at its peak.
 
     Raises:
         UserError: ``--optimizer lars`` without the package that holds it.
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    kept = set() if fixed is None else set(fixed.parameters())
+    groups = []
+    for constant in (False, True) if kept else (False,):
+        own = [p for p in online.parameters() if (p in kept) == constant]
+        matrices = [p for p in own if p.ndim > 1]
+        vectors = [p for p in own if p.ndim <= 1]
+        groups.append(
+            {"params": matrices, "weight_decay": config.weight_decay, "constant": constant}
+        )
+        groups.append({"params": vectors, "weight_decay": 0.0, "constant": constant})
     lr = config.learning_rate
     if config.optimizer == "adamw":
         return AdamW(groups, lr=lr)
@@ -44,20 +54,30 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     return lars
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up to the peak rate, then a half cosine to 0, stepped once a step."""
+def build_schedule(optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
+    """Linear warm-up to the peak rate, then what ``--schedule`` says; ``set_step`` moves it."""
+    warmup_steps = round(config.warmup * total_steps)
 
     def scale(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "steps":
+            share = step / max(1, total_steps)
+            return 0.1 ** sum(share >= drop for drop in DROPS)
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
-    return LambdaLR(optimizer, scale)
+    groups = optimizer.param_groups
+    return LambdaLR(optimizer, [(lambda _: 1.0) if g["constant"] else scale for g in groups])
 
 
 def set_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule at ``step``, and the learning rates where it says; its length may differ."""
+    """Put a schedule at ``step``, and the learning rates where it says.
+
+    ``schedule.step()`` would count, and complain of the steps that a gradient scaler leaves out.
+    """
     schedule.last_epoch = step
     rates = [
         base * scale(step)

@@ -46,6 +46,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows [N, D] of every process in the order of ranks, [size * N, D], without gradient."""
+        if self.size == 1:
+            return rows
+        found = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """``module`` under DDP, with batch norm over all processes where torch offers it."""
         module.to(self.device)

@@ -1,31 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defaults by method and kind of data set, each with where it comes from."""
+"""Defaults by method and kind of data set, each with where it comes from; the papers' recipes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-# What the papers prescribe, on any images. Learning rates are for 256 images a step.
-_METHODS: dict[str, dict[str, Any]] = {
-    # Chen et al. 2020, arXiv:2002.05709: LARS, 0.3 x B/256, weight decay 1e-6, temperature 0.1,
-    # 10 epochs of warm-up, projector to 128.
-    "simclr": {
-        "optimizer": "lars", "base_lr": 0.3, "weight_decay": 1e-6, "temperature": 0.1,
-        "projector_hidden": 2048, "projector_dim": 128,
-    },
-    # Grill et al. 2020, arXiv:2006.07733: projector and predictor 4096 -> 256, LARS 0.45 x B/256,
-    # weight decay 1e-6 and base decay 0.99 at 100 epochs.
-    "byol": {
-        "optimizer": "lars", "base_lr": 0.45, "weight_decay": 1e-6, "ema_decay": 0.99,
-        "projector_hidden": 4096, "projector_dim": 256,
-    },
-    # He et al. 2020, arXiv:1911.05722, with the head and temperature of v2, arXiv:2003.04297.
-    "moco": {
-        "optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "temperature": 0.2,
-        "ema_decay": 0.999, "queue_size": 65536, "warmup": 0.0,
-        "projector_hidden": 2048, "projector_dim": 128,
-    },
-}  # fmt: skip
+import yaml
+
+from ssltrain.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+# What a paper prescribes for its method on any images; the rest of a recipe is for its own data.
+_OF_THE_METHOD = (
+    "optimizer", "base_lr", "momentum", "weight_decay", "warmup", "schedule", "temperature",
+    "ema_decay", "queue_size", "projector_hidden", "projector_dim", "projector_layers",
+    "symmetric",
+)  # fmt: skip
 
 # Pen strokes on black. No flips and no crops: a mirrored or cut digit is another sign, or none.
 # The ranges are those within which a person still writes, and sees, the same digit.
@@ -73,16 +64,38 @@ _PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     ("simclr", "mnist"): {"temperature": 0.2},
     ("byol", "mnist"): {"ema_decay": 0.99},
     ("moco", "mnist"): {"ema_decay": 0.99, "queue_size": 4096},
-    ("simclr", "cifar10"): {"temperature": 0.5},  # appendix B.9
-    # The authors' CIFAR-10 demonstration: K 4096, m 0.99, T 0.1, SGD 0.06 at 512, decay 5e-4.
-    ("moco", "cifar10"): {
-        "queue_size": 4096, "ema_decay": 0.99, "temperature": 0.1, "base_lr": 0.03,
-        "weight_decay": 5e-4, "symmetric": True,
-    },
     ("moco", "npz"): {"queue_size": 4096, "ema_decay": 0.99},
+    # A batch of 128 has few negatives: a temperature between those of SimCLR here and the paper's.
+    ("moco3", "digits"): {"temperature": 0.5, "ema_decay": 0.98},
+    ("supcon", "digits"): {"temperature": 0.2},
 }  # fmt: skip
 
 
 def preset(method: str, kind: str) -> dict[str, Any]:
     """The values that ``method`` on data of ``kind`` sets away from the general defaults."""
-    return {**_METHODS[method], **_KINDS[kind], **_PAIRS.get((method, kind), {})}
+    pair = _PAIRS.get((method, kind), {})
+    if f"{method}-{kind}" in recipe_names():
+        pair = _of_the_method(f"{method}-{kind}")
+    return {**_of_the_method(method), **_KINDS[kind], **pair}
+
+
+def _of_the_method(name: str) -> dict[str, Any]:
+    return {key: value for key, value in recipe(name).items() if key in _OF_THE_METHOD}
+
+
+def recipe_names() -> list[str]:
+    """The recipes there are."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe: a paper's, for its own data. Each method has one of its name.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    path = RECIPES / f"{name}.yaml"
+    if name not in recipe_names():
+        raise UserError(f"--recipe must be one of {', '.join(recipe_names())}, got {name}")
+    settings: dict[str, Any] = yaml.safe_load(path.read_text())
+    return settings

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tensorboardX import SummaryWriter
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ssltrain.augment import TwoViews
@@ -20,9 +21,9 @@ from ssltrain.config import TrainConfig
 from ssltrain.data import ImageData, Images, check_resumed, fingerprint
 from ssltrain.diagnostics import collapse
 from ssltrain.errors import UserError, note
-from ssltrain.methods import StepMetrics, build_method, online_weights
+from ssltrain.methods import Batch, StepMetrics, build_method, online_weights
 from ssltrain.models import Encoder, build_encoder
-from ssltrain.optim import build_optimizer, set_step, warmup_cosine
+from ssltrain.optim import build_optimizer, build_schedule, set_step
 from ssltrain.parallel import World
 from ssltrain.runs import (
     RunFolder,
@@ -110,10 +111,10 @@ class Trainer:
         encoder = fresh_encoder(config, data)
         self.method = build_method(config, encoder, world, self.total_steps)
         self.method.train()
-        parameters = self.method.online.parameters()
-        self.optimizer = build_optimizer(config, parameters)
-        warmup_steps = round(config.warmup * self.total_steps)
-        self.schedule = warmup_cosine(self.optimizer, warmup_steps, self.total_steps)
+        if self.method.needs_labels and data.train.labels is None:
+            raise UserError(f"{config.method} trains on labels, and {data.name} {data.unlabelled}")
+        self.optimizer = build_optimizer(config, self.method.online, self.method.fixed_rate())
+        self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.views = TwoViews(config, data.channels, data.size)
         self.sums = torch.zeros(len(StepMetrics._fields), device=world.device)
         # Every process draws its own views; the weights above came from the same seed in all.
@@ -151,6 +152,7 @@ class Trainer:
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
+                "scaler": self.method.scaler.state_dict(),
                 "sums": self.sums,
                 "random": random_states,
             }
@@ -186,6 +188,7 @@ class Trainer:
                 f"that, got {self.config.epochs}"
             )
         self.schedule.load_state_dict(state["schedule"])
+        self.method.scaler.load_state_dict(state.get("scaler", {}))
         set_step(self.schedule, step)
         self.method.step = step
         if same_epochs:
@@ -221,7 +224,7 @@ class Trainer:
             if first == 0:
                 # An order that no epoch has; a generator, so that only what is used is read.
                 order = epoch_order(len(self.data.train), self.config.seed, self.config.epochs)
-                self.method.prime(self._views(order, i)[0] for i in range(self.steps_per_epoch))
+                self.method.prime(self._batch(order, i).view_1 for i in range(self.steps_per_epoch))
             for epoch in range(start_epoch, self.config.epochs):
                 self._epoch(epoch, last, bar, events)
                 if self.method.step >= last or self._stop:
@@ -264,21 +267,29 @@ class Trainer:
 
     def _step(self, order: Tensor, position: int) -> StepMetrics:
         """One optimiser step on the batch at ``position`` of ``order``."""
-        view_1, view_2 = self._views(order, position)
-        metrics = self.method.train_step(view_1, view_2)
-        self.optimizer.step()
+        metrics = self.method.train_step(self._batch(order, position))
+        scaler = self.method.scaler
+        if self.config.clip_grad:
+            scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.method.online.parameters(), self.config.clip_grad)
+        scaler.step(self.optimizer)
+        scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
         self.method.after_step()
+        set_step(self.schedule, self.method.step)
         return metrics
 
-    def _views(self, order: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Two views of this process's part of the batch at ``position`` of ``order``."""
+    def _batch(self, order: Tensor, position: int) -> Batch:
+        """Views of this process's part of the batch at ``position`` of ``order``."""
         share = self.config.batch_size // self.world.size
         begin = position * self.config.batch_size + self.world.rank * share
-        images = self.data.train.images.read(order[begin : begin + share])
-        view_1, view_2 = self.views(images.to(self.world.device, non_blocking=True))
-        return view_1, view_2
+        rows = order[begin : begin + share]
+        images = self.data.train.images.read(rows).to(self.world.device, non_blocking=True)
+        view_1, view_2 = self.views(images)
+        labels = None
+        if self.method.needs_labels and self.data.train.labels is not None:
+            labels = torch.from_numpy(self.data.train.labels)[rows].to(self.world.device)
+        return Batch(view_1, view_2, self.views.small_views(images), labels)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses, queue and average as plain PyTorch trainers write them: ``--loss-backend eager``.
+
+The same functions as in ``sslkernels``, with the arguments that the methods use, so that a whole run
+can be compared: its time, its memory and its curve. Logits are computed once, as a matrix, for the
+loss and for its metrics. One process only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sslkernels
+from sslkernels import ContrastiveMetrics, cosine_decay, reference
+
+__all__ = [
+    "EMA",
+    "KeyQueue",
+    "byol_loss",
+    "cosine_decay",
+    "info_nce_loss",
+    "nt_xent_loss",
+    "simsiam_loss",
+    "sup_con_loss",
+]
+
+byol_loss = reference.byol_loss
+simsiam_loss = reference.simsiam_loss
+sup_con_loss = reference.sup_con_loss
+
+
+def nt_xent_loss(
+    z1: Any,
+    z2: Tensor | None = None,
+    temperature: float = 0.1,
+    *,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
+    """NT-Xent of two views [N, D], or of a list of more as the first argument."""
+    if z2 is None:
+        return reference.nt_xent_loss(z1, None, temperature, return_metrics=return_metrics)
+    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    rows = len(z)
+    logits = z @ z.T / temperature
+    logits.fill_diagonal_(-torch.inf)
+    partner = torch.arange(rows, device=z.device).roll(rows // 2)
+    loss = F.cross_entropy(logits, partner)
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        whole = z.sum(0).square().sum() - z.square().sum()  # of all similarities but one's own
+        return loss, _metrics(logits, partner, temperature, whole, rows * (rows - 1))
+
+
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float = 0.1,
+    *,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
+    """InfoNCE of queries [N, D] in batch, or against negatives [K, D]."""
+    q, k = F.normalize(query.float(), dim=1), F.normalize(positive_key.float(), dim=1)
+    if negative_keys is None:
+        logits = q @ k.T / temperature
+        partner = torch.arange(len(q), device=q.device)
+    else:
+        negatives = F.normalize(negative_keys.float(), dim=1)
+        positive = (q * k).sum(dim=1, keepdim=True)
+        logits = torch.cat([positive, q @ negatives.T], dim=1) / temperature
+        partner = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    loss = F.cross_entropy(logits, partner)
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        whole = logits.sum() * temperature
+        return loss, _metrics(logits, partner, temperature, whole, logits.numel())
+
+
+def _metrics(
+    logits: Tensor, partner: Tensor, temperature: float, whole: Tensor, pairs: int
+) -> ContrastiveMetrics:
+    """What trainers log of logits [N, K] whose similarities add up to ``whole`` over ``pairs``."""
+    rows = len(logits)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == partner[:, None]
+    positive = logits.gather(1, partner[:, None]).sum() * temperature
+    return ContrastiveMetrics(
+        top1=best[:, 0].float().mean(),
+        top5=best.any(dim=1).float().mean(),
+        positive_similarity=positive / rows,
+        negative_similarity=(whole - positive) / max(pairs - rows, 1),
+    )
+
+
+class EMA(sslkernels.EMA):
+    """The moving average with a loop over parameters; its checkpoints are those of the fused one."""
+
+    @torch.no_grad()
+    def update(self, online: nn.Module, step: int | None = None) -> None:
+        """Move the average towards a network."""
+        step = self.step if step is None else step
+        decay = self.decay(step) if callable(self.decay) else self.decay
+        for average, weight in zip(self.module.parameters(), online.parameters(), strict=True):
+            average.mul_(decay).add_(weight, alpha=1 - decay)
+        for copy, buffer in zip(self.module.buffers(), online.buffers(), strict=True):
+            copy.copy_(buffer)
+        self.step = step + 1
+
+
+class KeyQueue(sslkernels.KeyQueue):
+    """The queue with indexing; its checkpoints are those of the fused one."""
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Normalise and write a batch of keys [N, D]."""
+        begin = int(self.queue_ptr)
+        rows = torch.arange(begin, begin + len(keys), device=keys.device) % self.size
+        kept = slice(-self.size, None)  # of more keys than rows, the newest
+        self.queue[rows[kept]] = F.normalize(keys[kept].float(), dim=1).to(self.queue.dtype)
+        self.queue_ptr[0] = (begin + len(keys)) % self.size
+        self.fill.add_(len(keys)).clamp_(max=self.size)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods, each a network and one ``train_step``.
+
+A ``train_step`` runs forward and backward and leaves the gradients in the parameters. The losses,
+the queue and the moving average are those of ``sslkernels``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ssltrain.config import TrainConfig
+from ssltrain.errors import UserError
+from ssltrain.methods.base import (
+    Batch,
+    Method,
+    StepMetrics,
+    load_encoder,
+    online_weights,
+    part_of,
+)
+from ssltrain.methods.byol import BYOL
+from ssltrain.methods.moco import MoCo, MoCo3
+from ssltrain.methods.simclr import SimCLR, SupCon
+from ssltrain.methods.simsiam import SimSiam
+from ssltrain.models import Encoder
+from ssltrain.parallel import World
+
+__all__ = [
+    "BYOL",
+    "Batch",
+    "Method",
+    "MoCo",
+    "MoCo3",
+    "SimCLR",
+    "SimSiam",
+    "StepMetrics",
+    "SupCon",
+    "build_method",
+    "load_encoder",
+    "online_weights",
+    "part_of",
+]
+
+_METHODS: dict[str, Callable[..., Method]] = {
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "moco": MoCo,
+    "moco3": MoCo3,
+    "simsiam": SimSiam,
+    "supcon": SupCon,
+}
+
+
+def build_method(config: TrainConfig, encoder: Encoder, world: World, total_steps: int) -> Method:
+    """The method that ``config`` names, on the device of ``world``.
+
+    Raises:
+        UserError: a setting that the method cannot serve with this many processes.
+    """
+    if world.size > 1 and config.loss_backend == "eager":
+        raise UserError("--loss-backend eager runs in one process; start it without torchrun")
+    if world.size > 1 and config.crops and config.method == "simclr":
+        raise UserError("--crops of simclr runs in one process; start it without torchrun")
+    return _METHODS[config.method](config, encoder, world, total_steps)
