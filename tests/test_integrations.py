@@ -230,7 +230,7 @@ def test_every_peer_is_described(name: str) -> None:
 
 
 def test_handing_over_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    _glue._say.cache_clear()
+    _glue.say.cache_clear()
     for _ in range(2):
         assert _glue.hand_over("torch.nn.functional.normalize", "a reason") is (
             torch.nn.functional.normalize

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ def torch_errors(function: _F) -> _F:
 
 
 @functools.cache
-def _say(what: str, why: str) -> None:
+def say(what: str, why: str) -> None:
+    """Log that the original computes something; each reason once."""
     LOG.warning("%s: handed over to the original (%s)", what, why)
 
 
@@ -63,7 +64,7 @@ def hand_over(path: str, why: str) -> Any:
             f"{name}: {why} needs the original of {path.partition('.')[0]}, "
             f"which can't be imported here ({error})"
         ) from None
-    _say(name, why)
+    say(name, why)
     return theirs
 
 
@@ -78,6 +79,17 @@ def temperature_like(value: float | Tensor, like: Tensor) -> float | Tensor:
         return value
     return torch.full((), value, dtype=torch.promote_types(like.dtype, torch.float32),
                       device=like.device)  # fmt: skip
+
+
+def as_peer(loss: Any, *inputs: Tensor) -> Tensor:
+    """The loss in the dtype that plain torch would return: that of the inputs, except in autocast.
+
+    It has been accumulated in float32 at least, and is rounded here once.
+    """
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs))
+    if loss.dtype == dtype or torch.is_autocast_enabled(loss.device.type):
+        return cast(Tensor, loss)
+    return cast(Tensor, loss.to(dtype))
 
 
 def world_size() -> int:

@@ -6,16 +6,19 @@ Everything here takes plain tensors and returns plain tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sslkernels.backends.chunked import accumulation_dtype
 from sslkernels.ops import pairwise as _pairwise
 from sslkernels.ops import queue as _queue
 from sslkernels.ops import rows as _rows
 
-__all__ = ["enqueue_", "gather_rows", "nearest", "unit"]
+PAIRS_AT_ONCE = 1 << 14  # rows of 128 floats: 8 MB each
 
 
 def unit(x: Tensor) -> Tensor:
@@ -49,3 +52,112 @@ def nearest(x: Tensor, bank: Tensor) -> Tensor:
         ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         other = torch.ones(len(bank), dtype=torch.int64, device=x.device)
         return _pairwise.extremes(x, bank, scale=scale, ids_q=ids, ids_k=other).min_other
+
+
+def lse(
+    q: Tensor,
+    k: Tensor | None,
+    temperature: float | Tensor,
+    ids_q: Tensor | None = None,
+    ids_k: Tensor | None = None,
+) -> Tensor:
+    """[N]: log sum_j exp(<q_i, k_j> / temperature) over the j whose id is not that of i.
+
+    Args:
+        q: [N, D].
+        k: [M, D], or None for k = q and ids_k = ids_q.
+        temperature: A number of any sign, or a tensor of one element.
+        ids_q: [N] int64; None leaves out nothing.
+        ids_k: [M] int64.
+    """
+    acc = accumulation_dtype(q.dtype)
+    if isinstance(temperature, Tensor):
+        scale = temperature.reshape(()).to(q.device, acc).reciprocal()
+    else:
+        scale = torch.full((), 1.0 / temperature, dtype=acc, device=q.device)
+    return _pairwise.pairwise("lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_k).row
+
+
+def farthest_and_nearest(
+    q: Tensor, k: Tensor | None, ids_q: Tensor, ids_k: Tensor | None, *, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    """[N] int64 each, -1 for none: the farthest row with the id of i, the nearest with another.
+
+    Args:
+        q: [N, D].
+        k: [M, D], or None for k = q, where i itself does not count.
+        ids_q: [N] int64.
+        ids_k: [M] int64; None with k = q.
+        cosine: Rows are unit, or only the dot product counts; else the Euclidean distance.
+    """
+    with torch.no_grad():
+        acc = accumulation_dtype(q.dtype)
+        bias = None
+        if not cosine:  # d^2 - |x|^2 = |y|^2 - 2 <x, y>; around the mean less cancels
+            mean = q.to(acc).mean(0)
+            q = q.to(acc) - mean
+            k = None if k is None else k.to(acc) - mean
+            bias = (q if k is None else k).square().sum(1)
+        scale = torch.full((), -1.0 if cosine else -2.0, dtype=acc, device=q.device)
+        found = _pairwise.extremes(q, k, scale=scale, bias_k=bias, ids_q=ids_q, ids_k=ids_k)
+    return found.max_same, found.min_other
+
+
+def same_dtype(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes, float32 at least."""
+    dtype = accumulation_dtype(torch.promote_types(q.dtype, k.dtype))
+    return q.to(dtype), k.to(dtype)
+
+
+def class_sums(k: Tensor, ids_k: Tensor, ids_q: Tensor) -> Tensor:
+    """[N, D]: for each of ids_q the sum of the rows of k with that id.
+
+    Args:
+        k: [M, D].
+        ids_k: [M] int64.
+        ids_q: [N] int64.
+    """
+    classes = _rows.segments(torch.cat((ids_q, ids_k)))
+    sums = _rows.accumulate_rows(k, classes[len(ids_q) :], len(classes))
+    return _rows.take_rows(sums, classes[: len(ids_q)])
+
+
+def grouped_sum(x: Tensor, group: Tensor, n: int) -> Tensor:
+    """[n]: sums of x [P] by group [P] int64 in [0, n), in a fixed order."""
+    return _rows.accumulate_rows(x[:, None], group, n)[:, 0]
+
+
+def grouped_lse(x: Tensor, group: Tensor, n: int) -> Tensor:
+    """[n]: log-sum-exp of x [P] by group [P] int64 in [0, n); -inf for a group without members."""
+    with torch.no_grad():
+        largest = torch.full((n,), -torch.inf, dtype=x.dtype, device=x.device)
+        largest = largest.scatter_reduce(0, group, x, "amax")
+        empty = largest.isneginf()
+        finite = largest.masked_fill(empty, 0.0)
+    total = grouped_sum((x - finite.index_select(0, group)).exp(), group, n)
+    lse = total.masked_fill(empty, 1.0).log() + finite
+    return lse.masked_fill(empty, -torch.inf)
+
+
+def per_pair(
+    function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, i: Tensor, j: Tensor
+) -> Tensor:
+    """[P]: ``function`` of the rows q[i] and k[j], in chunks whose rows are not kept for backward.
+
+    Args:
+        function: From two [n, D] to [n].
+        q: [N, D].
+        k: [M, D].
+        i: [P] int64.
+        j: [P] int64.
+    """
+
+    def taken(i: Tensor, j: Tensor) -> Tensor:
+        return function(_rows.take_rows(q, i), _rows.take_rows(k, j))
+
+    # A chunk costs a dense gradient of q and of k: it should not be shorter than they are.
+    chunk = max(len(q), len(k), PAIRS_AT_ONCE)
+    if len(i) <= chunk:
+        return taken(i, j)
+    parts = zip(i.split(chunk), j.split(chunk), strict=True)
+    return torch.cat([checkpoint(taken, *part, use_reentrant=False) for part in parts])

@@ -24,6 +24,7 @@ LOG = logging.getLogger("sslkernels.integrations")
 # Name of a library → the module here that describes it (its ``PEER``).
 PEERS = {
     "lightly": "lightly",
+    "pytorch_metric_learning": "pytorch_metric_learning",
 }
 
 _LOCK = threading.RLock()

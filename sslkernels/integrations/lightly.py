@@ -207,8 +207,8 @@ class NTXentLoss(nn.Module):
             if self.gather_distributed and glue.world_size() > 1:
                 # The mean of the local rows, as lightly returns it; DDP averages over ranks.
                 rows = nt_xent_loss(out0, out1, temperature, reduction="none", group=True)
-                return rows.mean()  # type: ignore[union-attr]
-            return nt_xent_loss(out0, out1, temperature)  # type: ignore[return-value]
+                return glue.as_peer(rows.mean(), out0, out1)  # type: ignore[union-attr]
+            return glue.as_peer(nt_xent_loss(out0, out1, temperature), out0, out1)
         bank, q, k = self.memory_bank, ops.unit(out0), ops.unit(out1)
         if type(bank) is MemoryBankModule:  # read it where it is; it may be written right after
             bank._size_lazily(k)
@@ -220,7 +220,7 @@ class NTXentLoss(nn.Module):
         loss = info_nce_loss(q, k, negatives, temperature, normalize=False)
         if type(bank) is MemoryBankModule and q.requires_grad:
             bank._dequeue_and_enqueue(k)
-        return loss  # type: ignore[return-value]
+        return glue.as_peer(loss, out0, out1)
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -262,13 +262,13 @@ class DCLLoss(nn.Module):
         temperature = glue.temperature_like(self.temperature, out0)
         sigma = _sigma(self.weight_fn)
         if self.weight_fn is None or sigma is not None:
-            return dcl_loss(out0, out1, temperature, sigma=sigma)
+            return glue.as_peer(dcl_loss(out0, out1, temperature, sigma=sigma), out0, out1)
         # loss_i = -w_i s_i + lse_i, from the loss with weight 1 and the positives s.
         rows = dcl_loss(out0, out1, temperature, reduction="none")
         z0, z1 = ops.unit(out0), ops.unit(out1)
         weights = torch.cat((self.weight_fn(z0, z1), self.weight_fn(z1, z0)))
         positive = ((z0 * z1).sum(1) / temperature).repeat(2)
-        return (rows + (1 - weights) * positive).mean()
+        return glue.as_peer((rows + (1 - weights) * positive).mean(), out0, out1)
 
 
 def _sigma(weight_fn: Any) -> float | None:
@@ -325,11 +325,11 @@ class NegativeCosineSimilarity(nn.Module):
             return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()
         x0, x1 = torch.broadcast_tensors(x0, x1)
         a, b = (x.movedim(self.dim, -1).reshape(-1, x.shape[self.dim]) for x in (x0, x1))
-        if not b.requires_grad:
-            return byol_loss(a, b) / 2 - 1
-        # The op has a gradient into its first argument only.
-        other = byol_loss(b, a)
-        return byol_loss(a, b) / 2 - 1 + (other - other.detach()) / 2
+        loss = byol_loss(a, b) / 2 - 1
+        if b.requires_grad:  # the op has a gradient into its first argument only
+            other = byol_loss(b, a) / 2
+            loss = loss + (other - other.detach())
+        return glue.as_peer(loss, a, b)
 
 
 @glue.torch_errors
