@@ -36,6 +36,8 @@ class EmaPlan {
     std::vector<int64_t> sizes;           // elements
     std::vector<DType> target_dtypes;
     std::vector<DType> source_dtypes;
+    std::vector<int64_t> indices;  // of which tensor this is a part; empty: of one each
+    std::vector<int64_t> firsts;   // where in it the part begins
 
     static Fields fields() {
       return {
@@ -44,6 +46,8 @@ class EmaPlan {
           SSLK_REQUIRED(Columns, sizes, "sizes"),
           SSLK_REQUIRED(Columns, target_dtypes, "target_dtypes"),
           SSLK_REQUIRED(Columns, source_dtypes, "source_dtypes"),
+          SSLK_OPTIONAL(Columns, indices, "indices"),
+          SSLK_OPTIONAL(Columns, firsts, "firsts"),
       };
     }
   };
@@ -51,6 +55,8 @@ class EmaPlan {
   explicit EmaPlan(const Columns& pairs) {
     require_same_length(kName, pairs.sizes.size(), pairs.targets, pairs.sources, pairs.target_dtypes,
                         pairs.source_dtypes);
+    const bool parts = !pairs.indices.empty();
+    require_same_length(kName, parts ? pairs.sizes.size() : 0, pairs.indices, pairs.firsts);
     for (size_t i = 0; i < pairs.sizes.size(); ++i) {
       EmaEntry entry;
       entry.target = pairs.targets[i];
@@ -59,7 +65,8 @@ class EmaPlan {
       entry.begin = n_elements_;
       entry.target_dtype = pairs.target_dtypes[i];
       entry.source_dtype = pairs.source_dtypes[i];
-      entry.index = uint32_t(i);
+      entry.index = uint32_t(parts ? pairs.indices[i] : int64_t(i));
+      entry.first = parts ? pairs.firsts[i] : 0;
       if (entry.n <= 0) continue;
       n_elements_ += entry.n;
       entries_.push_back(entry);

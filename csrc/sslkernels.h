@@ -195,6 +195,7 @@ struct EmaEntry {
   DType target_dtype = DType::f32;
   DType source_dtype = DType::f32;
   uint32_t index = 0;  // names the tensor in the counter of the random bits
+  int64_t first = 0;   // place of target[0] in that tensor, of which this may be a part
 };
 
 // target = fma(decay, target, (1 - decay) * source), rounded once to the target's dtype.

@@ -216,6 +216,8 @@ class EmaPlan:
         sizes: list[int],
         target_dtypes: list[str],
         source_dtypes: list[str],
+        indices: list[int] = ...,
+        firsts: list[int] = ...,
     ) -> None: ...
     def run(
         self, *, decay: float, stochastic_rounding: bool, seed: int, step: int, n_threads: int

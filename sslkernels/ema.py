@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslkernels._ema_networks import ModulePlan, Pairs, copied, unwrap
 from sslkernels._loading import AllOrNothing
 from sslkernels._numbers import type_name
+from sslkernels._sharded import reshard, sharded_modules
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import ema as _ops
-from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch, watch_slots
+from sslkernels.ops.eager import is_plain_eager
 
 Decay = float | Callable[[int], float]
 
@@ -71,8 +72,8 @@ def ema_update_(
         _list(op, "sources", sources),
         decay,
         checks.flag(op, "stochastic_rounding", stochastic_rounding),
-        checks.integer(op, "seed", seed),
-        checks.integer(op, "step", step),
+        checks.integer(op, "seed", seed, 0),
+        checks.integer(op, "step", step, 0),
     )
 
 
@@ -130,66 +131,6 @@ class _CosineDecay:
         return f"cosine_decay({self.base}, {self.total_steps}, final={self.final})"
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The network inside torch.compile (``_orig_mod``) and DataParallel (``module``)."""
-    inside = _inside(module)
-    return module if inside is None else _unwrap(inside)
-
-
-def _inside(module: nn.Module) -> nn.Module | None:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    name = "module" if isinstance(module, wrappers) else "_orig_mod"
-    return module._modules.get(name)
-
-
-def _names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors by name, without the segment that torch.compile puts into names of submodules."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
-
-
-def _copied(online: nn.Module) -> nn.Module:
-    """A deep copy, or a TypeError that says what stands in the way."""
-    try:
-        return copy.deepcopy(online)
-    except Exception as error:
-        path, value, reason = _obstacle(online) or ("itself", online, error)
-        if isinstance(value, Tensor):
-            what = "a tensor that was computed with gradient"
-            advice = (
-                "delete it, or set it to None or .detach() it, before the EMA is made; "
-                "of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
-            )
-        else:
-            what = type(value).__name__
-            advice = (
-                "set it to None while the EMA is made, or give its owner a __deepcopy__ or "
-                "__getstate__ that leaves it out"
-            )
-        raise TypeError(
-            f"EMA: online must be a network that copy.deepcopy can copy, but {path} "
-            f"({what}) is in the way ({type(reason).__name__}: {reason}); {advice}"
-        ) from error
-
-
-def _obstacle(online: nn.Module) -> tuple[str, Any, Exception] | None:
-    """The first attribute of a submodule that can't be deep-copied: where, what and why not."""
-    for name, module in online.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute == "_modules":
-                continue
-            entries = {attribute: value}
-            if attribute in ("_parameters", "_buffers") or "hooks" in attribute:
-                entries = {f"{attribute}[{k!r}]": v for k, v in value.items()} if value else {}
-                if attribute in ("_parameters", "_buffers"):
-                    entries = dict(value)
-            for key, entry in entries.items():
-                try:
-                    copy.deepcopy(entry)
-                except Exception as error:
-                    return (f"{name}.{key}" if name else key), entry, error
-    return None
-
-
 class EMA(AllOrNothing):
     """A copy of a network whose weights are the moving average of the network's.
 
@@ -197,6 +138,13 @@ class EMA(AllOrNothing):
     call of a fused kernel (see ``ema_update_`` for arithmetic and rounding).  Parameters are
     written in place and never rebound, so optimisers, flat buffers and CUDA graphs that hold them
     stay right.
+
+    Sharded networks are averaged shard by shard, without communication.  With ``fully_shard`` (FSDP2)
+    make the EMA first and apply ``fully_shard`` to ``ema.module`` as to the network; made of a network
+    that is sharded already, the EMA holds weights only, for ``swapped``.  With
+    FullyShardedDataParallel (FSDP1) make the EMA first, then ``ema.module = FSDP(ema.module, ...)`` as
+    the network.  Other DTensors (tensor parallelism) need nothing.  State dicts go through
+    ``torch.distributed.checkpoint``, and come back on any number of ranks.
 
     Calling the EMA calls the averaged network.  It stays in the mode (train or eval) that the
     online network had; call ``.eval()`` if the target should use running statistics.
@@ -258,10 +206,10 @@ class EMA(AllOrNothing):
         self.step = 0
         # Drawn from torch's generator, so that torch.manual_seed decides it.
         self.seed = int(torch.randint(2**62, ()).item()) if stochastic_rounding else 0
-        self.module = _copied(_unwrap(online)).requires_grad_(False)
+        self.module = copied(unwrap(online)).requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype=dtype)
-        self._plan: _ModulePlan | None = None
+        self._plan: ModulePlan | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged network."""
@@ -275,10 +223,11 @@ class EMA(AllOrNothing):
             step: Index of this update, handed to a callable decay.  None counts updates from 0.
 
         Raises:
-            ValueError: If names, shapes or devices of parameters or buffers differ, or the decay is
-                outside [0, 1].
+            TypeError: If online is no module.
+            ValueError: If names, shapes, devices or shards of parameters or buffers differ, or the
+                decay is outside [0, 1].
         """
-        step = self.step if step is None else checks.integer("EMA.update", "step", step)
+        step = self.step if step is None else checks.integer("EMA.update", "step", step, 0)
         decay = _ops.check_decay(
             "EMA.update", self.decay(step) if callable(self.decay) else self.decay
         )
@@ -286,11 +235,59 @@ class EMA(AllOrNothing):
         if plan is None or not plan.run(online, decay, self.stochastic_rounding, self.seed, step):
             self._plan = None
             with torch.no_grad():
-                pairs = _Pairs(self.module, _unwrap(online), self.buffers_policy)
+                pairs = self._pairs("EMA.update", online)
                 pairs.run(decay, self.stochastic_rounding, self.seed, step)
                 if is_plain_eager():
                     self._plan = pairs.plan(self, online)
         self.__dict__["step"] = step + 1  # nn.Module.__setattr__ takes longer than a small update
+
+    def _pairs(self, op: str, online: nn.Module) -> Pairs:
+        if not isinstance(online, nn.Module):
+            raise TypeError(f"{op}: online must be an nn.Module, got {type_name(online)}")
+        pairs = Pairs(op, self.module, unwrap(online), self.buffers_policy)
+        if self.stochastic_rounding:
+            pairs.cut()
+        return pairs
+
+    @contextmanager
+    def swapped(self, online: nn.Module) -> Iterator[nn.Module]:
+        """Lend a network the averaged weights, for evaluation.
+
+        On leaving it has its own again, to the last bit.  The average stays what it is.  Takes memory
+        for one more copy of the network's parameters (of the local shards where it is sharded), and
+        does not communicate.  Not for between a forward and its backward pass.
+
+        Args:
+            online: The network; parameters and, unless ``buffers="ignore"``, buffers are lent to it,
+                in its own dtypes.  What is done to them inside is undone.
+
+        Yields:
+            online.
+
+        Raises:
+            TypeError: If online is no module.
+            ValueError: If names, shapes, devices or shards of parameters or buffers differ.
+
+        Example:
+            >>> import torch
+            >>> from sslkernels import EMA
+            >>> online = torch.nn.Linear(4, 2)
+            >>> ema = EMA(online)
+            >>> with ema.swapped(online) as averaged:
+            ...     averaged(torch.randn(3, 4)).shape
+            torch.Size([3, 2])
+        """
+        pairs = self._pairs("EMA.swapped", online)
+        sources = [*pairs.sources, *pairs.copy_sources]
+        averages = [*pairs.targets, *pairs.copy_targets]
+        own = [x.detach().clone() for x in sources]
+        try:
+            _copy(sources, averages)
+            yield online
+        finally:
+            # The forward passes inside may have left whole parameters behind.
+            reshard(sharded_modules(unwrap(online)))
+            _copy(sources, own)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -355,117 +352,7 @@ def _counter(key: str, value: Any) -> int:
     return checks.integer("EMA.load_state_dict", key, value)
 
 
-class _Pairs:
-    """The tensors to average and to copy, matched by name."""
-
-    def __init__(self, target: nn.Module, online: nn.Module, buffers: str) -> None:
-        self.modules = (target, online)
-        self.views = False  # complex parameters are averaged through real views
-        self.targets: list[Tensor] = []
-        self.sources: list[Tensor] = []
-        self.copy_targets: list[Tensor] = []
-        self.copy_sources: list[Tensor] = []
-        self._match("parameters", target.named_parameters(), online.named_parameters(), True)
-        if buffers != "ignore":
-            average = buffers == "average"
-            self._match("buffers", target.named_buffers(), online.named_buffers(), average)
-
-    def _match(
-        self,
-        kind: str,
-        targets: Iterable[tuple[str, Tensor]],
-        sources: Iterable[tuple[str, Tensor]],
-        average: bool,
-    ) -> None:
-        by_name, online = _names(targets), _names(sources)
-        if by_name.keys() != online.keys():
-            missing = sorted(by_name.keys() - online.keys())[:3]
-            extra = sorted(online.keys() - by_name.keys())[:3]
-            raise ValueError(
-                f"EMA.update: the online network must have the {kind} of the averaged one, got "
-                f"none named {missing} and unexpected {extra}"
-            )
-        for name, target in by_name.items():
-            source = online[name]
-            if target.shape != source.shape or target.device != source.device:
-                raise ValueError(
-                    f"EMA.update: {name!r} must have the shape and device of its average, got "
-                    f"{list(source.shape)} on {source.device} and {list(target.shape)} on "
-                    f"{target.device}"
-                )
-            if average and target.is_complex() and source.is_complex():
-                target, source = torch.view_as_real(target), torch.view_as_real(source)
-                self.views = True
-            if average and target.is_floating_point() and source.is_floating_point():
-                self.targets.append(target)
-                self.sources.append(source)
-            else:
-                self.copy_targets.append(target)
-                self.copy_sources.append(source)
-
-    def run(self, decay: float, stochastic_rounding: bool, seed: int, step: int) -> None:
-        """Update through the op, and copy the rest."""
-        if self.targets:
-            _ops.call_op(self.targets, self.sources, decay, stochastic_rounding, seed, step)
-        for target, source in zip(self.copy_targets, self.copy_sources, strict=True):
-            target.copy_(source)
-
-    def plan(self, owner: EMA, online: nn.Module) -> _ModulePlan | None:
-        """Something that repeats ``run`` cheaply, or None where it can't be."""
-        tensors = [*self.targets, *self.sources, *self.copy_targets, *self.copy_sources]
-        if self.views or not are_plain(*tensors):
-            return None
-        seen = watch(tensors)
-        update = _ops.Update(self.targets, self.sources, self.copy_targets, self.copy_sources)
-        # Replacing a parameter, a buffer, a submodule or what is wrapped changes one of these
-        # dicts.
-        dicts = [
-            slot
-            for root in self.modules
-            for module in root.modules()
-            for slot in (module._parameters, module._buffers, module._modules)
-        ]
-        wrapper: nn.Module | None = online
-        while wrapper is not None and wrapper is not self.modules[1]:
-            dicts.append(wrapper._modules)
-            wrapper = _inside(wrapper)
-        slots = watch_slots([owner._modules, *dicts])
-        if seen is None or slots is None or not update.reusable:
-            return None
-        return _ModulePlan(self, owner, online, update, seen, slots)
-
-
-class _ModulePlan:
-    """A repeated update of one online network."""
-
-    def __init__(
-        self, pairs: _Pairs, owner: EMA, online: nn.Module, update: Any, seen: Any, slots: Any
-    ) -> None:
-        self._update, self._seen, self._slots = update, seen, slots
-        self._targets = [*pairs.targets, *pairs.copy_targets]
-        self._tensors = [*pairs.targets, *pairs.sources, *pairs.copy_targets, *pairs.copy_sources]
-        # The plan holds parameters of the online network; it must not outlive the network.
-        owner_ref = weakref.ref(owner)
-
-        def forget(_: object) -> None:
-            ema = owner_ref()
-            if ema is not None:
-                ema._plan = None
-
-        self._online = weakref.ref(online, forget)
-
-    def run(
-        self, online: nn.Module, decay: float, stochastic_rounding: bool, seed: int, step: int
-    ) -> bool:
-        """Update and return True, or return False when the plan is out of date."""
-        if (
-            self._online() is not online
-            or not is_plain_eager()
-            or not self._slots.unchanged()
-            or not self._seen.unchanged(self._tensors, [])
-            or not self._update.serves()
-        ):
-            return False
-        self._update.run(decay, stochastic_rounding, seed, step)
-        bump_versions(self._targets)
-        return True
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -178,6 +178,9 @@ def test_other_kinds_of_values_are_checked() -> None:
         _C.EmaPlan(**{**lists, "target_dtypes": ["int8"]})
     with pytest.raises(ValueError, match="^EmaPlan: the lists must have the same length$"):
         _C.EmaPlan(**{**lists, "sizes": [1]})
+    for places in ({"indices": [0]}, {"firsts": [0]}, {"indices": [0], "firsts": []}):
+        with pytest.raises(ValueError, match="^EmaPlan: the lists must have the same length$"):
+            _C.EmaPlan(**lists, **places)
     with pytest.raises(TypeError, match="^SlotWatch: dicts must be a list of dicts, got 3 in it$"):
         _C.SlotWatch(dicts=[3])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sslkernels import EMA, ema_update_
 from sslkernels.ops.eager import WRITES_LISTS
+from sslkernels.ops.ema import Update
 from sslkernels.ops.rounding import philox_words, round_stochastic
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -115,6 +116,22 @@ def test_same_bits_for_any_number_of_threads(stochastic: bool) -> None:
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(results[0], start, strict=True) if a.numel())
+
+
+@pytest.mark.parametrize("name", engines())
+def test_parts_of_tensors_are_rounded_as_the_whole(name: str) -> None:
+    """Shards: the random bits count from where a part begins in its tensor."""
+    wholes = [torch.randn(1000).bfloat16(), torch.randn(70_001).half(), torch.randn(9)]
+    sources = [torch.randn(x.numel()) for x in wholes]
+    cut = [(0, 0, 600), (0, 600, 1000), (1, 0, 513), (1, 513, 70_001), (2, 0, 9)]
+    parts = [wholes[i][a:b].clone() for i, a, b in cut]
+    with engine(name):
+        ema_update_(wholes, sources, 0.9, stochastic_rounding=True, seed=3, step=4)
+        places = [(i, a) for i, a, _ in cut]
+        update = Update(parts, [sources[i][a:b] for i, a, b in cut], places=places)
+        update.run(0.9, True, 3, 4)
+    for part, (i, a, b) in zip(parts, cut, strict=True):
+        assert torch.equal(part, wholes[i][a:b])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])

@@ -145,7 +145,7 @@ void update_same(A* target, const A* source, int64_t n, Decay<A> decay) {
   }
 }
 
-// `first` is the place of target[0] in its tensor.
+// `first` is the place of target[0] in its tensor, for the random bits.
 template <class T, class S>
 void update_mixed(T* target, const S* source, int64_t n, Decay<typename AccOfPair<T, S>::type> decay, bool stochastic,
                   const Random& random, int64_t first) {
@@ -180,7 +180,7 @@ void update(const EmaEntry& entry, int64_t begin, int64_t end, const EmaArgs& ar
     update_same<A>(target, source, end - begin, decay);
   } else {
     const Random random = {uint32_t(args.seed), uint32_t(args.seed >> 32), args.step, entry.index};
-    update_mixed<T, S>(target, source, end - begin, decay, args.stochastic_rounding, random, begin);
+    update_mixed<T, S>(target, source, end - begin, decay, args.stochastic_rounding, random, entry.first + begin);
   }
 }
 

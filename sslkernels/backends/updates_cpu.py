@@ -26,9 +26,16 @@ class EmaPlan:
     Args:
         targets: Contiguous CPU tensors of a floating dtype, not overlapping.
         sources: As many, of the same sizes; dtypes may differ.
+        places: For the random bits, of which tensor each target is a part, and where in it the part
+            begins; None: they are tensors 0, 1, 2, ..., all from their beginning.
     """
 
-    def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+    def __init__(
+        self,
+        targets: list[Tensor],
+        sources: list[Tensor],
+        places: list[tuple[int, int]] | None = None,
+    ) -> None:
         """See the class."""
         self._plan = _C.EmaPlan(
             targets=[x.data_ptr() for x in targets],
@@ -36,6 +43,8 @@ class EmaPlan:
             sizes=[x.numel() for x in targets],
             target_dtypes=[DTYPES[x.dtype] for x in targets],
             source_dtypes=[DTYPES[x.dtype] for x in sources],
+            indices=[index for index, _ in places or ()],
+            firsts=[first for _, first in places or ()],
         )
 
     def run(

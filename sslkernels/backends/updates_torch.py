@@ -22,24 +22,32 @@ class EmaPlan:
     Args:
         targets: Contiguous tensors of a floating dtype, on one device.
         sources: As many, of the same sizes; dtypes may differ.
+        places: For the random bits, of which tensor each target is a part, and where in it the part
+            begins; None: they are tensors 0, 1, 2, ..., all from their beginning.
     """
 
-    def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+    def __init__(
+        self,
+        targets: list[Tensor],
+        sources: list[Tensor],
+        places: list[tuple[int, int]] | None = None,
+    ) -> None:
         """See the class."""
+        places = [(index, 0) for index in range(len(targets))] if places is None else places
         self._pairs = [
-            (index, target.detach().view(-1), source.detach().view(-1))
-            for index, (target, source) in enumerate(zip(targets, sources, strict=True))
+            (place, target.detach().view(-1), source.detach().view(-1))
+            for place, target, source in zip(places, targets, sources, strict=True)
         ]
 
     def run(
         self, decay: float, *, stochastic_rounding: bool = False, seed: int = 0, step: int = 0
     ) -> None:
         """Update every target in place."""
-        for index, target, source in self._pairs:
+        for (index, first), target, source in self._pairs:
             stochastic = stochastic_rounding and target.dtype in (torch.bfloat16, torch.float16)
             words = None
             if stochastic:
-                words = philox_words(target.numel(), seed, step, index, target.device)
+                words = philox_words(target.numel(), seed, step, index, target.device, first)
             for begin in range(0, target.numel(), _BLOCK):
                 part = slice(begin, begin + _BLOCK)
                 mixed = _mix(target[part], source[part], decay)

@@ -167,6 +167,8 @@ class Update:
         sources: As many; the shape and device of each are those of its target.
         copy_targets: Tensors of any dtype to be overwritten.
         copy_sources: As many, of the shapes and devices of copy_targets.
+        places: Where targets are parts of larger tensors (shards), of which tensor of its device each
+            is a part, and where in it the part begins: the random bits are then those of the whole.
 
     Raises:
         TypeError, ValueError: If a pair can't be averaged.
@@ -178,6 +180,7 @@ class Update:
         sources: Sequence[Tensor],
         copy_targets: Sequence[Tensor] = (),
         copy_sources: Sequence[Tensor] = (),
+        places: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """See the class."""
         op = "ema_update_"
@@ -196,8 +199,13 @@ class Update:
             on_device = [targets[i] for i in indices], [sources[i] for i in indices]
             _check_overlap(op, *on_device)
             pairs = [self._flatten(*pair) for pair in zip(*on_device, strict=True)]
-            backend = registry.resolve(device, "updates")
-            plan = backend.EmaPlan([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+            backend: Any = registry.resolve(device, "updates")
+            lists = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            if places is None:
+                plan = backend.EmaPlan(*lists)
+            else:  # the kernels of GPUs know whole tensors only
+                backend = backend if device.type == "cpu" else updates_torch
+                plan = backend.EmaPlan(*lists, [places[i] for i in indices])
             self._parts.append(plan)
         self._copies = [_copies(copy_targets, copy_sources)] if copy_targets else []
 

@@ -33,9 +33,14 @@ def _multiply(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_words(
-    numel: int, seed: int, step: int, tensor_index: int, device: torch.device | str = "cpu"
+    numel: int,
+    seed: int,
+    step: int,
+    tensor_index: int,
+    device: torch.device | str = "cpu",
+    first: int = 0,
 ) -> Tensor:
-    """First output word of Philox4x32-10 for the elements 0 … numel-1.
+    """First output word of Philox4x32-10 for the elements first … first + numel - 1.
 
     Args:
         numel: How many elements.
@@ -43,11 +48,12 @@ def philox_words(
         step: Third counter word, 32 bits are used.
         tensor_index: Fourth counter word, 32 bits are used.
         device: Where the result lives.
+        first: Number of the first element.
 
     Returns:
         [numel] int64 with values below 2^32.
     """
-    element = torch.arange(numel, dtype=torch.int64, device=device)
+    element = torch.arange(first, first + numel, dtype=torch.int64, device=device)
     c0, c1 = element & _MASK32, element >> 32
     c2 = torch.full_like(element, step & _MASK32)
     c3 = torch.full_like(element, tensor_index & _MASK32)
