@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sslkernels._types import Reduction
-from sslkernels.backends.chunked import fixed_sum
-from sslkernels.functional import _common as common
-from sslkernels.ops import registry
-from sslkernels.ops._library import no_autocast, once_differentiable
+from sslkernels.backends.arithmetic import fixed_sum
+from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
+from sslkernels.ops import heads, registry
+from sslkernels.ops._library import forward_mode, functorch, no_autocast, once
 from sslkernels.ops.pairwise import TINY
 
 if TYPE_CHECKING:
@@ -125,6 +125,10 @@ def _global_loss(
     *,
     joint: bool,
 ) -> Tensor:
+    if functorch() or forward_mode():
+        raise RuntimeError(
+            f"{op}: group does not work in transforms of torch.func or forward-mode differentiation"
+        )
     apply = _apply
     if torch.compiler.is_compiling():  # not a decorator: that would import torch._dynamo for all
         apply = torch.compiler.disable(_apply)
@@ -142,7 +146,7 @@ def _apply(
     joint: bool,
 ) -> Tensor:
     process_group = _process_group(op, group)
-    a, b = common.unit(a, normalize), common.unit(b, normalize)
+    a, b = heads.unit(a, normalize), heads.unit(b, normalize)
     layout = _agree(op, a, process_group)
     return _GlobalLoss.apply(a, b, scale, joint, reduction, layout)
 
@@ -245,24 +249,36 @@ class _GlobalLoss(torch.autograd.Function):
         with no_autocast(a.device):
             numbers = [
                 backend.pairwise_forward(
-                    "lse", q, k, scale, None, ids_q, ids_k, False, None, None
+                    "lse", Tiles(q, k, scale, None, ids_q, ids_k), False, Thresholds()
                 ).row
                 for q, k in zip(queries, keys, strict=True)
             ]
-            numbers.append(common.dots(queries[0], positives[0]) * scale)
+            numbers.append(heads.dots(queries[0], positives[0]) * scale)
             every = _gather(torch.stack(numbers, 1), layout, views)  # [R_global, directions + 1]
             if reduction == "none":
                 loss = _losses(torch.stack(numbers, 1))
             else:
-                loss = common.reduce(_losses(every), reduction)
+                loss = heads.reduce(_losses(every), reduction)
         ctx.joint, ctx.reduction, ctx.layout = joint, reduction, layout
         ctx.backend = registry.override()
         ctx.save_for_backward(a, b, scale, every, *keys)
         return loss
 
     @staticmethod
-    @once_differentiable("sslkernels::global_loss")
     def backward(ctx: Any, dloss: Tensor) -> Any:
+        def compute() -> list[Tensor | None]:
+            return list(_GlobalLoss.gradients(ctx, dloss))
+
+        return (
+            *once("sslkernels::global_loss", compute, (dloss, *ctx.saved_tensors)),
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of a, b and scale."""
         a, b, scale, every, *keys = ctx.saved_tensors
         layout: _Layout = ctx.layout
         views = 2 if ctx.joint else 1
@@ -287,11 +303,10 @@ class _GlobalLoss(torch.autograd.Function):
             backend = registry.resolve(a.device)
             for d, (q, p, k) in enumerate(zip(queries, positives, keys, strict=True)):
                 other = len(keys) - 1 - d
-                dq = backend.pairwise_backward(
-                    "lse", q, k, scale, None, ids_q, ids_k, lse[local, d].contiguous(),
-                    lse[:, other].contiguous(), weight[local, d].contiguous(),
-                    weight[:, other].contiguous(), True, False,
-                ).dq  # fmt: skip
+                row = RowState(lse[local, d].contiguous(), weight[local, d].contiguous())
+                col = RowState(lse[:, other].contiguous(), weight[:, other].contiguous())
+                tiles = Tiles(q, k, scale, None, ids_q, ids_k)
+                dq = backend.pairwise_backward("lse", tiles, row, col, Wanted(True, False)).dq
                 dq = dq - (scale * (weight[local, d] + partner[:, d]))[:, None] * p.to(dq.dtype)
                 gradients.append(dq.to(q.dtype))
                 shares.append((q.to(dq.dtype) * dq).sum(1))
@@ -299,7 +314,7 @@ class _GlobalLoss(torch.autograd.Function):
         # counts scale * dscale twice, once for either side.
         dscale = fixed_sum(torch.cat(shares)) / (2 * scale) if need_scale else None
         da, db = gradients[0].tensor_split(2) if ctx.joint else gradients
-        return da, db, dscale, None, None, None
+        return da, db, dscale
 
 
 def _directions(a: Tensor, b: Tensor, joint: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -311,4 +326,4 @@ def _directions(a: Tensor, b: Tensor, joint: bool) -> tuple[list[Tensor], list[T
 
 def _losses(numbers: Tensor) -> Tensor:
     """[R] from columns lse (one a direction) and positive logit: the mean of -log softmax."""
-    return common.nll(numbers[:, :-1], numbers[:, -1:]).mean(1)
+    return heads.nll(numbers[:, :-1], numbers[:, -1:]).mean(1)

@@ -16,7 +16,7 @@ from sslkernels import distributed, functional
 from sslkernels._loading import AllOrNothing
 from sslkernels._types import ContrastiveMetrics, Reduction
 from sslkernels.functional import _checks as checks
-from sslkernels.functional import _common as common
+from sslkernels.ops import heads
 from sslkernels.queue import KeyQueue
 
 Result = Tensor | tuple[Tensor, ContrastiveMetrics]
@@ -379,8 +379,8 @@ class MoCoLoss(AllOrNothing):
         # Not narrower than the queue from the start: unit rows of halves may be halves.
         q, k = (x.to(torch.promote_types(x.dtype, dtype)) for x in (query, key))
         result = functional.info_nce_loss(
-            common.unit(q, True).to(dtype),
-            common.unit(k, True).to(dtype),
+            heads.unit(q, True).to(dtype),
+            heads.unit(k, True).to(dtype),
             self.queue.keys,
             self.temperature,
             self.reduction,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sslkernels import functional
-from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels.backends.arithmetic import accumulation_dtype
+from sslkernels.backends.interface import Thresholds, Tiles
 from sslkernels.functional import _checks as checks
-from sslkernels.functional import _common as common
+from sslkernels.ops import heads
 from sslkernels.ops._library import no_autocast
 from sslkernels.ops.pairwise import pairwise
 
@@ -45,12 +46,12 @@ def contrastive_accuracy(
     query, key = checks.widen(query, key)
     ks = [checks.integer(op, f"ks[{i}]", k, 1) for i, k in enumerate(ks)]
     normalize = checks.flag(op, "normalize", normalize)
-    q, k = common.unit(query, normalize), common.unit(key, normalize)
+    q, k = heads.unit(query, normalize), heads.unit(key, normalize)
     ids = torch.arange(len(q), device=q.device)
-    one = checks.scalar(op, "scale", 1.0, q)
-    own = common.dots(q, k)
-    rank = pairwise("lse", q, k, scale=one, ids_q=ids, ids_k=ids, threshold_row=own).rank_row
-    return tuple(common.reduce((rank < top).to(own.dtype), "mean") for top in ks)
+    own = heads.dots(q, k)
+    tiles = Tiles(q, k, own.new_ones(()), None, ids, ids)
+    rank = pairwise("lse", tiles, above=Thresholds(own)).rank_row
+    return tuple(heads.reduce((rank < top).to(own.dtype), "mean") for top in ks)
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
     """
     checks.check_matrix("feature_std", "z", z)
     normalize = checks.flag("feature_std", "normalize", normalize)
-    z = common.unit(z, normalize).to(accumulation_dtype(z.dtype))
+    z = heads.unit(z, normalize).to(accumulation_dtype(z.dtype))
     if not z.numel():
         return z.new_zeros(())
     return (z - z.mean(0)).square().mean(0).sqrt().mean()

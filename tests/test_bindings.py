@@ -21,6 +21,15 @@ from torch import Tensor
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 
 from sslkernels.backends import cpu, updates_cpu  # noqa: E402
+from sslkernels.backends.interface import (  # noqa: E402
+    Kept,
+    Paired,
+    Problem,
+    RowState,
+    Thresholds,
+    Tiles,
+    Wanted,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sslkernels"
 CALLERS = [
@@ -129,7 +138,7 @@ def test_names_are_checked() -> None:
     with pytest.raises(TypeError, match="^attend: arguments are given by name and 1 without one"):
         _C.attend(lse=0, mean_key=0, threshold=0, rank=0)
     x = torch.zeros(1, 1)
-    paired = cpu._paired(x, x, torch.ones(()), None, None, True, "mean")
+    paired = cpu._paired(Paired(x, x, None, torch.ones(())))
     with pytest.raises(TypeError, match="^attend: the first argument must be what tiles"):
         _C.attend(paired, lse=0, mean_key=0, threshold=0, rank=0)
 
@@ -187,7 +196,7 @@ def test_other_kinds_of_values_are_checked() -> None:
 
 def tiles() -> Any:
     x = torch.zeros(1, 1)
-    return cpu._tiles("lse", x, None, torch.ones(()), None, None, None)
+    return cpu._tiles("lse", Tiles(x, None, torch.ones(())))
 
 
 # ---- Order does not matter, names do -------------------------------------------------------------
@@ -229,55 +238,35 @@ def everything() -> dict[str, list[Tensor | None]]:
     ids_a, ids_b = torch.randint(3, (n,)), torch.randint(3, (n,))
     scale, bias, w, v = torch.tensor(3.0), torch.tensor(-1.0), torch.rand(n), torch.rand(n)
     results: dict[str, list[Tensor | None]] = {}
-    out = cpu.pairwise_forward("lse", a, b, scale, bias, ids_a, ids_b, True, w, v)
+    tiles = Tiles(a, b, scale, bias, ids_a, ids_b)
+    out = cpu.pairwise_forward("lse", tiles, True, Thresholds(w, v))
     results["pairwise_forward"] = list(out)
     results["pairwise_backward"] = list(
         cpu.pairwise_backward(
-            "lse", a, b, scale, bias, ids_a, ids_b, out.row, out.col, w, v, True, True
+            "lse", tiles, RowState(out.row, w), RowState(out.col, v), Wanted(True, True)
         )
     )
-    results["attend"] = list(cpu.attend(a, b, scale, ids_a, ids_b, w))
-    results["extremes"] = list(cpu.extremes(a, b, scale, w, ids_a, ids_b))
+    results["attend"] = list(cpu.attend(tiles, w))
+    results["extremes"] = list(cpu.extremes(tiles._replace(bias=w)))
     results["tiles"] = [x for name in ("pairwise_forward", "attend") for x in results[name]]
     for layout, keys in (("cross", None), ("bank", bank)):
         ids = (None, None) if keys is None else (ids_a, ids_b)
-        loss, *state = cpu.contrastive_forward(
-            layout, a, b, keys, scale, *ids, True, "none", False, True, True
-        )
-        kept_state, mean_key, _, kept_tiles = state
-        grads = cpu.contrastive_backward(
-            layout, a, b, scale, *ids, True, "none", False, kept_state, mean_key, kept_tiles, w,
-            True, True, True,
-        )  # fmt: skip
-        results[f"contrastive_forward:{layout}"] = [loss, *state]
+        problem = Problem(layout, a, b, keys, scale, *ids, True, "none", False)
+        out, kept_tiles = cpu.contrastive_forward(problem, True, True)
+        left = Kept(out.state, out.mean_key, kept_tiles)
+        grads = cpu.contrastive_backward(problem, left, w, Wanted(True, True, True))
+        results[f"contrastive_forward:{layout}"] = [*out, kept_tiles]
         results[f"contrastive_backward:{layout}"] = list(grads)
     results["contrastive"] = results["contrastive_forward:cross"]
     loss, state = cpu.regression_forward(a, b, "none")
     results["regression_forward"] = [loss, state]
     results["regression_backward"] = [cpu.regression_backward(a, b, "none", state, w)]
     ids_k = torch.randint(3, (n, n))
-    paired = cpu.paired_forward(a, b, negatives, scale, ids_a, ids_k, False, "none")
-    loss, lse, positive, norms, mean_key, _, _ = paired
-    results["paired_forward"] = results["paired"] = list(paired)
-    results["paired_backward"] = list(
-        cpu.paired_backward(
-            a,
-            b,
-            negatives,
-            scale,
-            None,
-            None,
-            False,
-            "none",
-            lse,
-            positive,
-            norms,
-            mean_key,
-            w,
-            True,
-            True,
-        )  # fmt: skip
-    )
+    paired = Paired(a, b, negatives, scale, ids_a, ids_k, False, "none")
+    loss, left, rank, similarity = cpu.paired_forward(paired)
+    results["paired_forward"] = results["paired"] = [loss, *left, rank, similarity]
+    paired = paired._replace(ids_q=None, ids_k=None)
+    results["paired_backward"] = list(cpu.paired_backward(paired, left, w, True, True))
     pointer, fill = torch.tensor([5]), torch.tensor([n])
     queue, labels = bank.clone(), torch.arange(n)
     cpu.enqueue_(queue, pointer, fill, a, False, labels, ids_a)
@@ -416,10 +405,10 @@ def test_threads_call_at_once() -> None:
     def work(n: int) -> None:
         try:
             x = torch.randn(n, 5)
-            want = cpu.attend(x, x, torch.ones(()), None, None, None).lse
+            want = cpu.attend(Tiles(x, x, torch.ones(())), None).lse
             for _ in range(200):
                 assert kept(n=n) == _C.kept_tiles(layout="joint", dtype="float32", n=n, d=128)
-                assert torch.equal(cpu.attend(x, x, torch.ones(()), None, None, None).lse, want)
+                assert torch.equal(cpu.attend(Tiles(x, x, torch.ones(())), None).lse, want)
         except BaseException as error:
             failed.append(error)
 

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+from flat import contrastive
 from helpers import check_loss
 from torch import Tensor
 
 import sslkernels
+from sslkernels.backends.interface import State
 from sslkernels.ops import registry
-from sslkernels.ops.contrastive import State, contrastive
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 

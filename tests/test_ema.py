@@ -13,9 +13,9 @@ from helpers import available_isas, engine, engines, threads
 from torch import Tensor, nn
 
 from sslkernels import EMA, ema_update_
+from sslkernels.backends.rounding import philox_words, round_stochastic
 from sslkernels.ops.eager import WRITES_LISTS
 from sslkernels.ops.ema import Update
-from sslkernels.ops.rounding import philox_words, round_stochastic
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]

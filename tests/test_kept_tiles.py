@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from flat import contrastive
 from torch import Tensor
-
-from sslkernels.ops.contrastive import contrastive
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 

@@ -21,7 +21,6 @@ LAYERS = {
     "sslkernels._version": 0,
     "sslkernels._C": 0,
     "sslkernels._cuda": 0,
-    "sslkernels.ops.rounding": 0,  # arithmetic in plain torch, shared by backends
     "sslkernels.backends": 1,
     "sslkernels.ops": 2,
     "sslkernels": 3,  # functional, losses, queue, ema, metrics, ...

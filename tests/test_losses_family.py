@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as ssl
 from sslkernels import reference
-from sslkernels.backends import chunked
+from sslkernels.backends import arithmetic
 
 # (N, D): one and two samples, neighbours of lane and block sizes, D that is no power of two.
 SIZES = [(1, 8), (2, 1), (3, 24), (63, 100), (64, 128), (65, 129), (127, 8), (130, 32), (5, 768)]
@@ -44,8 +44,8 @@ def test_against_float64_truth(case: Case, size) -> None:
 @EVERY
 def test_in_many_small_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows: what is carried from block to block, and which diagonal is whose."""
-    monkeypatch.setattr(chunked, "MIN_BLOCK", 512)
-    monkeypatch.setattr(chunked, "MAX_BLOCK", 512)
+    monkeypatch.setattr(arithmetic, "MIN_BLOCK", 512)
+    monkeypatch.setattr(arithmetic, "MAX_BLOCK", 512)
     with ssl.backend("chunked"):
         check_loss(
             lambda *x: case.call(ssl, list(x)).sum(),

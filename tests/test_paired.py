@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+from flat import paired
 from helpers import SLACK, check_budget, check_loss, threads
 from torch import Tensor
 
 import sslkernels
 from sslkernels import reference
-from sslkernels.ops.paired import paired
 
 # (N, M, D): single rows, keys and features; one key more and less than a vector has lanes; no power of 2;
 # 600 features are more than are widened at a time.

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat import attend, extremes, pairwise
 from helpers import check_budget, check_loss, poisoned, threads
 from pairwise_truth import DTYPES, NEG_INF, dense, ids_for, make, scalars, weighted, weights
 from torch import Tensor
-
-from sslkernels.ops.pairwise import attend, extremes, pairwise
 
 # (N, M, D): one row, one column, lane and block sizes and their neighbours, a wide row, a tall
 # matrix that needs more than one block, and dimensions that are no power of two.

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from flat import attend, pairwise
 from helpers import SLACK
 from pairwise_truth import DTYPES, dense, make, scalars
 from torch import Tensor
 
 import sslkernels
-from sslkernels.ops.pairwise import attend, pairwise
 
 
 def op_inputs() -> dict[str, tuple[Callable, tuple]]:
@@ -61,15 +61,15 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
                 ids_q,
                 ids_k,
                 row,
-                None,
                 torch.ones_like(row),
+                None,
                 None,
                 True,
                 True,
                 True,
             ),
         ),
-        "attend": (ops.attend, (q, k.detach(), scale, ids_q, ids_k, row_at)),
+        "attend": (ops.attend, (q, k.detach(), scale, None, ids_q, ids_k, row_at)),
         "extremes": (ops.extremes, (plain[0], None, plain[2], None, ids_q, None)),
         "accumulate_rows": (ops.accumulate_rows, (q, ids_q % 3, 3)),
         "take_rows": (ops.take_rows, (q, ids_k)),

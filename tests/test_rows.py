@@ -16,7 +16,9 @@ from helpers import check_loss, threads
 from torch import Tensor
 
 from sslkernels.ops import rows
+from sslkernels.ops.distances import two_distances
 from sslkernels.ops.positives import with_positives
+from sslkernels.ops.unit import unit_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = torch.tensor([0, 1, 0, 2, 2, 2, 3, 1, 0])
@@ -47,7 +49,7 @@ def test_unit_rows(dtype: torch.dtype) -> None:
     wide[:, ::2][:, :5] = x.to(dtype)
     weight = matrix(7, 5, 1)
     check_loss(
-        lambda z: (rows.unit_rows(z) * weight).sum(1),
+        lambda z: (unit_rows(z) * weight).sum(1),
         lambda z: (F.normalize(z if z.dtype == torch.float64 else z.float()) * weight).sum(1),
         [wide[:, ::2][:, :5]],
     )
@@ -57,7 +59,7 @@ def test_unit_rows_of_nan() -> None:
     """A NaN stays in its row, in both directions."""
     x = matrix(3, 4)
     x[1, 2] = torch.nan
-    y = rows.unit_rows(x.requires_grad_())
+    y = unit_rows(x.requires_grad_())
     (dx,) = torch.autograd.grad(y.sum(), x)
     for result in (y, dx):
         assert result.isnan().any(1).tolist() == [False, True, False]
@@ -84,7 +86,7 @@ def test_two_distances(dtype: torch.dtype, cosine: bool) -> None:
     first, second = torch.tensor([3, 7, 3, 3, 4, 0, 3, 1, 8]), torch.arange(9).flip(0)
     weight = matrix(2, 9, 1)
     check_loss(
-        lambda x: (torch.stack(rows.two_distances(x, first, second, cosine=cosine)) * weight).sum(),
+        lambda x: (torch.stack(two_distances(x, first, second, cosine=cosine)) * weight).sum(),
         lambda x: (distances(x, first, second, cosine) * weight).sum(),
         [z.to(dtype)],
     )
@@ -92,7 +94,7 @@ def test_two_distances(dtype: torch.dtype, cosine: bool) -> None:
 
 def test_two_distances_of_equal_rows_have_gradient_0() -> None:
     z = torch.ones(3, 4, requires_grad=True)
-    d, _ = rows.two_distances(z, torch.tensor([1, 2, 0]), torch.arange(3), cosine=False)
+    d, _ = two_distances(z, torch.tensor([1, 2, 0]), torch.arange(3), cosine=False)
     (dz,) = torch.autograd.grad(d.sum(), z)
     assert d.tolist() == [0, 0, 0] and not dz.any()
 
@@ -203,11 +205,14 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
             ops.two_distances_backward,
             (plain[0], first, ids, False, v.abs(), v.abs(), v, None),
         ),
-        "with_positives": (ops.with_positives, ("softplus", z, k, scale, bias, ids, None)),
-        "with_positives self": (ops.with_positives, ("lse", z, None, scale, None, ids, CLASSES)),
+        "with_positives": (ops.with_positives, ("softplus", z, k, scale, bias, ids, ids, None)),
+        "with_positives self": (
+            ops.with_positives,
+            ("lse", z, None, scale, None, ids, None, CLASSES),
+        ),
         "with_positives_backward": (
             ops.with_positives_backward,
-            ("softplus", *plain, ids, None, v, v, v, True, False, True),
+            ("softplus", *plain, ids, ids, None, v, v, v, True, False, True),
         ),
     }
 
@@ -225,11 +230,11 @@ def test_gradcheck() -> None:
     scale, bias = (torch.full((), v).double().requires_grad_() for v in (1.5, 0.3))
     check = torch.autograd.gradcheck
     first, second = CLASSES, torch.arange(9).roll(1)
-    assert check(rows.unit_rows, (z,))
-    assert torch.autograd.gradgradcheck(rows.unit_rows, (z,))
-    assert check(lambda z: rows.two_distances(z, first, second, cosine=True), (z,))
+    assert check(unit_rows, (z,))
+    assert torch.autograd.gradgradcheck(unit_rows, (z,))
+    assert check(lambda z: two_distances(z, first, second, cosine=True), (z,))
     far = torch.arange(9).roll(2)
-    assert check(lambda z: rows.two_distances(z, far, second, cosine=False), (z,))
+    assert check(lambda z: two_distances(z, far, second, cosine=False), (z,))
     assert check(
         lambda q, k, s, b: with_positives("softplus", q, k, scale=s, bias=b), (z, k, scale, bias)
     )
@@ -239,7 +244,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize(
     ("name", "function"),
     [
-        ("two_distances", lambda z: rows.two_distances(z, CLASSES, CLASSES, cosine=True)[0]),
+        ("two_distances", lambda z: two_distances(z, CLASSES, CLASSES, cosine=True)[0]),
         (
             "with_positives",
             lambda z: with_positives("lse", z, scale=torch.tensor(1.0), classes=CLASSES).row,
@@ -258,7 +263,7 @@ def test_one_output_used() -> None:
     z, k = matrix(9, 4), matrix(9, 4, 1)
     for i in range(2):
         leaf = z.clone().requires_grad_()
-        pick = rows.two_distances(leaf, CLASSES, CLASSES.flip(0), cosine=True)[i]
+        pick = two_distances(leaf, CLASSES, CLASSES.flip(0), cosine=True)[i]
         (got,) = torch.autograd.grad(pick.sum(), leaf)
         (want,) = torch.autograd.grad(
             distances(leaf, CLASSES, CLASSES.flip(0), True)[i].sum(), leaf
@@ -279,9 +284,9 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
     def run() -> list[Tensor]:
         leaf = z.clone().requires_grad_()
-        unit = rows.unit_rows(leaf)
+        unit = unit_rows(leaf)
         out = [
-            *rows.two_distances(unit, first, second, cosine=False),
+            *two_distances(unit, first, second, cosine=False),
             *with_positives("lse", unit, scale=torch.tensor(2.0), classes=first),
         ]
         return [*out, *torch.autograd.grad(sum(x.sum() for x in out), leaf)]

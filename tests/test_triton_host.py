@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
 
+from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
 from sslkernels.backends.triton import configs, gradients, launch, plan, updates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -76,23 +77,27 @@ def test_nothing_is_read_on_the_host(size, dtype: torch.dtype, launches) -> None
     ids_q = torch.empty(N, dtype=torch.int64)
     ids_k = torch.empty(M, dtype=torch.int64) if cross else None
     drow, dcol = torch.empty(()).expand(N), torch.empty(()).expand(columns) if cross else None
-    thresholds = (torch.empty(N), torch.empty(columns) if cross else None)
+    above = Thresholds(torch.empty(N), torch.empty(columns) if cross else None)
+    tiles = Tiles(q, k, scale, None, ids_q, ids_k)
     for kind, b in (("lse", None), ("softplus", bias)):
-        got = launch.pairwise_forward(kind, q, k, scale, b, ids_q, ids_k, cross, *thresholds)
+        got = launch.pairwise_forward(kind, tiles._replace(bias=b), cross, above)
         assert got.row.shape == got.rank_row.shape == (N,)
         assert got.col.shape == got.rank_col.shape == (columns if cross else 0,)
-        col = got.col if cross else None
         grads = launch.pairwise_backward(
-            kind, q, k, scale, b, ids_q, ids_k, got.row, col, drow, dcol, True, cross
+            kind,
+            tiles._replace(bias=b),
+            RowState(got.row, drow),
+            RowState(got.col, dcol) if cross else None,
+            Wanted(True, cross),
         )
         assert grads.dq.shape == (N, D) and grads.dk.shape == ((columns, D) if cross else (0,))
         assert grads.dq.is_contiguous() and grads.dk.is_contiguous()
         assert grads.dbias.shape == ()
     if cross:
-        attended = launch.attend(q, k, scale, ids_q, ids_k, thresholds[0])
+        attended = launch.attend(tiles, above.row)
         assert attended.mean_key.shape == (N, D) and attended.mean_key.is_contiguous()
         assert attended.rank.shape == (N,)
-    picked = launch.extremes(q, k, scale, torch.empty(columns), ids_q, ids_k)
+    picked = launch.extremes(tiles._replace(bias=torch.empty(columns)))
     assert picked.max_same.shape == picked.min_other.shape == (N,)
     unit, norm = updates.normalize_rows(q)
     dx = updates.normalize_rows_backward(torch.empty(()).expand(N, D), q, norm)

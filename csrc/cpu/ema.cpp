@@ -12,7 +12,7 @@
 // set, since a set without FMA computes the same rounding in float64.
 //
 // Stochastic rounding of 16-bit targets: random bits from Philox4x32-10 with key = seed and counter =
-// (element, step, tensor), so that they depend on nothing else.  ops/rounding.py is the plain twin.
+// (element, step, tensor), so that they depend on nothing else.  backends/rounding.py is the plain twin.
 
 #include <cstdint>
 

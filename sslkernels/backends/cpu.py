@@ -10,16 +10,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import (
     Attend,
+    Contrastive,
     Extremes,
+    Kept,
     Kind,
+    Paired,
+    PairedState,
     PairwiseBackward,
     PairwiseForward,
+    Problem,
+    RowState,
+    Thresholds,
+    Tiles,
+    Wanted,
 )
 
 try:
@@ -36,34 +47,48 @@ __all__ = [
     "CopyPlan",
     "EmaPlan",
     "attend",
+    "contrastive_backward",
+    "contrastive_forward",
     "enqueue_",
     "extremes",
+    "paired_backward",
+    "paired_forward",
     "pairwise_backward",
     "pairwise_forward",
+    "regression_backward",
+    "regression_forward",
 ]
 
 _C.set_isa(os.environ.get("SSLKERNELS_ISA") or "auto")
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Accumulation dtype: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _tiles(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-) -> _C._Tiles:
-    """What the kernels of the tile engine are given first; it holds addresses, not tensors."""
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy when its rows are not contiguous: whole losses take any stride between rows."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+# ------------------------------------------------------------------------------------------- tiles
+
+
+def _dense(tiles: Tiles) -> Tiles:
+    """The tiles with operands that the kernels can address; they live as long as the result does."""
+    q, k, scale, bias, ids_q, ids_k = tiles
+    return Tiles(
+        q.contiguous(), _contiguous(k), scale, bias, _contiguous(ids_q), _contiguous(ids_k)
+    )
+
+
+def _tiles(kind: Kind, tiles: Tiles, with_bias: bool = True) -> _C._Tiles:
+    """Dense tiles as the kernels of the engine are given them; it holds addresses, not tensors."""
+    q, k, scale, bias, ids_q, ids_k = tiles
     return _C.tiles(
         kind=kind,
         dtype=DTYPES[q.dtype],
@@ -73,7 +98,7 @@ def _tiles(
         k=_address(k),
         m=-1 if k is None else k.shape[0],
         scale=scale.data_ptr(),
-        bias=_address(bias),
+        bias=_address(bias) if with_bias else None,
         ids_q=_address(ids_q),
         ids_k=_address(ids_k),
         n_threads=torch.get_num_threads(),
@@ -81,32 +106,21 @@ def _tiles(
 
 
 def pairwise_forward(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    want_col: bool,
-    threshold_row: Tensor | None,
-    threshold_col: Tensor | None,
+    kind: Kind, tiles: Tiles, want_col: bool, thresholds: Thresholds
 ) -> PairwiseForward:
     """See :meth:`sslkernels.backends.interface.Backend.pairwise_forward`."""
-    q = q.contiguous()
-    k = None if k is None else k.contiguous()
-    n, m = q.shape[0], -1 if k is None else k.shape[0]
-    acc = accumulator(q.dtype)
+    tiles, n, m, acc = _dense(tiles), tiles.n, tiles.m, tiles.acc
+    above = Thresholds(*(_contiguous(x) for x in thresholds))
     row = torch.empty(n, dtype=acc)
     col = torch.empty(m if want_col else 0, dtype=acc)
-    rank_row = torch.empty(0 if threshold_row is None else n, dtype=torch.int64)
-    rank_col = torch.empty(0 if threshold_col is None else m, dtype=torch.int64)
+    rank_row = torch.empty(0 if above.row is None else n, dtype=torch.int64)
+    rank_col = torch.empty(0 if above.col is None else m, dtype=torch.int64)
     _C.pairwise_forward(
-        _tiles(kind, q, k, scale, bias, ids_q, ids_k),
+        _tiles(kind, tiles),
         row=row.data_ptr(),
         col=col.data_ptr() if want_col else None,
-        threshold_row=_address(threshold_row),
-        threshold_col=_address(threshold_col),
+        threshold_row=_address(above.row),
+        threshold_col=_address(above.col),
         rank_row=rank_row.data_ptr(),
         rank_col=rank_col.data_ptr(),
     )
@@ -114,59 +128,36 @@ def pairwise_forward(
 
 
 def pairwise_backward(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    row: Tensor,
-    col: Tensor | None,
-    drow: Tensor,
-    dcol: Tensor | None,
-    want_dq: bool,
-    want_dk: bool,
+    kind: Kind, tiles: Tiles, row: RowState, col: RowState | None, wanted: Wanted
 ) -> PairwiseBackward:
     """See :meth:`sslkernels.backends.interface.Backend.pairwise_backward`."""
-    q = q.contiguous()
-    k = None if k is None else k.contiguous()
-    drow = drow.contiguous()
-    dcol = None if dcol is None else dcol.contiguous()
-    n, d = q.shape
-    acc = accumulator(q.dtype)
-    want_dq = want_dq or k is None
-    dq = torch.empty((n, d) if want_dq else 0, dtype=acc)
-    dk = torch.empty((k.shape[0], d) if want_dk and k is not None else 0, dtype=acc)
+    tiles, acc, d = _dense(tiles), tiles.acc, tiles.q.shape[1]
+    lse, drow = (_contiguous(x) for x in row)
+    lse_col, dcol = (None, None) if col is None else (_contiguous(x) for x in col)
+    want_dq = wanted.dq or tiles.is_self
+    want_dk = wanted.dk and not tiles.is_self
+    dq = torch.empty((tiles.n, d) if want_dq else 0, dtype=acc)
+    dk = torch.empty((tiles.m, d) if want_dk else 0, dtype=acc)
     dbias = _C.pairwise_backward(
-        _tiles(kind, q, k, scale, bias, ids_q, ids_k),
-        row=row.data_ptr(),
-        col=_address(col),
-        drow=drow.data_ptr(),
+        _tiles(kind, tiles),
+        row=_address(lse),
+        col=_address(lse_col),
+        drow=_address(drow),
         dcol=_address(dcol),
         dq=dq.data_ptr() if want_dq else None,
-        dk=dk.data_ptr() if want_dk and k is not None else None,
+        dk=dk.data_ptr() if want_dk else None,
     )
     return PairwiseBackward(dq, dk, torch.scalar_tensor(dbias, dtype=acc))
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    threshold: Tensor | None,
-) -> Attend:
+def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     """See :meth:`sslkernels.backends.interface.Backend.attend`."""
-    q, k = q.contiguous(), k.contiguous()
-    n, d = q.shape
-    acc = accumulator(q.dtype)
-    lse = torch.empty(n, dtype=acc)
-    mean_key = torch.empty(n, d, dtype=acc)
-    rank = torch.empty(0 if threshold is None else n, dtype=torch.int64)
+    tiles, threshold = _dense(tiles), _contiguous(threshold)
+    lse = torch.empty(tiles.n, dtype=tiles.acc)
+    mean_key = torch.empty(tiles.q.shape, dtype=tiles.acc)
+    rank = torch.empty(0 if threshold is None else tiles.n, dtype=torch.int64)
     _C.attend(
-        _tiles("lse", q, k, scale, None, ids_q, ids_k),
+        _tiles("lse", tiles),
         lse=lse.data_ptr(),
         mean_key=mean_key.data_ptr(),
         threshold=_address(threshold),
@@ -175,92 +166,67 @@ def attend(
     return Attend(lse, mean_key, rank)
 
 
-def extremes(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias_k: Tensor | None,
-    ids_q: Tensor,
-    ids_k: Tensor | None,
-) -> Extremes:
+def extremes(tiles: Tiles) -> Extremes:
     """See :meth:`sslkernels.backends.interface.Backend.extremes`."""
-    q = q.contiguous()
-    k = None if k is None else k.contiguous()
-    n = q.shape[0]
-    max_same = torch.empty(n, dtype=torch.int64)
-    min_other = torch.empty(n, dtype=torch.int64)
+    tiles, bias = _dense(tiles), _contiguous(tiles.bias)
+    max_same = torch.empty(tiles.n, dtype=torch.int64)
+    min_other = torch.empty(tiles.n, dtype=torch.int64)
     _C.extremes(
-        _tiles("lse", q, k, scale, None, ids_q, ids_k),
-        bias_k=_address(bias_k),
+        _tiles("lse", tiles, with_bias=False),
+        bias_k=_address(bias),
         max_same=max_same.data_ptr(),
         min_other=min_other.data_ptr(),
     )
     return Extremes(max_same, min_other)
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    """x, or a copy when its rows are not contiguous: kernels take any stride between rows."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+# ------------------------------------------------------------------------------------ whole losses
 
 
-def _contrastive(
-    layout: str,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    normalize: bool,
-    reduction: str,
-    bf16: bool,
-) -> _C._Contrastive:
-    """What the kernels of a whole loss are given first; it holds addresses, not tensors."""
+def _dense_ids(problem: Problem) -> Problem:
+    """The problem with ids that the kernels can address; they live as long as the result does."""
+    if problem.ids_q is None:
+        return problem
+    return problem._replace(ids_q=_contiguous(problem.ids_q), ids_k=_contiguous(problem.ids_k))
+
+
+def _contrastive(problem: Problem, a: Tensor, b: Tensor) -> _C._Contrastive:
+    """A problem with rows a and b that the kernels can address; it holds addresses, not tensors."""
     n, d = a.shape
     return _C.contrastive(
-        layout=layout,
-        reduction=reduction,
+        layout=problem.layout,
+        reduction=problem.reduction,
         dtype=DTYPES[a.dtype],
-        normalize=normalize,
+        normalize=problem.normalize,
         d=d,
         n=n,
         a=a.data_ptr(),
         a_stride=a.stride()[0],  # stride(0) takes 0.1 us longer
         b=b.data_ptr(),
         b_stride=b.stride()[0],
-        scale=scale.data_ptr(),
-        ids_q=_address(ids_q),
-        ids_k=_address(ids_k),
-        bf16=bf16,
+        scale=problem.scale.data_ptr(),
+        ids_q=_address(problem.ids_q),
+        ids_k=_address(problem.ids_k),
+        bf16=problem.bf16,
         n_threads=torch.get_num_threads(),
     )
 
 
 def contrastive_forward(
-    layout: str,
-    a: Tensor,
-    b: Tensor,
-    bank: Tensor | None,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    normalize: bool,
-    reduction: str,
-    bf16: bool,
-    want_rank: bool,
-    keep_tiles: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """A whole loss; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
+    problem: Problem, want_rank: bool, keep_tiles: bool
+) -> tuple[Contrastive, Tensor | None]:
+    """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_forward`."""
+    problem = _dense_ids(problem)
+    layout, a, b, bank, *_, bf16 = problem
     if bf16 and not _C.has_bf16():
         raise RuntimeError(
             "compute_dtype=torch.bfloat16 needs a processor with AVX512-BF16 and that instruction set "
             f"in use, got {_C.isa()!r}"
         )
-    a, b = _unit_rows(a), _unit_rows(b)
+    a, b = _rows(a), _rows(b)
     n, d = a.shape
-    acc = accumulator(a.dtype)
-    rows = 2 * n if layout in ("joint", "both") else n
-    shape = () if reduction != "none" else ((2 * n,) if layout == "joint" else (n,))
-    loss = torch.empty(shape, dtype=acc)
+    acc, rows = problem.acc, problem.softmax_rows
+    loss = torch.empty(problem.loss_shape, dtype=acc)
     state = torch.empty(rows + 3 * n, dtype=acc)
     mean_key = None if bank is None else torch.empty((n, d), dtype=acc)
     rank = torch.empty(rows, dtype=torch.int64) if want_rank else None
@@ -268,10 +234,10 @@ def contrastive_forward(
     tiles = torch.empty(size, dtype=acc) if size > 0 else None
     bank_rows, bank_stride = 0, d
     if bank is not None:
-        bank = _unit_rows(bank)
+        bank = _rows(bank)
         bank_rows, bank_stride = bank.shape[0], bank.stride(0)
     _C.contrastive_forward(
-        _contrastive(layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16),
+        _contrastive(problem, a, b),
         bank=_address(bank),
         bank_rows=bank_rows,
         bank_stride=bank_stride,
@@ -281,67 +247,58 @@ def contrastive_forward(
         loss=loss.data_ptr(),
         rank=_address(rank),
     )
-    return loss, state, mean_key, rank, tiles
+    return Contrastive(loss, state, mean_key, rank), tiles
 
 
 def contrastive_backward(
-    layout: str,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    normalize: bool,
-    reduction: str,
-    bf16: bool,
-    state: Tensor,
-    mean_key: Tensor | None,
-    tiles: Tensor | None,
-    dloss: Tensor,
-    want_da: bool,
-    want_db: bool,
-    want_dscale: bool,
+    problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients; see :mod:`sslkernels.ops.contrastive` for arguments and results."""
-    a, b = _unit_rows(a), _unit_rows(b)
+    """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_backward`."""
+    problem, (state, mean_key, tiles) = _dense_ids(problem), kept
+    a, b = _rows(problem.a), _rows(problem.b)
     n, d = a.shape
-    da = torch.empty((n, d), dtype=a.dtype) if want_da else None
-    db = torch.empty((n, d), dtype=a.dtype) if want_db else None
-    stride = dloss.stride(0) if reduction == "none" else 0
+    da = torch.empty((n, d), dtype=a.dtype) if wanted.dq else None
+    db = torch.empty((n, d), dtype=a.dtype) if wanted.dk else None
     dscale = _C.contrastive_backward(
-        _contrastive(layout, a, b, scale, ids_q, ids_k, normalize, reduction, bf16),
+        _contrastive(problem, a, b),
         state=state.data_ptr(),
         mean_key=_address(mean_key),
         tiles=_address(tiles),
         dloss=dloss.data_ptr(),
-        dloss_stride=stride,
+        dloss_stride=dloss.stride(0) if problem.reduction == "none" else 0,
         da=_address(da),
         db=_address(db),
-        want_dscale=want_dscale,
+        want_dscale=wanted.dscale,
     )
-    return da, db, torch.scalar_tensor(dscale, dtype=state.dtype) if want_dscale else None
+    return da, db, torch.scalar_tensor(dscale, dtype=state.dtype) if wanted.dscale else None
+
+
+def _regression(
+    prediction: Tensor, target: Tensor, reduction: str, state: Tensor
+) -> dict[str, Any]:
+    """Fields of ``RegressionArgs``, of dense rows."""
+    return {
+        "reduction": reduction,
+        "dtype": DTYPES[prediction.dtype],
+        "d": prediction.shape[1],
+        "n": prediction.shape[0],
+        "prediction": prediction.data_ptr(),
+        "prediction_stride": prediction.stride(0),
+        "target": target.data_ptr(),
+        "target_stride": target.stride(0),
+        "n_threads": torch.get_num_threads(),
+        "state": state.data_ptr(),
+    }
 
 
 def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """2 - 2 cos by rows; see :mod:`sslkernels.ops.regression`."""
-    prediction, target = _unit_rows(prediction), _unit_rows(target)
-    n, d = prediction.shape
-    acc = accumulator(prediction.dtype)
+    prediction, target = _rows(prediction), _rows(target)
+    n, acc = prediction.shape[0], accumulation_dtype(prediction.dtype)
     state = torch.empty((n, 3), dtype=acc)
     loss = torch.empty((n,) if reduction == "none" else (), dtype=acc)
-    _C.regression_forward(
-        reduction=reduction,
-        dtype=DTYPES[prediction.dtype],
-        d=d,
-        n=n,
-        prediction=prediction.data_ptr(),
-        prediction_stride=prediction.stride(0),
-        target=target.data_ptr(),
-        target_stride=target.stride(0),
-        n_threads=torch.get_num_threads(),
-        state=state.data_ptr(),
-        loss=loss.data_ptr(),
-    )
+    fields = _regression(prediction, target, reduction, state)
+    _C.regression_forward(loss=loss.data_ptr(), **fields)
     return loss, state
 
 
@@ -349,53 +306,39 @@ def regression_backward(
     prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dloss: Tensor
 ) -> Tensor:
     """The gradient of the prediction; see :mod:`sslkernels.ops.regression`."""
-    prediction, target = _unit_rows(prediction), _unit_rows(target)
-    n, d = prediction.shape
-    out = torch.empty((n, d), dtype=prediction.dtype)
+    prediction, target = _rows(prediction), _rows(target)
+    out = torch.empty(prediction.shape, dtype=prediction.dtype)
     _C.regression_backward(
-        reduction=reduction,
-        dtype=DTYPES[prediction.dtype],
-        d=d,
-        n=n,
-        prediction=prediction.data_ptr(),
-        prediction_stride=prediction.stride(0),
-        target=target.data_ptr(),
-        target_stride=target.stride(0),
-        n_threads=torch.get_num_threads(),
-        state=state.data_ptr(),
         dloss=dloss.data_ptr(),
         dloss_stride=dloss.stride(0) if reduction == "none" else 0,
         dprediction=out.data_ptr(),
+        **_regression(prediction, target, reduction, state),
     )
     return out
 
 
-def _unit_keys(x: Tensor) -> Tensor:
-    """x [N, M, D], or a copy when its rows are not contiguous."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+def _dense_paired(problem: Paired) -> Paired:
+    """The problem with operands that the kernels can address: keys are contiguous in D."""
+    query, positive, keys, scale, ids_q, ids_k, normalize, reduction = problem
+    if keys is not None and keys.stride(2) != 1 and keys.shape[2] != 1:
+        keys = keys.contiguous()
+    ids_q, ids_k = _contiguous(ids_q), _contiguous(ids_k)
+    return Paired(_rows(query), _rows(positive), keys, scale, ids_q, ids_k, normalize, reduction)
 
 
-def _paired(
-    query: Tensor,
-    positive_key: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    normalize: bool,
-    reduction: str,
-) -> _C._Paired:
-    """What the kernels of the paired loss are given first; it holds addresses, not tensors."""
-    n, d = query.shape
+def _paired(problem: Paired) -> _C._Paired:
+    """A dense problem as the kernels are given it; it holds addresses, not tensors."""
+    query, positive, _, scale, ids_q, ids_k, normalize, reduction = problem
     return _C.paired(
         reduction=reduction,
         dtype=DTYPES[query.dtype],
         normalize=normalize,
-        d=d,
-        n=n,
+        d=query.shape[1],
+        n=query.shape[0],
         query=query.data_ptr(),
         query_stride=query.stride(0),
-        positive_key=positive_key.data_ptr(),
-        positive_stride=positive_key.stride(0),
+        positive_key=positive.data_ptr(),
+        positive_stride=positive.stride(0),
         scale=scale.data_ptr(),
         ids_q=_address(ids_q),
         ids_k=_address(ids_k),
@@ -403,88 +346,52 @@ def _paired(
     )
 
 
-def paired_forward(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    normalize: bool,
-    reduction: str,
-) -> tuple[Tensor, ...]:
-    """InfoNCE with negatives of its own for every query; see :mod:`sslkernels.ops.paired`."""
-    query, positive_key = _unit_rows(query), _unit_rows(positive_key)
-    keys = _unit_keys(negative_keys)
-    ids_q = None if ids_q is None else ids_q.contiguous()
-    ids_k = None if ids_k is None else ids_k.contiguous()
-    n, d = query.shape
-    acc = accumulator(query.dtype)
-    loss = torch.empty((n,) if reduction == "none" else (), dtype=acc)
-    lse, positive = torch.empty(n, dtype=acc), torch.empty(n, dtype=acc)
-    norms = torch.empty(2 * n, dtype=acc)
-    mean_key = torch.empty((n, d), dtype=acc)
+def _state(problem: Paired, state: PairedState) -> dict[str, Any]:
+    """The negatives and what forward leaves for backward, as fields of either kernel."""
+    keys = problem.negative_keys
+    m, row_stride, key_stride = (0, 0, 0) if keys is None else (keys.shape[1], *keys.stride()[:2])
+    return {
+        "negatives": _address(keys),
+        "m": m,
+        "row_stride": row_stride,
+        "key_stride": key_stride,
+        **{name: x.data_ptr() for name, x in state._asdict().items()},
+    }
+
+
+def paired_forward(problem: Paired) -> tuple[Tensor, PairedState, Tensor, Tensor]:
+    """See :meth:`sslkernels.backends.interface.WholeLosses.paired_forward`."""
+    problem, n, acc = _dense_paired(problem), problem.n, problem.acc
+    loss = torch.empty((n,) if problem.reduction == "none" else (), dtype=acc)
+    state = PairedState(
+        torch.empty(n, dtype=acc),
+        torch.empty(n, dtype=acc),
+        torch.empty(2 * n, dtype=acc),
+        torch.empty(problem.query.shape, dtype=acc),
+    )
     rank = torch.empty(n, dtype=torch.int64)
     similarity = _C.paired_forward(
-        _paired(query, positive_key, scale, ids_q, ids_k, normalize, reduction),
-        negatives=keys.data_ptr(),
-        m=keys.shape[1],
-        row_stride=keys.stride(0),
-        key_stride=keys.stride(1),
-        lse=lse.data_ptr(),
-        positive=positive.data_ptr(),
-        norms=norms.data_ptr(),
-        mean_key=mean_key.data_ptr(),
-        loss=loss.data_ptr(),
-        rank=rank.data_ptr(),
+        _paired(problem), loss=loss.data_ptr(), rank=rank.data_ptr(), **_state(problem, state)
     )
-    mean = torch.scalar_tensor(similarity, dtype=acc)
-    return loss, lse, positive, norms, mean_key, rank, mean
+    return loss, state, rank, torch.scalar_tensor(similarity, dtype=acc)
 
 
 def paired_backward(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    normalize: bool,
-    reduction: str,
-    lse: Tensor,
-    positive: Tensor,
-    norms: Tensor,
-    mean_key: Tensor,
-    dloss: Tensor,
-    want_query: bool,
-    want_positive: bool,
+    problem: Paired, state: PairedState, dloss: Tensor, want_query: bool, want_positive: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients; see :mod:`sslkernels.ops.paired`."""
-    query, positive_key = _unit_rows(query), _unit_rows(positive_key)
-    keys = None if negative_keys is None else _unit_keys(negative_keys)
-    ids_q = None if ids_q is None else ids_q.contiguous()
-    ids_k = None if ids_k is None else ids_k.contiguous()
-    n, d = query.shape
-    dquery = query.new_empty((n, d) if want_query else 0)
-    dpositive = query.new_empty((n, d) if want_positive else 0)
+    """See :meth:`sslkernels.backends.interface.WholeLosses.paired_backward`."""
+    problem = _dense_paired(problem)
+    query, keys = problem.query, problem.negative_keys
+    dquery = query.new_empty(query.shape if want_query else 0)
+    dpositive = query.new_empty(query.shape if want_positive else 0)
     dnegatives = query.new_empty(0 if keys is None else keys.shape)
-    m, row_stride, key_stride = 0, 0, 0
-    if keys is not None:
-        m, row_stride, key_stride = keys.shape[1], keys.stride(0), keys.stride(1)
     dscale = _C.paired_backward(
-        _paired(query, positive_key, scale, ids_q, ids_k, normalize, reduction),
-        negatives=_address(keys),
-        m=m,
-        row_stride=row_stride,
-        key_stride=key_stride,
-        lse=lse.data_ptr(),
-        positive=positive.data_ptr(),
-        norms=norms.data_ptr(),
-        mean_key=mean_key.data_ptr(),
+        _paired(problem),
         dloss=dloss.data_ptr(),
-        dloss_stride=dloss.stride(0) if reduction == "none" else 0,
+        dloss_stride=dloss.stride(0) if problem.reduction == "none" else 0,
         dquery=dquery.data_ptr() if want_query else None,
         dpositive=dpositive.data_ptr() if want_positive else None,
         dnegatives=None if keys is None else dnegatives.data_ptr(),
+        **_state(problem, state),
     )
-    return dquery, dpositive, dnegatives, torch.scalar_tensor(dscale, dtype=lse.dtype)
+    return dquery, dpositive, dnegatives, torch.scalar_tensor(dscale, dtype=state.lse.dtype)

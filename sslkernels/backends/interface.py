@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend must provide: the tile-engine primitives, in one place.
+"""What a backend must provide, and the values that it is given: the tiles, in one place.
 
 Every contrastive loss of the library is a reduction over the tiles of
 
     S_ij = scale * <q_i, k_j> (+ bias),     q: [N, D],  k: [M, D]
 
-which is never written to memory.  A backend is a module with the functions below.  The layer
-above (``sslkernels.ops``) has checked shapes, dtypes and devices, so a backend assumes them:
+which is never written to memory.  ``Tiles`` says what S is, and is the one noun that ops, backends and
+launchers pass on.  The layer above (``sslkernels.ops``) has checked shapes, dtypes and devices, so a
+backend assumes them:
 
-* ``q`` and ``k`` are 2-D, the same floating dtype, on one device, and used as they are (no
-  normalisation happens here).  ``k is None`` means *self mode*: k = q, S is symmetric, and a
-  backend may compute one triangle only.
 * ``acc`` is the accumulation dtype: float64 for float64 inputs, float32 for everything else.
   Every floating output of a backend has dtype ``acc``.
-* ``scale`` and ``bias`` are 0-d ``acc`` tensors on the device of ``q`` (read on the device: no host
-  sync).
-* ``ids_q`` [N] and ``ids_k`` [M], int64, or both None.  The pair (i, j) is *excluded* when
-  ``ids_q[i] == ids_k[j]``.  In self mode ``ids_k`` is None and stands for ``ids_q``; the diagonal is
-  excluded by unique ids.  NT-Xent takes its positives out of the tiles by giving both views of one
-  sample the same id.
+* Scalars are 0-d ``acc`` tensors on the device of ``q`` (read on the device: no host sync).
 * Rows or columns that have nothing allowed give ``-inf`` (lse), 0 (softplus, weighted mean) or -1
   (indices), and no gradient.
 * A NaN in the inputs reaches every output that depends on it; logits of +-1e4 are fine; results do
@@ -30,9 +23,79 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from sslkernels.backends.arithmetic import accumulation_dtype
+
 Kind = Literal["lse", "softplus"]
+
+
+# ------------------------------------------------------------------------------------------- tiles
+
+
+class Tiles(NamedTuple):
+    """What S is: S_ij = scale * <q_i, k_j> + bias, less the pairs of equal ids."""
+
+    q: Tensor  # [N, D], any strides, used as it is (not normalised here)
+    k: Tensor | None  # [M, D], dtype and device of q; None is self mode: k = q, S is symmetric
+    scale: Tensor  # 0-d acc
+    bias: Tensor | None = None  # 0-d acc, kind "softplus" only; op extremes: [M] acc, for columns
+    ids_q: Tensor | None = None  # [N] int64
+    ids_k: Tensor | None = None  # [M] int64; None in self mode, where it is ids_q
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the keys are the queries."""
+        return self.k is None
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.q.shape[0]
+
+    @property
+    def m(self) -> int:
+        """Columns."""
+        return self.q.shape[0] if self.k is None else self.k.shape[0]
+
+    @property
+    def acc(self) -> torch.dtype:
+        """Accumulation dtype."""
+        return accumulation_dtype(self.q.dtype)
+
+    def excluded(self, rows: slice) -> Tensor | None:
+        """[rows, M] bool: which pairs are left out, those of equal ids; None: nothing is.
+
+        In self mode unique ids leave out the diagonal.  NT-Xent takes its positives out of the
+        tiles by giving both views of one sample the same id.
+        """
+        if self.ids_q is None:
+            return None
+        columns = self.ids_q if self.ids_k is None else self.ids_k
+        return self.ids_q[rows, None] == columns[None, :]
+
+
+class Thresholds(NamedTuple):
+    """Above which S_ij pairs are counted, in units of S; None: no count."""
+
+    row: Tensor | None = None  # [N] acc
+    col: Tensor | None = None  # [M] acc, only where columns are reduced
+
+
+class RowState(NamedTuple):
+    """What the backward pass knows of the rows (or the columns)."""
+
+    lse: Tensor | None  # [N] acc, of the forward pass; kind "softplus" needs none
+    gradient: Tensor  # [N] acc: of what forward returned for the rows
+
+
+class Wanted(NamedTuple):
+    """Which gradients are to be computed.  Of a whole loss: dq is that of a, dk that of b."""
+
+    dq: bool
+    dk: bool
+    dscale: bool = False
 
 
 class PairwiseForward(NamedTuple):
@@ -40,12 +103,8 @@ class PairwiseForward(NamedTuple):
 
     row: Tensor  # [N] acc: kind "lse": log sum_j exp(S_ij); "softplus": sum_j softplus(S_ij)
     col: Tensor  # [M] acc: the same over i for each column; empty [0] unless want_col
-    rank_row: (
-        Tensor  # [N] int64: how many allowed j have S_ij > threshold_row[i]; [0] without threshold
-    )
-    rank_col: (
-        Tensor  # [M] int64: how many allowed i have S_ij > threshold_col[j]; [0] without threshold
-    )
+    rank_row: Tensor  # [N] int64: how many allowed j have S_ij > threshold_i; [0] without threshold
+    rank_col: Tensor  # [M] int64: how many allowed i have S_ij > threshold_j; [0] without threshold
 
 
 class PairwiseBackward(NamedTuple):
@@ -67,78 +126,195 @@ class Attend(NamedTuple):
 class Extremes(NamedTuple):
     """Hard positives and negatives: indices, ties to the smallest index, -1 where there is none."""
 
-    max_same: (
-        Tensor  # [N] int64: argmax_j of S_ij + bias_k[j] over ids equal (self mode: and j != i)
-    )
-    min_other: Tensor  # [N] int64: argmin_j of S_ij + bias_k[j] over ids different
+    max_same: Tensor  # [N] int64: argmax_j of S_ij over ids equal (self mode: and j != i)
+    min_other: Tensor  # [N] int64: argmin_j of S_ij over ids different
 
 
 class Backend(Protocol):
     """The primitives.  ``chunked.py`` is the readable example to follow."""
 
     def pairwise_forward(
-        self,
-        kind: Kind,
-        q: Tensor,  # [N, D]
-        k: Tensor | None,  # [M, D]; None: self mode (want_col must then be False: row == col)
-        scale: Tensor,  # 0-d acc
-        bias: Tensor | None,  # 0-d acc, added to every S_ij
-        ids_q: Tensor | None,  # [N] int64
-        ids_k: Tensor | None,  # [M] int64
-        want_col: bool,
-        threshold_row: Tensor | None,  # [N] acc, in units of S
-        threshold_col: Tensor | None,  # [M] acc, only with want_col
+        self, kind: Kind, tiles: Tiles, want_col: bool, thresholds: Thresholds
     ) -> PairwiseForward:
-        """One pass over the tiles of S, reduced over rows (and columns)."""
+        """One pass over the tiles, reduced over rows, and over columns with ``want_col``.
+
+        In self mode want_col is False: columns are the rows.
+        """
         ...
 
     def pairwise_backward(
-        self,
-        kind: Kind,
-        q: Tensor,
-        k: Tensor | None,
-        scale: Tensor,
-        bias: Tensor | None,
-        ids_q: Tensor | None,
-        ids_k: Tensor | None,
-        row: Tensor,  # [N] acc, from the forward pass (lse); ignored for softplus
-        col: Tensor | None,  # [M] acc, or None when dcol is None; self mode: None
-        drow: Tensor,  # [N] acc, gradient of row
-        dcol: Tensor | None,  # [M] acc, gradient of col, or None
-        want_dq: bool,
-        want_dk: bool,
+        self, kind: Kind, tiles: Tiles, row: RowState, col: RowState | None, wanted: Wanted
     ) -> PairwiseBackward:
         """Recompute S and form G, then dq = scale * G k and dk = scale * G^T q.
 
         lse:       G_ij = drow_i exp(S_ij - row_i) + dcol_j exp(S_ij - col_j)
         softplus:  G_ij = (drow_i + dcol_j) sigmoid(S_ij)
         Excluded pairs have G_ij = 0.  Where row_i is -inf nothing is allowed, so G_ij = 0 as well.
-        In self mode dq is the whole gradient, scale * (G + G^T) q with dcol None.
+        ``col`` is None where columns have no gradient, and in self mode, where dq is the whole
+        gradient, scale * (G + G^T) q.  ``wanted.dscale`` is for the ops: backends leave it.
         """
         ...
 
-    def attend(
-        self,
-        q: Tensor,  # [N, D]
-        k: Tensor,  # [M, D]
-        scale: Tensor,
-        ids_q: Tensor | None,
-        ids_k: Tensor | None,
-        threshold: Tensor | None,  # [N] acc
-    ) -> Attend:
-        """LSE over rows and the softmax-weighted mean key in one pass (online softmax)."""
+    def attend(self, tiles: Tiles, threshold: Tensor | None) -> Attend:
+        """LSE over rows and the softmax-weighted mean key in one pass (online softmax); k is given."""
         ...
 
-    def extremes(
+    def extremes(self, tiles: Tiles) -> Extremes:
+        """Arg-max over equal ids and arg-min over different ids, per row; ids are given."""
+        ...
+
+
+# ------------------------------------------------------------------------------------- whole losses
+
+Layout = Literal["joint", "cross", "both", "bank"]
+
+
+class Problem(NamedTuple):
+    """A whole loss with one positive a row (layouts: ``sslkernels.ops.contrastive``)."""
+
+    layout: str  # see Layout
+    a: Tensor  # [N, D], any strides
+    b: Tensor  # [N, D]
+    bank: Tensor | None  # [K, D], layout "bank" only
+    scale: Tensor  # 0-d acc
+    ids_q: Tensor | None = None  # [N] int64; None: the row number (bank: nothing is excluded)
+    ids_k: Tensor | None = None  # [K] int64, layout "bank" with ids_q only
+    normalize: bool = True  # rows, of the bank too, are divided by max(norm, 1e-12) first
+    reduction: str = "mean"  # "mean", "sum" or "none"
+    bf16: bool = False  # negatives are multiplied in bfloat16; positives never are
+
+    @property
+    def n(self) -> int:
+        """Rows of a."""
+        return self.a.shape[0]
+
+    @property
+    def acc(self) -> torch.dtype:
+        """Accumulation dtype."""
+        return accumulation_dtype(self.a.dtype)
+
+    @property
+    def softmax_rows(self) -> int:
+        """R: 2N where both sides are classified, N where one is."""
+        return (2 if self.layout in ("joint", "both") else 1) * self.a.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the loss before it is reduced."""
+        return (2 if self.layout == "joint" else 1) * self.a.shape[0]
+
+    @property
+    def loss_shape(self) -> tuple[int, ...]:
+        """0-d, or a number for each row."""
+        return (self.outputs,) if self.reduction == "none" else ()
+
+
+class Kept(NamedTuple):
+    """What the forward pass of a whole loss leaves for its backward pass."""
+
+    state: Tensor  # [R + 3N] acc, see State
+    mean_key: Tensor | None  # [N, D] acc, softmax-weighted mean of the bank; layout "bank" only
+    tiles: Tensor | None = None  # logits, in the backend's own layout
+
+
+class State(NamedTuple):
+    """Views of ``Kept.state``; R = ``Problem.softmax_rows``."""
+
+    lse: Tensor  # [R] log-sum-exp over the negatives
+    positive: Tensor  # [N] <a_i, b_i> of the (normalised) rows, without scale
+    inv: Tensor  # [2N] what the rows of a and b were multiplied with: 1 without normalize
+
+    @classmethod
+    def split(cls, state: Tensor, n: int) -> State:
+        """The parts of the op's one tensor, [R + 3N]."""
+        rows = state.shape[0] - 3 * n
+        return cls(state[:rows], state[rows : rows + n], state[rows + n :])
+
+
+class Contrastive(NamedTuple):
+    """Results of a whole loss."""
+
+    loss: Tensor  # 0-d, or [2N] (joint) or [N], acc
+    state: Tensor  # [R + 3N], see State
+    mean_key: Tensor | None  # [N, D] acc; layout "bank" only
+    rank: Tensor | None  # [R] int64, how many negatives are above the positive; if wanted
+
+
+class Paired(NamedTuple):
+    """InfoNCE with negatives of its own for every query (``sslkernels.ops.paired``)."""
+
+    query: Tensor  # [N, D]
+    positive_key: Tensor  # [N, D]
+    negative_keys: Tensor | None  # [N, M, D]; None in backward: they get no gradient
+    scale: Tensor  # 0-d acc
+    ids_q: Tensor | None = None  # [N] int64: (i, m) is left out where ids_q[i] == ids_k[i, m]
+    ids_k: Tensor | None = None  # [N, M] int64
+    normalize: bool = True
+    reduction: str = "mean"
+
+    @property
+    def n(self) -> int:
+        """Queries."""
+        return self.query.shape[0]
+
+    @property
+    def acc(self) -> torch.dtype:
+        """Accumulation dtype."""
+        return accumulation_dtype(self.query.dtype)
+
+
+class PairedState(NamedTuple):
+    """What the forward pass of ``Paired`` leaves for its backward pass; acc."""
+
+    lse: Tensor  # [N] log-sum-exp over the negatives
+    positive: Tensor  # [N] <query_i, positive_i> of the (normalised) rows, without scale
+    norms: Tensor  # [2N] what the rows of query and positive_key were divided by
+    mean_key: Tensor  # [N, D] softmax-weighted mean of the negatives
+
+
+class WholeLosses(Protocol):
+    """What a backend may have beyond the primitives; the ops compose it where one lacks it.
+
+    The CPU has it.  Gradients have the dtype of their inputs.
+    """
+
+    def contrastive_forward(
+        self, problem: Problem, want_rank: bool, keep_tiles: bool
+    ) -> tuple[Contrastive, Tensor | None]:
+        """The loss, and with ``keep_tiles`` the logits where they are worth keeping."""
+        ...
+
+    def contrastive_backward(
+        self, problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of a, b and scale."""
+        ...
+
+    def regression_forward(
+        self, prediction: Tensor, target: Tensor, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and state, see ``sslkernels.ops.regression``."""
+        ...
+
+    def regression_backward(
+        self, prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dloss: Tensor
+    ) -> Tensor:
+        """The gradient of the prediction."""
+        ...
+
+    def paired_forward(self, problem: Paired) -> tuple[Tensor, PairedState, Tensor, Tensor]:
+        """Loss, state, rank [N] int64 and mean <query_i, negative_im> (0-d)."""
+        ...
+
+    def paired_backward(
         self,
-        q: Tensor,  # [N, D]
-        k: Tensor | None,  # [M, D]; None: self mode
-        scale: Tensor,
-        bias_k: Tensor | None,  # [M] acc, added to column j
-        ids_q: Tensor,  # [N] int64
-        ids_k: Tensor | None,  # [M] int64
-    ) -> Extremes:
-        """Arg-max over equal ids and arg-min over different ids, per row."""
+        problem: Paired,
+        state: PairedState,
+        dloss: Tensor,
+        want_query: bool,
+        want_positive: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of query, positive_key, negative_keys and scale; [0] where not wanted."""
         ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.ops.rounding import philox_words, round_stochastic
+from sslkernels.backends.rounding import philox_words, round_stochastic
 
 # Elements handled at a time, so that the temporaries stay at a few MB whatever the model's size.
 _BLOCK = 1 << 20

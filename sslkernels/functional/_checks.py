@@ -17,7 +17,7 @@ from sslkernels._numbers import integer as integer
 from sslkernels._numbers import number as number
 from sslkernels._numbers import positive as positive
 from sslkernels._numbers import type_name
-from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.ops.eager import is_plain_eager
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))

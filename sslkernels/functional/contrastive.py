@@ -13,12 +13,25 @@ from torch import Tensor
 from sslkernels import distributed
 from sslkernels._numbers import type_name
 from sslkernels._types import ContrastiveMetrics, Reduction
+from sslkernels.backends.interface import Paired, Problem
 from sslkernels.functional import _checks as checks
-from sslkernels.functional import _common as common
-from sslkernels.functional.pairwise import nt_xent_multiview
-from sslkernels.ops.contrastive import Contrastive, State, contrastive
+from sslkernels.ops import formulas, heads
+from sslkernels.ops._library import has_tangent
+from sslkernels.ops.contrastive import contrastive
 from sslkernels.ops.paired import paired
-from sslkernels.ops.pairwise import pairwise
+
+Result = Tensor | tuple[Tensor, ContrastiveMetrics]
+
+
+def _whole(problem: Problem, return_metrics: bool) -> Result:
+    """A loss that is an op of its own, and its metrics."""
+    out = contrastive(problem, return_metrics)
+    return (out.loss, heads.problem_metrics(problem, out)) if return_metrics else out.loss
+
+
+def _reduced(rows: tuple[Tensor, ContrastiveMetrics | None], reduction: Reduction) -> Result:
+    loss = heads.reduce(rows[0], reduction)
+    return loss if rows[1] is None else (loss, rows[1])
 
 
 def nt_xent_loss(
@@ -93,21 +106,14 @@ def nt_xent_loss(
     if len(views) > 2:
         if group is not None:
             raise ValueError(f"{op}: group works with two views, got {len(views)}")
-        return nt_xent_multiview(views, scale, normalize, reduction, return_metrics)
+        return _reduced(formulas.multiview(views, scale, normalize, return_metrics), reduction)
     a, b = views
     if group is not None:
         if return_metrics:
             raise ValueError(f"{op}: return_metrics must be False with group")
         return distributed.global_nt_xent(a, b, scale, normalize, reduction, group)
-    out = contrastive(
-        "joint", a, b, scale=scale, normalize=normalize, reduction=reduction, bf16=bf16,
-        want_rank=return_metrics,
-    )  # fmt: skip
-    if not return_metrics:
-        return out.loss
-    z = common.unit(torch.cat((a, b)).detach(), normalize)
-    ids = torch.arange(len(a), device=a.device).repeat(2)
-    return out.loss, _metrics(out, len(a), common.mean_negative(z, z, ids, ids))
+    problem = Problem("joint", a, b, None, scale, None, None, normalize, reduction, bf16)
+    return _whole(problem, return_metrics)
 
 
 def _views(op: str, z1: object, z2: object) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
@@ -215,69 +221,30 @@ def info_nce_loss(
     ids_q, ids_k = _info_nce_ids(op, query, negative_keys, query_ids, negative_ids)
     bf16 = checks.check_compute_dtype(op, compute_dtype, query)
     normalize, return_metrics = _flags(op, normalize, return_metrics)
+    own = (normalize, reduction)
 
     if negative_keys is None:
-        out = contrastive(
-            "cross", query, positive_key, scale=scale, ids_q=ids_q, normalize=normalize,
-            reduction=reduction, bf16=bf16, want_rank=return_metrics,
-        )  # fmt: skip
-        if not return_metrics:
-            return out.loss
-        ids = torch.arange(len(query), device=query.device) if ids_q is None else ids_q
-        q, k = (common.unit(x.detach(), normalize) for x in (query, positive_key))
-        return out.loss, _metrics(out, len(query), common.mean_negative(q, k, ids, ids))
+        problem = Problem("cross", query, positive_key, None, scale, ids_q, None, *own, bf16)
+        return _whole(problem, return_metrics)
     keys_need_grad = negative_keys.requires_grad and torch.is_grad_enabled()
-    if negative_keys.ndim == 2 and not keys_need_grad:
-        out = contrastive(
-            "bank", query, positive_key, negative_keys.detach(), scale=scale, ids_q=ids_q,
-            ids_k=ids_k, normalize=normalize, reduction=reduction, bf16=bf16,
-            want_rank=return_metrics,
-        )  # fmt: skip
-        if not return_metrics:
-            return out.loss
-        q, k = (common.unit(x.detach(), normalize) for x in (query, negative_keys))
-        return out.loss, _metrics(out, len(query), common.mean_negative(q, k, ids_q, ids_k))
+    if negative_keys.ndim == 2 and not keys_need_grad and not has_tangent(negative_keys):
+        bank = negative_keys.detach()
+        problem = Problem("bank", query, positive_key, bank, scale, ids_q, ids_k, *own, bf16)
+        return _whole(problem, return_metrics)
     if bf16:
         raise ValueError(
             f"{op}: compute_dtype must be None for paired negative_keys or ones that require grad"
         )
     if negative_keys.ndim == 3:
-        own = paired(
-            query, positive_key, negative_keys, scale=scale, ids_q=ids_q, ids_k=ids_k,
-            normalize=normalize, reduction=reduction,
-        )  # fmt: skip
+        each = paired(Paired(query, positive_key, negative_keys, scale, ids_q, ids_k, *own))
         if not return_metrics:
-            return own.loss
-        return own.loss, common.metrics(own.rank, own.positive, own.negative_similarity)
-    return _learned_bank(
-        query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction,
-        return_metrics,
-    )  # fmt: skip
-
-
-def _metrics(out: Contrastive, n: int, negative_similarity: Tensor) -> ContrastiveMetrics:
-    return common.metrics(
-        cast(Tensor, out.rank), State.split(out.state, n).positive, negative_similarity
+            return each.loss
+        return each.loss, heads.metrics(each.rank, each.positive, each.negative_similarity)
+    ids = (ids_q, ids_k)
+    rows = formulas.learned_bank(
+        query, positive_key, negative_keys, scale, ids, normalize, return_metrics
     )
-
-
-def _learned_bank(
-    query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool, reduction: Reduction, return_metrics: bool,
-) -> Tensor | tuple[Tensor, ContrastiveMetrics]:  # fmt: skip
-    """Shared negative keys that need a gradient."""
-    q, k, negatives = (common.unit(x, normalize) for x in (query, positive_key, negative_keys))
-    similarity = common.dots(q, k)
-    positive = similarity * scale
-    lse, _, rank, _ = pairwise(
-        "lse", q, negatives, scale=scale, ids_q=ids_q, ids_k=ids_k,
-        threshold_row=positive if return_metrics else None,
-    )  # fmt: skip
-    loss = common.reduce(common.nll(lse, positive), reduction)
-    if not return_metrics:
-        return loss
-    mean_negative = common.mean_negative(q, negatives, ids_q, ids_k)
-    return loss, common.metrics(rank, similarity, mean_negative)
+    return _reduced(rows, reduction)
 
 
 def _check_negatives(op: str, query: Tensor, negative_keys: Tensor | None, mode: str) -> None:
@@ -379,15 +346,10 @@ def clip_loss(
         return distributed.global_clip(
             image_features, text_features, scale, normalize, reduction, group
         )
-    out = contrastive(
-        "both", image_features, text_features, scale=scale, normalize=normalize,
-        reduction=reduction, bf16=bf16, want_rank=return_metrics,
-    )  # fmt: skip
-    if not return_metrics:
-        return out.loss
-    x, y = (common.unit(f.detach(), normalize) for f in (image_features, text_features))
-    ids = torch.arange(len(x), device=x.device)
-    return out.loss, _metrics(out, len(x), common.mean_negative(x, y, ids, ids))
+    problem = Problem(
+        "both", image_features, text_features, None, scale, None, None, normalize, reduction, bf16
+    )
+    return _whole(problem, return_metrics)
 
 
 def dcl_loss(
@@ -438,15 +400,5 @@ def dcl_loss(
     scale = checks.inverse_temperature(op, temperature, z1)
     if sigma is not None:
         sigma = checks.positive(op, "sigma", sigma)
-    n = len(z1)
-    z = common.unit(torch.cat((z1, z2)), checks.flag(op, "normalize", normalize))
-    ids = torch.arange(n, device=z.device).repeat(2)
-    lse = pairwise("lse", z, scale=scale, ids_q=ids).row
-    if n == 1:
-        lse = torch.zeros_like(lse)
-    similarity = common.dots(z[:n], z[n:])
-    positive = similarity * scale
-    if sigma is not None:
-        weights = 2 - n * torch.softmax(similarity.detach() / sigma, 0)
-        positive = positive * weights
-    return common.reduce(lse - positive.repeat(2), reduction)
+    normalize = checks.flag(op, "normalize", normalize)
+    return heads.reduce(formulas.dcl(z1, z2, scale, sigma, normalize), reduction)

@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels._types import Reduction
-from sslkernels.backends.chunked import accumulation_dtype
 from sslkernels.functional import _checks as checks
-from sslkernels.functional import _common as common
-from sslkernels.ops.pairwise import extremes
-from sslkernels.ops.rows import two_distances
+from sslkernels.ops import formulas, heads
 from sslkernels.ops.triplet import mined_triplets
 
 _TRIPLET_REDUCTIONS = ("mean", "sum", "mean_nonzero")
@@ -75,54 +71,18 @@ def triplet_loss(
     checks.check_choice(op, "distance", distance, ("euclidean", "cosine"))
     checks.check_reduction(op, reduction, _TRIPLET_REDUCTIONS)
     cosine = distance == "cosine"
-    z = common.unit(z, normalize or cosine)
+    z = heads.unit(z, normalize or cosine)
     if mining == "hard":
-        terms, valid = _hard_terms(z, labels, margin, cosine)
-        total = common.reduce(terms, "sum")
+        terms, valid = formulas.hard_triplets(z, labels, margin, cosine)
+        total = heads.reduce(terms, "sum")
         count = (terms > 0).sum() if reduction == "mean_nonzero" else valid.sum()
     else:
         mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
-        terms = mined.loss
-        if isinstance(margin, Tensor):  # its gradient is the number of active terms
-            terms = terms + (margin - margin.detach()) * mined.active
-        total = common.reduce(terms, "sum")
+        total = heads.reduce(mined.loss, "sum")
         count = (mined.active if reduction == "mean_nonzero" else mined.terms).sum()
     # A NaN distance is neither the largest nor the smallest: mining alone would pass over it.
     total = total * (1 + (z.detach() * 0).sum())
     return total if reduction == "sum" else total / count.clamp(min=1)
-
-
-def _hard_terms(
-    z: Tensor, labels: Tensor, margin: float | Tensor, cosine: bool
-) -> tuple[Tensor, Tensor]:
-    """Terms [N], 0 for anchors without a triplet, and which anchors have one."""
-    if len(z) == 0:
-        return common.dots(z, z), labels > 0
-    with torch.no_grad():
-        if cosine:  # d = 1 - S falls with the dot product
-            scale = checks.scalar("triplet_loss", "scale", -1.0, z)
-            positive, negative = extremes(z, scale=scale, ids_q=labels)
-        else:
-            # d^2 - |x|^2 = |y|^2 - 2 <x, y>.  Distances do not change with the origin, and around
-            # the mean less cancels.
-            wide = z.to(accumulation_dtype(z.dtype))
-            centred = wide - wide.mean(0)
-            scale = checks.scalar("triplet_loss", "scale", -2.0, z)
-            square = centred.square().sum(1)
-            positive, negative = extremes(centred, scale=scale, bias_k=square, ids_q=labels)
-    valid = (positive >= 0) & (negative >= 0)
-    d_positive, d_negative = two_distances(
-        z, positive.clamp(min=0), negative.clamp(min=0), cosine=cosine
-    )
-    terms = F.relu(d_positive - d_negative + margin)
-    return torch.where(valid, terms, 0.0), valid
-
-
-def _euclidean(a: Tensor, b: Tensor) -> Tensor:
-    """[N]: ||a_i - b_i|| in the accumulation dtype; gradient 0 where they are equal."""
-    acc = accumulation_dtype(a.dtype)
-    distance: Tensor = torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
-    return distance
 
 
 def margin_loss(
@@ -174,12 +134,8 @@ def margin_loss(
     eps = checks.number(op, "eps", eps)
     checks.check_choice(op, "form", form, ("relative", "floor"))
     checks.check_reduction(op, reduction)
-    same, different = _euclidean(z_i, z_j), _euclidean(z_k, z_l)
-    if form == "relative":
-        return common.reduce(F.relu(same - different + margin), reduction)
-    floor = margin.abs() if isinstance(margin, Tensor) else abs(margin)
-    outer = torch.maximum(same, different + margin) - floor + eps
-    return common.reduce(F.relu(outer), reduction)
+    same, different = formulas.euclidean(z_i, z_j), formulas.euclidean(z_k, z_l)
+    return heads.reduce(formulas.margins(same, different, margin, form, eps), reduction)
 
 
 def contrastive_loss(
@@ -220,7 +176,4 @@ def contrastive_loss(
     if isinstance(same, Tensor) and same.dtype == torch.bool:
         same = same.to(torch.int64)
     same = checks.check_ids(op, "same", same, (len(a),), a.device) != 0
-    acc = accumulation_dtype(a.dtype)
-    squared = (a.to(acc) - b.to(acc)).square().sum(1)
-    short = F.relu(margin - _euclidean(a, b)).square()
-    return common.reduce(torch.where(same, squared, short) / 2, reduction)
+    return heads.reduce(formulas.contrastive_pairs(a, b, same, margin), reduction)

@@ -1,67 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many positives, or all pairs: multi-view NT-Xent, SigLIP, SupCon, alignment, uniformity."""
+"""Many positives, or all pairs: SigLIP, SupCon, alignment, uniformity."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from sslkernels._types import ContrastiveMetrics, Reduction
-from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels._types import Reduction
 from sslkernels.functional import _checks as checks
-from sslkernels.functional import _common as common
-from sslkernels.ops import rows
-from sslkernels.ops.pairwise import pairwise
-from sslkernels.ops.positives import with_positives
-
-
-def nt_xent_multiview(
-    views: tuple[Tensor, ...],
-    scale: Tensor,
-    normalize: bool,
-    reduction: str,
-    return_metrics: bool,
-) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
-    """NT-Xent of V >= 2 checked views; see ``nt_xent_loss``.
-
-    Args:
-        views: V tensors [N, D].
-        scale: 0-d, accumulation dtype: 1 / temperature.
-        normalize: Whether to normalise rows first.
-        reduction: "mean", "sum" or "none".
-        return_metrics: Whether to return ContrastiveMetrics as well; V - 1 passes over the tiles
-            count the ranks of as many positives a row.
-    """
-    v, n = len(views), len(views[0])
-    z = common.unit(torch.cat(views), normalize)  # [V * N, D]
-    ids = torch.arange(n, device=z.device).repeat(v)
-    z_views = torch.split(z, n) if n else (z,) * v
-    # Each unordered pair of views once; similarity[a][b] is the column of positives of view a.
-    similarity: list[list[Tensor]] = [[] for _ in range(v)]
-    for a in range(v):
-        for b in range(a + 1, v):
-            dot = common.dots(z_views[a], z_views[b])
-            similarity[a].append(dot)
-            similarity[b].append(dot)
-    # columns[c]: [V * N], for every row its c-th positive.
-    columns = [torch.cat([similarity[a][c] for a in range(v)]) for c in range(v - 1)]
-    threshold = columns[0] * scale if return_metrics else None
-    lse, _, rank, _ = pairwise("lse", z, scale=scale, ids_q=ids, threshold_row=threshold)
-    losses = [common.nll(lse, column * scale) for column in columns]
-    loss = losses[0] if v == 2 else torch.stack(losses).mean(0)
-    loss = common.reduce(loss, reduction)
-    if not return_metrics:
-        return loss
-    with torch.no_grad():
-        ranks = [rank]
-        for column in columns[1:]:
-            ranks.append(
-                pairwise("lse", z, scale=scale, ids_q=ids, threshold_row=column * scale).rank_row
-            )
-        negative = common.mean_negative(z, z, ids, ids)
-        return loss, common.metrics(torch.cat(ranks), torch.cat(columns), negative)
+from sslkernels.ops import formulas, heads
 
 
 def siglip_loss(
@@ -110,13 +56,8 @@ def siglip_loss(
     if logit_bias is not None:
         bias = checks.scalar(op, "logit_bias", logit_bias, image_features)
     normalize = checks.flag(op, "normalize", normalize)
-    x, y = common.unit(image_features, normalize), common.unit(text_features, normalize)
-    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.
-    negatives, cosine = with_positives("softplus", x, y, scale=scale, bias=bias)
-    positive = cosine * scale
-    if bias is not None:
-        positive = positive + bias
-    return common.reduce(common.softplus(-positive) + negatives, reduction)
+    rows = formulas.siglip(image_features, text_features, scale, bias, normalize)
+    return heads.reduce(rows, reduction)
 
 
 def sup_con_loss(
@@ -163,18 +104,11 @@ def sup_con_loss(
         labels = labels.repeat_interleave(z.shape[1])
         z = z.flatten(0, 1)
     scale = checks.inverse_temperature(op, temperature, z)
-    n = len(z)
-    z = common.unit(z, checks.flag(op, "normalize", normalize))
-    classes = rows.segments(labels)
-    ones = torch.ones((n, 1), dtype=scale.dtype, device=z.device)
-    counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
-    lse, positive = with_positives("lse", z, scale=scale, classes=classes)
-    positive = positive * scale / counts.clamp(min=1)
-    loss = torch.where(counts > 0, lse - positive, 0.0)
+    normalize = checks.flag(op, "normalize", normalize)
+    loss, used = formulas.sup_con(z, labels, scale, normalize)
     if reduction == "mean":
-        used = common.reduce((counts > 0).to(lse.dtype), "sum")
-        return common.reduce(loss, "sum") / used.clamp(min=1)
-    return common.reduce(loss, reduction)
+        return heads.reduce(loss, "sum") / heads.reduce(used.to(loss.dtype), "sum").clamp(min=1)
+    return heads.reduce(loss, reduction)
 
 
 def alignment_loss(
@@ -210,13 +144,7 @@ def alignment_loss(
     z1, z2 = checks.widen(z1, z2)
     alpha = checks.positive(op, "alpha", alpha)
     normalize = checks.flag(op, "normalize", normalize)
-    acc = accumulation_dtype(z1.dtype)
-    difference = common.unit(z1, normalize).to(acc) - common.unit(z2, normalize).to(acc)
-    squared = difference.square().sum(1)
-    if alpha != 2:
-        apart = squared != 0  # true for NaN
-        squared = torch.where(apart, torch.where(apart, squared, 1.0).pow(alpha / 2), 0.0)
-    return common.reduce(squared, reduction)
+    return heads.reduce(formulas.alignment(z1, z2, alpha, normalize), reduction)
 
 
 def uniformity_loss(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
@@ -246,23 +174,4 @@ def uniformity_loss(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Ten
     checks.check_matrix(op, "z", z)
     t = checks.positive(op, "t", t)
     normalize = checks.flag(op, "normalize", normalize)
-    n = len(z)
-    z = common.unit(z, normalize).to(accumulation_dtype(z.dtype))
-    if n < 2:
-        return z.sum() * 0
-    ids = torch.arange(n, device=z.device)
-    if normalize:
-        # -t ||x - y||^2 = 2t <x, y> - 2t, a constant less than a scaled dot product.
-        lse = pairwise("lse", z, scale=checks.scalar(op, "t", 2 * t, z), ids_q=ids).row
-        offset = 2 * t
-    else:
-        # The squared norms become two more features; distances do not change with the origin.
-        z = z - z.mean(0)
-        square = z.square().sum(1, keepdim=True)
-        one = torch.ones_like(square)
-        q, k = torch.cat((2 * z, -square, -one), 1), torch.cat((z, one, square), 1)
-        lse = pairwise("lse", q, k, scale=checks.scalar(op, "t", t, z), ids_q=ids, ids_k=ids).row
-        offset = 0.0
-    largest = lse.detach().amax()
-    total = common.reduce((lse - largest).exp(), "sum").log() + largest
-    return total - offset - math.log(n * (n - 1))
+    return formulas.uniformity(z, t, normalize)

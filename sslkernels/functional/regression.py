@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslkernels._types import Reduction
 from sslkernels.functional import _checks as checks
-from sslkernels.functional import _common as common
+from sslkernels.ops import formulas, heads
 from sslkernels.ops.regression import regression
 
 
@@ -94,10 +94,6 @@ def simsiam_loss(
     checks.check_pair(op, "prediction_1", prediction_1, "z_2", z_2)
     checks.check_pair(op, "prediction_2", prediction_2, "z_1", z_1)
     checks.check_reduction(op, reduction)
-    both = _cosine(prediction_1, z_2) + _cosine(prediction_2, z_1)
-    return common.reduce(both / -2, reduction)
-
-
-def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    prediction, target = checks.widen(prediction, target.detach())
-    return common.dots(common.unit(prediction, True), common.unit(target, True))
+    pairs = ((prediction_1, z_2), (prediction_2, z_1))
+    first, second = (formulas.cosine(*checks.widen(p, z.detach())) for p, z in pairs)
+    return heads.reduce((first + second) / -2, reduction)

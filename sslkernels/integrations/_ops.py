@@ -13,17 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sslkernels.backends.chunked import accumulation_dtype
-from sslkernels.ops import pairwise as _pairwise
+from sslkernels.backends.arithmetic import accumulation_dtype
+from sslkernels.backends.interface import Tiles
 from sslkernels.ops import queue as _queue
 from sslkernels.ops import rows as _rows
+from sslkernels.ops.extremes import extremes
+from sslkernels.ops.pairwise import pairwise
+from sslkernels.ops.unit import unit_rows
 
 PAIRS_AT_ONCE = 1 << 14  # rows of 128 floats: 8 MB each
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows divided by max(norm, 1e-12), not narrower than float32."""
-    return _rows.unit_rows(x.to(accumulation_dtype(x.dtype)))
+    return unit_rows(x.to(accumulation_dtype(x.dtype)))
 
 
 def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None:
@@ -51,7 +54,7 @@ def nearest(x: Tensor, bank: Tensor) -> Tensor:
         scale = torch.full((), -1.0, dtype=dtype, device=x.device)
         ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         other = torch.ones(len(bank), dtype=torch.int64, device=x.device)
-        return _pairwise.extremes(x, bank, scale=scale, ids_q=ids, ids_k=other).min_other
+        return extremes(Tiles(x, bank, scale, None, ids, other)).min_other
 
 
 def lse(
@@ -75,7 +78,7 @@ def lse(
         scale = temperature.reshape(()).to(q.device, acc).reciprocal()
     else:
         scale = torch.full((), 1.0 / temperature, dtype=acc, device=q.device)
-    return _pairwise.pairwise("lse", q, k, scale=scale, ids_q=ids_q, ids_k=ids_k).row
+    return pairwise("lse", Tiles(q, k, scale, None, ids_q, ids_k)).row
 
 
 def farthest_and_nearest(
@@ -99,7 +102,7 @@ def farthest_and_nearest(
             k = None if k is None else k.to(acc) - mean
             bias = (q if k is None else k).square().sum(1)
         scale = torch.full((), -1.0 if cosine else -2.0, dtype=acc, device=q.device)
-        found = _pairwise.extremes(q, k, scale=scale, bias_k=bias, ids_q=ids_q, ids_k=ids_k)
+        found = extremes(Tiles(q, k, scale, bias, ids_q, ids_k))
     return found.max_same, found.min_other
 
 

@@ -28,11 +28,11 @@ from sslkernels.functional import (
     sup_con_loss,
     triplet_loss,
 )
-from sslkernels.functional._common import nll
 from sslkernels.integrations import _glue as glue
 from sslkernels.integrations import _ops as ops
 from sslkernels.integrations import _pairs as pairs
 from sslkernels.integrations._patching import Peer
+from sslkernels.ops.heads import nll
 
 try:
     from pytorch_metric_learning import distances, losses, miners, reducers

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _C: ModuleType | None = None
@@ -34,11 +35,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain_eager() -> bool:
-    """Whether no tracer, dispatch mode or functorch transform wants to see the op."""
+    """Whether no tracer, dispatch mode, functorch transform or forward-mode AD wants to see the op."""
     return (
         not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from sslkernels._numbers import number, type_name
 from sslkernels.backends import updates_torch
 from sslkernels.ops import registry
+from sslkernels.ops._library import refuse_transforms
 from sslkernels.ops.eager import WRITES_LISTS, are_plain, bump_versions, is_plain_eager, watch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -318,5 +319,6 @@ def update(
             bump_versions(targets)
             return
     check_pairs("ema_update_", targets, sources)  # the dispatcher's own messages name no argument
+    refuse_transforms("ema_update_")
     with torch.no_grad():
         call_op(targets, sources, decay, stochastic_rounding, seed, step)

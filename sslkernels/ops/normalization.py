@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.backends.chunked import accumulation_dtype
+from sslkernels.backends.arithmetic import accumulation_dtype
 
 EPS = 1e-12  # smallest norm that a row is divided by, as in torch.nn.functional.normalize
 

@@ -20,40 +20,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.backends.chunked import NEG_INF, accumulation_dtype, fixed_sum, row_blocks
+from sslkernels.backends.arithmetic import NEG_INF, fixed_sum, row_blocks
+from sslkernels.backends.interface import Paired, PairedState
 from sslkernels.ops import registry
-from sslkernels.ops._library import (
-    below_autograd,
-    define,
-    implement,
-    no_autocast,
-    once_differentiable,
-)
+from sslkernels.ops._library import Gradient, Op, forward_mode, no_autocast
 from sslkernels.ops.normalization import EPS, UnitRows, unit_rows, unit_rows_backward
 
-define(
-    "paired(Tensor query, Tensor positive_key, Tensor negative_keys, Tensor scale, Tensor? ids_q, "
-    "Tensor? ids_k, bool normalize, str reduction) -> (Tensor loss, Tensor lse, Tensor positive, "
-    "Tensor norms, Tensor mean_key, Tensor rank, Tensor negative_similarity)"
-)
-define(
-    "paired_backward(Tensor query, Tensor positive_key, Tensor? negative_keys, Tensor scale, "
-    "Tensor? ids_q, Tensor? ids_k, bool normalize, str reduction, Tensor lse, Tensor positive, "
-    "Tensor norms, Tensor mean_key, Tensor dloss, bool want_query, bool want_positive) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
 
-
-class Paired(NamedTuple):
+class PairedLoss(NamedTuple):
     """What the op returns; all but rank in the accumulation dtype."""
 
     loss: Tensor  # 0-d or [N]
-    lse: Tensor  # [N] log-sum-exp over the negatives
-    positive: Tensor  # [N] <query_i, positive_i> of the (normalised) rows, without scale
-    norms: Tensor  # [2N] what the rows of query and positive_key were divided by
-    mean_key: Tensor  # [N, D] softmax-weighted mean of the negatives
+    lse: Tensor  # this and the next three: see PairedState
+    positive: Tensor
+    norms: Tensor
+    mean_key: Tensor
     rank: Tensor  # [N] int64, how many negatives are above the positive
     negative_similarity: Tensor  # 0-d, mean <query_i, negative_im> without scale
+
+    @property
+    def state(self) -> PairedState:
+        """What backward needs."""
+        return PairedState(self.lse, self.positive, self.norms, self.mean_key)
+
+
+class PairedGradients(NamedTuple):
+    """[0] where not wanted."""
+
+    dquery: Tensor  # [N, D]
+    dpositive: Tensor  # [N, D]
+    dnegatives: Tensor  # [N, M, D]
+    dscale: Tensor  # 0-d
 
 
 # ------------------------------------------------------------------------- composition in torch
@@ -74,23 +71,21 @@ def _wide_unit(backend: ModuleType, x: Tensor, acc: torch.dtype) -> UnitRows:
     return unit_rows(backend, x, torch.empty(x.shape, dtype=acc, device=x.device))
 
 
-def _blocks(
-    backend: ModuleType, q: Tensor, negative_keys: Tensor, ids_q: Tensor | None,
-    ids_k: Tensor | None, normalize: bool,
-) -> Iterator[_Block]:  # fmt: skip
-    """Negatives in blocks of a few megabytes; q: the (normalised) queries."""
-    n, m, d = negative_keys.shape
+def _blocks(backend: ModuleType, problem: Paired, q: Tensor, keys: Tensor) -> Iterator[_Block]:
+    """Negatives in blocks of a few megabytes; q: the (normalised) queries, keys: the negatives."""
+    n, m, d = keys.shape
+    ids_q, ids_k = problem.ids_q, problem.ids_k
     for rows in row_blocks(n, m * d, 1):
-        keys, units = negative_keys[rows], None
-        if normalize:
-            units = _wide_unit(backend, keys.flatten(0, 1), q.dtype)
-            keys = units.unit.view(keys.shape)
-        keys = keys.to(q.dtype)
-        cosine = (keys @ q[rows, :, None]).squeeze(2)
+        own, units = keys[rows], None
+        if problem.normalize:
+            units = _wide_unit(backend, own.flatten(0, 1), q.dtype)
+            own = units.unit.view(own.shape)
+        own = own.to(q.dtype)
+        cosine = (own @ q[rows, :, None]).squeeze(2)
         excluded = torch.zeros_like(cosine, dtype=torch.bool)
         if ids_q is not None and ids_k is not None:
             excluded = ids_q[rows, None] == ids_k[rows]
-        yield _Block(rows, keys, units, cosine, excluded)
+        yield _Block(rows, own, units, cosine, excluded)
 
 
 def _softmax(logits: Tensor, lse: Tensor, excluded: Tensor) -> Tensor:
@@ -98,12 +93,16 @@ def _softmax(logits: Tensor, lse: Tensor, excluded: Tensor) -> Tensor:
     return torch.exp(logits - lse[:, None]).masked_fill(excluded, 0.0)
 
 
-def _composed_forward(
-    backend: ModuleType, query: Tensor, positive_key: Tensor, negative_keys: Tensor, scale: Tensor,
-    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str,
-) -> Paired:  # fmt: skip
+def _negatives(problem: Paired) -> Tensor:
+    if problem.negative_keys is None:
+        raise ValueError("paired: negative_keys must be given, got None")
+    return problem.negative_keys
+
+
+def _composed_forward(backend: ModuleType, problem: Paired) -> PairedLoss:
+    query, positive_key, scale = problem.query, problem.positive_key, problem.scale
+    normalize, reduction, acc = problem.normalize, problem.reduction, problem.acc
     n, d = query.shape
-    acc = accumulation_dtype(query.dtype)
     norms = query.new_ones(2 * n, dtype=acc)
     if normalize:
         units = [_wide_unit(backend, x, acc) for x in (query, positive_key)]
@@ -115,7 +114,7 @@ def _composed_forward(
     lse, mean_key = q.new_full((n,), NEG_INF), q.new_zeros(n, d)
     rank = torch.zeros(n, dtype=torch.int64, device=q.device)
     similarity, allowed = q.new_zeros(n), q.new_zeros(n)
-    for block in _blocks(backend, q, negative_keys, ids_q, ids_k, normalize):
+    for block in _blocks(backend, problem, q, _negatives(problem)):
         rows, excluded = block.rows, block.excluded
         logits = (block.cosine * scale).masked_fill(excluded, NEG_INF)
         if logits.shape[1] > 0:
@@ -131,15 +130,16 @@ def _composed_forward(
     mean_similarity = fixed_sum(similarity) / fixed_sum(allowed).clamp(min=1)
     if reduction != "none":
         loss = fixed_sum(loss) / (max(1, n) if reduction == "mean" else 1)
-    return Paired(loss, lse, positive, norms, mean_key, rank, mean_similarity)
+    return PairedLoss(loss, lse, positive, norms, mean_key, rank, mean_similarity)
 
 
 def _composed_backward(
-    backend: ModuleType, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None,
-    scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str,
-    lse: Tensor, positive: Tensor, norms: Tensor, mean_key: Tensor, dloss: Tensor,
-    want_query: bool, want_positive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    backend: ModuleType, problem: Paired, state: PairedState, dloss: Tensor, want_query: bool,
+    want_positive: bool,
+) -> PairedGradients:  # fmt: skip
+    query, positive_key, negative_keys = problem.query, problem.positive_key, problem.negative_keys
+    scale, normalize, reduction = problem.scale, problem.normalize, problem.reduction
+    lse, positive, _, mean_key = state
     n, acc = query.shape[0], lse.dtype
     units_q = units_p = None
     if normalize:
@@ -164,43 +164,70 @@ def _composed_backward(
         dpositive = finish(units_p, -scale * weight * q)
     if negative_keys is not None:
         dnegatives = torch.empty_like(negative_keys, memory_format=torch.contiguous_format)
-        for block in _blocks(backend, q, negative_keys, ids_q, ids_k, normalize):
+        for block in _blocks(backend, problem, q, negative_keys):
             rows, excluded = block.rows, block.excluded
             share = weight[rows] * scale * _softmax(block.cosine * scale, lse[rows], excluded)
             g = (share[:, :, None] * q[rows, None, :]).flatten(0, 1)
             g = finish(block.units, g).view(block.keys.shape)
             dnegatives[rows] = g.masked_fill(excluded[:, :, None], 0.0)
     dscale = fixed_sum(weight[:, 0] * (q * gap).sum(1))
-    return dquery, dpositive, dnegatives, dscale
+    return PairedGradients(dquery, dpositive, dnegatives, dscale)
 
 
-# --------------------------------------------------------------------------------------- kernels
+# --------------------------------------------------------------------------------------- backward
 
 
-def _forward(query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction):  # type: ignore[no-untyped-def]
-    args = (query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction)
-    backend = registry.resolve(query.device)
-    fused = getattr(backend, "paired_forward", None)
-    if fused is not None:
-        return fused(*args)
-    with no_autocast(query.device):
-        return tuple(_composed_forward(backend, *args))
-
-
-def _backward(query, *args):  # type: ignore[no-untyped-def]
-    backend = registry.resolve(query.device)
+def _backward(
+    problem: Paired, state: PairedState, dloss: Tensor, want_query: bool, want_positive: bool
+) -> PairedGradients:
+    backend = registry.resolve(problem.query.device)
+    arguments = (problem, state, dloss, want_query, want_positive)
     fused = getattr(backend, "paired_backward", None)
     if fused is not None:
-        return fused(query, *args)
-    with no_autocast(query.device):
-        return _composed_backward(backend, query, *args)
+        return PairedGradients(*fused(*arguments))
+    with no_autocast(problem.query.device):
+        return _composed_backward(backend, *arguments)
 
 
-def _forward_fake(query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction):  # type: ignore[no-untyped-def]
-    acc = accumulation_dtype(query.dtype)
-    n = query.shape[0]
-    return (
-        query.new_empty((n,) if reduction == "none" else (), dtype=acc),
+def _backward_fake(
+    problem: Paired, state: PairedState, dloss: Tensor, want_query: bool, want_positive: bool
+) -> PairedGradients:
+    query, negatives = problem.query, problem.negative_keys
+    return PairedGradients(
+        query.new_empty(query.shape if want_query else (0,)),
+        query.new_empty(query.shape if want_positive else (0,)),
+        query.new_empty((0,) if negatives is None else negatives.shape),
+        torch.empty_like(problem.scale),
+    )
+
+
+BACKWARD = Op(
+    "paired_backward(*Paired, *PairedState, Tensor dloss, bool want_query, bool want_positive) "
+    "-> PairedGradients",
+    _backward,
+    _backward_fake,
+    values=(PairedGradients,),
+)
+
+
+# ---------------------------------------------------------------------------------------- forward
+
+
+def _forward(problem: Paired) -> PairedLoss:
+    backend = registry.resolve(problem.query.device)
+    fused = getattr(backend, "paired_forward", None)
+    if fused is not None:
+        state: PairedState
+        loss, state, rank, similarity = fused(problem)
+        return PairedLoss(loss, *state, rank, similarity)
+    with no_autocast(problem.query.device):
+        return _composed_forward(backend, problem)
+
+
+def _fake(problem: Paired) -> PairedLoss:
+    query, n, acc = problem.query, problem.n, problem.acc
+    return PairedLoss(
+        query.new_empty((n,) if problem.reduction == "none" else (), dtype=acc),
         query.new_empty((n,), dtype=acc),
         query.new_empty((n,), dtype=acc),
         query.new_empty((2 * n,), dtype=acc),
@@ -210,91 +237,60 @@ def _forward_fake(query, positive_key, negative_keys, scale, ids_q, ids_k, norma
     )
 
 
-def _backward_fake(
-    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, scale: Tensor,
-    ids_q: Tensor | None, ids_k: Tensor | None, normalize: bool, reduction: str, lse: Tensor,
-    positive: Tensor, norms: Tensor, mean_key: Tensor, dloss: Tensor, want_query: bool,
-    want_positive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        query.new_empty(query.shape if want_query else (0,)),
-        query.new_empty(query.shape if want_positive else (0,)),
-        query.new_empty((0,) if negative_keys is None else negative_keys.shape),
-        torch.empty_like(scale),
-    )
-
-
-# -------------------------------------------------------------------------------------- autograd
-
-
-class _PairedFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
-        with below_autograd():
-            out = torch.ops.sslkernels.paired.default(*args)
-        query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction = args
-        ctx.plain = (normalize, reduction, registry.override())
-        loss, *state, rank, similarity = out
+def _save(problem: Paired, out: PairedLoss) -> Any:
+    keys = problem.negative_keys
+    if keys is not None and not keys.requires_grad and not forward_mode():
         # Keys without a gradient are not kept: they may be overwritten before backward.
-        kept = (negative_keys, ids_q, ids_k) if ctx.needs_input_grad[2] else (None, None, None)
-        ctx.save_for_backward(query, positive_key, kept[0], scale, *kept[1:], *state)
-        ctx.mark_non_differentiable(*state, rank, similarity)
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @once_differentiable("sslkernels::paired")
-    def backward(ctx: Any, dloss, *_):  # type: ignore[no-untyped-def]
-        if dloss is None:
-            return (None,) * 8
-        normalize, reduction, backend = ctx.plain
-        inputs, state = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        need_query, need_positive, need_negatives, need_scale, *_ = ctx.needs_input_grad
-        with below_autograd(), registry.backend(backend):
-            dquery, dpositive, dnegatives, dscale = torch.ops.sslkernels.paired_backward.default(
-                *inputs, normalize, reduction, *state, dloss, need_query, need_positive
-            )
-        return (
-            dquery if need_query else None,
-            dpositive if need_positive else None,
-            dnegatives if need_negatives else None,
-            dscale if need_scale else None,
-            *(None,) * 4,
-        )
+        problem = problem._replace(negative_keys=None, ids_q=None, ids_k=None)
+    return problem, out.state
 
 
-implement("paired", _forward, _forward_fake, _PairedFunction.apply, inputs=(0, 1, 2, 3))
-implement("paired_backward", _backward, _backward_fake)
+def _gradient(
+    problem: Paired, state: PairedState, dloss: Tensor, need: Paired
+) -> dict[str, Tensor]:
+    if not need.negative_keys:
+        problem = problem._replace(negative_keys=None)
+    names = ("query", "positive_key", "negative_keys", "scale")
+    found = BACKWARD.below(problem, state, dloss, need.query, need.positive_key)
+    return dict(zip(names, found, strict=True))
 
 
-def paired(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor,
-    *,
-    scale: Tensor,
-    ids_q: Tensor | None = None,
-    ids_k: Tensor | None = None,
-    normalize: bool = True,
-    reduction: str = "mean",
-) -> Paired:
-    """InfoNCE of query i against positive i and its own M negatives; see the module.
+def _tangent(problem: Paired, state: PairedState, tangents: Paired) -> tuple[Tensor]:
+    # Every query has a loss of its own: the tangent is <gradient, tangent>, row by row.
+    acc, n = problem.acc, problem.n
+    each = problem._replace(reduction="none")
+    found = BACKWARD.below(each, state, state.lse.new_ones(n), True, True)
+    rows = state.lse.new_zeros(n)
+    gradients = (found.dquery, found.dpositive, found.dnegatives)
+    moved = (tangents.query, tangents.positive_key, tangents.negative_keys)
+    for gradient, tangent in zip(gradients, moved, strict=True):
+        if tangent is not None and n > 0:
+            rows = rows + (gradient.to(acc) * tangent.to(acc)).reshape(n, -1).sum(1)
+    if tangents.scale is not None:
+        weight = torch.sigmoid(state.lse - state.positive * problem.scale)
+        unit = problem.query.to(acc) / state.norms[:n, None]
+        rows = rows + weight * ((unit * state.mean_key).sum(1) - state.positive) * tangents.scale
+    if problem.reduction == "none":
+        return (rows,)
+    return (fixed_sum(rows) / (max(1, n) if problem.reduction == "mean" else 1),)
 
-    Differentiable once in query, positive_key, negative_keys and scale, through ``loss``.
 
-    Args:
-        query: [N, D], any floating dtype; rows may be strided.
-        positive_key: [N, D] of the same dtype and device.
-        negative_keys: [N, M, D] of the same; one that needs no gradient may be overwritten between
-            forward and backward.
-        scale: 0-d, accumulation dtype (float64 for float64 inputs, otherwise float32).
-        ids_q: [N] int64; negative (i, m) is left out where ids_q[i] == ids_k[i, m].  None: none is.
-        ids_k: [N, M] int64.
-        normalize: Divide rows by max(norm, 1e-12) first.
-        reduction: "mean", "sum" or "none".
+PAIRED = Op(
+    "paired(*Paired) -> PairedLoss",
+    _forward,
+    _fake,
+    values=(PairedLoss,),
+    gradient=Gradient(
+        ("query", "positive_key", "negative_keys", "scale"), ("loss",), _save, _gradient, _tangent
+    ),
+)
+
+
+def paired(problem: Paired) -> PairedLoss:
+    """InfoNCE of query i against positive i and its own M negatives; see the module and ``Paired``.
+
+    Differentiable once in query, positive_key, negative_keys and scale, through ``loss``.  Negative
+    keys that need no gradient may be overwritten between forward and backward.
     """
-    return Paired(
-        *torch.ops.sslkernels.paired.default(
-            query, positive_key, negative_keys, scale, ids_q, ids_k, normalize, reduction
-        )
-    )
+    result: PairedLoss = PAIRED(problem)
+    return result

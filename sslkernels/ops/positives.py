@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles and positives as one torch op, ``with_positives``: the gradients of both in one buffer.
 
-    row_i        over the tiles of S_ij = scale * <q_i, k_j> + bias, as ``pairwise`` has it
+    row_i        over the tiles of S, as ``pairwise`` has it
     positive_i   <q_i, k_i>; in self mode the sum of <q_i, q_j> over the other rows of the class of i
 
 The same from ``pairwise`` and a product of rows is two gradients of each input that autograd adds,
@@ -16,25 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.backends.chunked import accumulation_dtype
-from sslkernels.backends.interface import Kind
+from sslkernels.backends.interface import Kind, RowState, Thresholds, Tiles, Wanted
 from sslkernels.ops import registry
-from sslkernels.ops._library import (
-    below_autograd,
-    define,
-    implement,
-    no_autocast,
-    once_differentiable,
-)
-from sslkernels.ops.pairwise import tile_gradients
-from sslkernels.ops.rows import add_class_dots_gradient_, chunks, class_dots, dots
-
-_SHARED = "str kind, Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor ids, Tensor? classes"
-define(f"with_positives({_SHARED}) -> (Tensor row, Tensor positive)")
-define(
-    f"with_positives_backward({_SHARED}, Tensor row, Tensor drow, Tensor dpositive, bool want_dq, "
-    "bool want_dk, bool want_dscale) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+from sslkernels.ops._library import Gradient, Op, no_autocast
+from sslkernels.ops.pairwise import TileGradients, fake_gradients, tile_gradients
+from sslkernels.ops.rows import accumulate_rows, add_class_dots_gradient_, chunks, class_dots, dots
+from sslkernels.ops.tangents import tile_tangent
 
 
 class WithPositives(NamedTuple):
@@ -44,100 +31,102 @@ class WithPositives(NamedTuple):
     positive: Tensor
 
 
-def _forward(
-    kind: Kind, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, ids: Tensor,
-    classes: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with no_autocast(q.device):
-        if k is not None:
-            positive = dots(q, k)
-        else:
-            positive = class_dots(q.to(accumulation_dtype(q.dtype)), _given(classes))
-        row, *_ = registry.resolve(q.device).pairwise_forward(
-            kind, q, k, scale, bias, ids, None if k is None else ids, False, None, None
-        )
-    return row, positive
-
-
-def _backward(
-    kind: Kind, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, ids: Tensor,
-    classes: Tensor | None, row: Tensor, drow: Tensor, dpositive: Tensor, want_dq: bool,
-    want_dk: bool, want_dscale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dscale, dbias = tile_gradients(
-        kind, q, k, scale, bias, ids, None if k is None else ids, row, None, drow, None, want_dq,
-        want_dk, want_dscale,
-    )  # fmt: skip
-    acc = row.dtype
-    if k is None:
-        if want_dq:
-            add_class_dots_gradient_(dq, q.to(acc), _given(classes), dpositive)
-    else:
-        for c in chunks(q):
-            weight = dpositive[c, None]
-            if want_dq:
-                dq[c].addcmul_(k[c].to(acc), weight)
-            if want_dk:
-                dk[c].addcmul_(q[c].to(acc), weight)
-    return dq.to(q.dtype), dk.to(q.dtype), dscale, dbias
-
-
 def _given(classes: Tensor | None) -> Tensor:
     if classes is None:
         raise ValueError("with_positives: self mode (k None) needs classes, got None")
     return classes
 
 
-def _forward_fake(
-    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, ids: Tensor,
-    classes: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    row = q.new_empty((q.shape[0],), dtype=accumulation_dtype(q.dtype))
-    return row, torch.empty_like(row)
+# --------------------------------------------------------------------------------------- backward
+
+
+def _backward(
+    kind: Kind, tiles: Tiles, classes: Tensor | None, row: RowState, dpositive: Tensor, want: Wanted
+) -> TileGradients:
+    q, k, acc = tiles.q, tiles.k, tiles.acc
+    dq, dk, dscale, dbias = tile_gradients(kind, tiles, row, None, want)
+    if k is None:
+        if want.dq:
+            add_class_dots_gradient_(dq, q.to(acc), _given(classes), dpositive)
+    else:
+        for c in chunks(q):
+            weight = dpositive[c, None]
+            if want.dq:
+                dq[c].addcmul_(k[c].to(acc), weight)
+            if want.dk:
+                dk[c].addcmul_(q[c].to(acc), weight)
+    return TileGradients(dq.to(q.dtype), dk.to(q.dtype), dscale, dbias)
 
 
 def _backward_fake(
-    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, ids: Tensor,
-    classes: Tensor | None, row: Tensor, drow: Tensor, dpositive: Tensor, want_dq: bool,
-    want_dk: bool, want_dscale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq = q.new_empty(q.shape if want_dq else (0,))
-    dk = q.new_empty(k.shape if want_dk and k is not None else (0,))
-    zero = row.new_empty(())
-    return dq, dk, zero, torch.empty_like(zero)
+    kind: Kind, tiles: Tiles, classes: Tensor | None, row: RowState, dpositive: Tensor, want: Wanted
+) -> TileGradients:
+    return fake_gradients(tiles, want)
 
 
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, kind: str, *inputs: Tensor | None) -> Any:
-        with below_autograd():
-            row, positive = torch.ops.sslkernels.with_positives.default(kind, *inputs)
-        ctx.kind, ctx.backend = kind, registry.override()
-        ctx.save_for_backward(*inputs, row)
-        return row, positive
-
-    @staticmethod
-    @once_differentiable("sslkernels::with_positives")
-    def backward(ctx: Any, drow: Tensor, dpositive: Tensor) -> Any:
-        *inputs, row = ctx.saved_tensors
-        _, need_q, need_k, need_scale, need_bias, *_ = ctx.needs_input_grad
-        with below_autograd(), registry.backend(ctx.backend):
-            dq, dk, dscale, dbias = torch.ops.sslkernels.with_positives_backward.default(
-                ctx.kind, *inputs, row, drow, dpositive, need_q, need_k, need_scale
-            )
-        return (
-            None,
-            dq if need_q else None,
-            dk if need_k else None,
-            dscale if need_scale else None,
-            dbias if need_bias else None,
-            None,
-            None,
-        )
+BACKWARD = Op(
+    "with_positives_backward(str kind, *Tiles, Tensor? classes, RowState row, Tensor dpositive, "
+    "Wanted want) -> TileGradients",
+    _backward,
+    _backward_fake,
+    values=(TileGradients,),
+)
 
 
-implement("with_positives", _forward, _forward_fake, _Function.apply, inputs=(1, 2, 3, 4))
-implement("with_positives_backward", _backward, _backward_fake)
+# ---------------------------------------------------------------------------------------- forward
+
+
+def _forward(kind: Kind, tiles: Tiles, classes: Tensor | None) -> WithPositives:
+    q, k = tiles.q, tiles.k
+    with no_autocast(q.device):
+        if k is not None:
+            positive = dots(q, k)
+        else:
+            positive = class_dots(q.to(tiles.acc), _given(classes))
+        found = registry.resolve(q.device).pairwise_forward(kind, tiles, False, Thresholds())
+    return WithPositives(found.row, positive)
+
+
+def _fake(kind: Kind, tiles: Tiles, classes: Tensor | None) -> WithPositives:
+    row = tiles.q.new_empty((tiles.n,), dtype=tiles.acc)
+    return WithPositives(row, torch.empty_like(row))
+
+
+def _save(kind: Kind, tiles: Tiles, classes: Tensor | None, out: WithPositives) -> Any:
+    return kind, tiles, classes, out.row
+
+
+def _gradient(
+    kind: Kind, tiles: Tiles, classes: Tensor | None, row: Tensor, drow: Tensor | None,
+    dpositive: Tensor | None, _: Any, need: Any, *__: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    drow, dpositive = (torch.zeros_like(row) if g is None else g for g in (drow, dpositive))
+    want = Wanted(need.q, need.k, need.scale)
+    found = BACKWARD.below(kind, tiles, classes, RowState(row, drow), dpositive, want)
+    return dict(zip(("q", "k", "scale", "bias"), found, strict=True))
+
+
+def _tangent(
+    kind: Kind, tiles: Tiles, classes: Tensor | None, row: Tensor, _: Any, tangents: Tiles, *__: Any
+) -> tuple[Tensor, ...]:
+    d_row, _ = tile_tangent(kind, tiles, tangents, row, None)
+    q = tiles.q.to(tiles.acc)
+    zero = torch.zeros_like(q)
+    dq, dk = (zero if t is None else t.to(tiles.acc) for t in (tangents.q, tangents.k))
+    if tiles.k is not None:
+        return d_row, (dq * tiles.k + q * dk).sum(1)
+    index = _given(classes)
+    sums, d_sums = (accumulate_rows(x, index, tiles.n)[index] - x for x in (q, dq))
+    return d_row, (dq * sums + q * d_sums).sum(1)
+
+
+WITH_POSITIVES = Op(
+    "with_positives(str kind, *Tiles, Tensor? classes) -> WithPositives",
+    _forward,
+    _fake,
+    values=(WithPositives,),
+    gradient=Gradient(("q", "k", "scale", "bias"), ("row", "positive"), _save, _gradient, _tangent),
+)
 
 
 def with_positives(
@@ -160,6 +149,6 @@ def with_positives(
         classes: [N] int64 in [0, N), self mode only.
     """
     ids = torch.arange(q.shape[0], device=q.device)
-    return WithPositives(
-        *torch.ops.sslkernels.with_positives.default(kind, q, k, scale, bias, ids, classes)
-    )
+    tiles = Tiles(q, k, scale, bias, ids, None if k is None else ids)
+    result: WithPositives = WITH_POSITIVES(kind, tiles, classes)
+    return result

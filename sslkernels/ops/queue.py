@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.ops import registry
+from sslkernels.ops._library import refuse_transforms
 from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -157,6 +158,7 @@ def enqueue_(
     else:
         if not isinstance(keys, Tensor):  # the dispatcher's own message lists all arguments
             raise TypeError(f"enqueue: keys must be a tensor, got {type(keys).__name__}")
+        refuse_transforms("enqueue")
         torch.ops.sslkernels.queue_enqueue_(*arguments)
 
 

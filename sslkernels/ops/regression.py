@@ -9,31 +9,32 @@ elsewhere it is a few torch operations.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
+from sslkernels.backends.arithmetic import accumulation_dtype, fixed_sum
 from sslkernels.ops import registry
-from sslkernels.ops._library import below_autograd, define, implement, once_differentiable
+from sslkernels.ops._library import Gradient, Op
 from sslkernels.ops.normalization import EPS
 
-define("regression(Tensor prediction, Tensor target, str reduction) -> (Tensor loss, Tensor state)")
-define(
-    "regression_backward(Tensor prediction, Tensor target, str reduction, Tensor state, Tensor dloss) "
-    "-> Tensor"
-)
+
+class Regression(NamedTuple):
+    """Results of the op."""
+
+    loss: Tensor  # 0-d or [N], accumulation dtype
+    state: Tensor  # [N, 3]: norms of prediction and target, cosine
 
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=EPS)
 
 
-def _forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+def _forward(prediction: Tensor, target: Tensor, reduction: str) -> Regression:
     fused = getattr(registry.resolve(prediction.device), "regression_forward", None)
     if fused is not None:
-        return fused(prediction, target, reduction)
+        return Regression(*fused(prediction, target, reduction))
     acc = accumulation_dtype(prediction.dtype)
     p, t = prediction.to(acc), target.to(acc)
     norm_p, norm_t = _norm(p), _norm(t)
@@ -48,7 +49,7 @@ def _forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor
         n = loss.numel()
         loss = fixed_sum(loss)
         loss = loss / max(1, n) if reduction == "mean" else loss
-    return loss, state
+    return Regression(loss, state)
 
 
 def _backward(
@@ -56,7 +57,8 @@ def _backward(
 ) -> Tensor:
     fused = getattr(registry.resolve(prediction.device), "regression_backward", None)
     if fused is not None:
-        return fused(prediction, target, reduction, state, dloss)
+        by_kernel: Tensor = fused(prediction, target, reduction, state, dloss)
+        return by_kernel
     norm_p, norm_t, cosine = state[:, :1], state[:, 1:2], state[:, 2:]
     p, t = prediction.to(state.dtype), target.to(state.dtype)
     along = torch.where(norm_p > EPS, cosine, torch.zeros_like(cosine))
@@ -66,47 +68,60 @@ def _backward(
     return (factor * (t / norm_t - along * (p / norm_p))).to(prediction.dtype)
 
 
-def _forward_fake(prediction, target, reduction):  # type: ignore[no-untyped-def]
-    acc = accumulation_dtype(prediction.dtype)
-    n = prediction.shape[0]
-    return (
+def _fake(prediction: Tensor, target: Tensor, reduction: str) -> Regression:
+    acc, n = accumulation_dtype(prediction.dtype), prediction.shape[0]
+    return Regression(
         prediction.new_empty((n,) if reduction == "none" else (), dtype=acc),
         prediction.new_empty((n, 3), dtype=acc),
     )
 
 
-def _backward_fake(prediction, target, reduction, state, dloss):  # type: ignore[no-untyped-def]
-    return prediction.new_empty(prediction.shape)
+BACKWARD = Op(
+    "regression_backward(Tensor prediction, Tensor target, str reduction, Tensor state, Tensor dloss) "
+    "-> Tensor",
+    _backward,
+    lambda prediction, *_: prediction.new_empty(prediction.shape),
+)
 
 
-class _Regression(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, prediction, target, reduction):  # type: ignore[no-untyped-def]
-        with below_autograd():
-            loss, state = torch.ops.sslkernels.regression.default(prediction, target, reduction)
-        ctx.reduction, ctx.backend = reduction, registry.override()
-        ctx.save_for_backward(prediction, target, state)
-        ctx.mark_non_differentiable(state)
-        ctx.set_materialize_grads(False)
-        return loss, state
-
-    @staticmethod
-    @once_differentiable("sslkernels::regression")
-    def backward(ctx: Any, dloss, *_):  # type: ignore[no-untyped-def]
-        if dloss is None or not ctx.needs_input_grad[0]:
-            return None, None, None
-        prediction, target, state = ctx.saved_tensors
-        with below_autograd(), registry.backend(ctx.backend):
-            gradient = torch.ops.sslkernels.regression_backward.default(
-                prediction, target, ctx.reduction, state, dloss
-            )
-        return gradient, None, None
+def _gradient(
+    prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dloss: Tensor, *_: Any
+) -> dict[str, Tensor]:
+    return {"prediction": BACKWARD.below(prediction, target, reduction, state, dloss)}
 
 
-implement("regression", _forward, _forward_fake, _Regression.apply, inputs=(0,))
-implement("regression_backward", _backward, _backward_fake)
+def _tangent(
+    prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dprediction: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor]:  # fmt: skip
+    # Every row has a loss of its own: the tangent is <gradient, tangent>, row by row.
+    acc, n = state.dtype, state.shape[0]
+    if dprediction is None:
+        rows = state.new_zeros(n)
+    else:
+        gradient = BACKWARD.below(prediction, target, "none", state, state.new_ones(n))
+        rows = (gradient.to(acc) * dprediction.to(acc)).sum(1)
+    if reduction == "none":
+        return (rows,)
+    return (fixed_sum(rows) / (max(1, n) if reduction == "mean" else 1),)
+
+
+REGRESSION = Op(
+    "regression(Tensor prediction, Tensor target, str reduction) -> Regression",
+    _forward,
+    _fake,
+    values=(Regression,),
+    gradient=Gradient(
+        ("prediction",),
+        ("loss",),
+        lambda prediction, target, reduction, out: (prediction, target, reduction, out.state),
+        _gradient,
+        _tangent,
+    ),
+)
 
 
 def regression(prediction: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """2 - 2 cos by rows, reduced; see the module."""
-    return torch.ops.sslkernels.regression.default(prediction, target, reduction)[0]
+    loss: Tensor = REGRESSION(prediction, target, reduction).loss
+    return loss

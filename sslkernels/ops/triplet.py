@@ -14,30 +14,34 @@ vectors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sslkernels.backends.chunked import accumulation_dtype, row_blocks
-from sslkernels.ops._library import (
-    below_autograd,
-    define,
-    implement,
-    no_autocast,
-    once_differentiable,
-)
+from sslkernels.backends.arithmetic import accumulation_dtype, fixed_sum, row_blocks
+from sslkernels.ops._library import Gradient, Op, no_autocast
 
 INF = float("inf")
 
-define(
-    "mined_triplets(Tensor z, Tensor ids, Tensor margin, bool semihard, bool cosine) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-define(
-    "mined_triplets_backward(Tensor z, Tensor ids, Tensor margin, bool semihard, bool cosine, "
-    "Tensor dloss) -> Tensor"
-)
+
+class Mining(NamedTuple):
+    """Which triplets there are."""
+
+    z: Tensor  # [N, D]; for cosine normalised
+    ids: Tensor  # [N] int64 labels
+    margin: Tensor  # 0-d, added to d(a, p) - d(a, n)
+    # One negative a pair (a, p): the nearest farther than p, else the farthest; or every triplet.
+    semihard: bool
+    cosine: bool  # d = 1 - <x, y> instead of the Euclidean distance
+
+
+class MinedTriplets(NamedTuple):
+    """Sums by anchor."""
+
+    loss: Tensor  # [N] accumulation dtype: sum of max(d(a, p) - d(a, n) + margin, 0)
+    active: Tensor  # [N] int64: how many of those terms are positive
+    terms: Tensor  # [N] int64: how many there are
 
 
 def _wide(z: Tensor) -> torch.dtype:
@@ -86,48 +90,49 @@ def _semihard(block: _Block, margin: Tensor) -> tuple[Tensor, Tensor]:
     return terms.masked_fill_(~(block.positive & (block.n_negatives > 0)), 0.0), place
 
 
-def _mined_triplets(
-    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = len(z)
+def _forward(mining: Mining) -> MinedTriplets:
+    z, n = mining.z, len(mining.z)
     loss = torch.zeros(n, dtype=accumulation_dtype(z.dtype), device=z.device)
     active = torch.zeros(n, dtype=torch.int64, device=z.device)
     count = torch.zeros_like(active)
     with no_autocast(z.device):
-        for block in _blocks(z.to(_wide(z)), ids, cosine):
+        for block in _blocks(z.to(_wide(z)), mining.ids, mining.cosine):
             n_positives = block.positive.sum(1, keepdim=True)
-            if semihard:
-                terms, _ = _semihard(block, margin)
+            if mining.semihard:
+                terms, _ = _semihard(block, mining.margin)
                 violations = terms > 0
                 pairs = n_positives * (block.n_negatives > 0)
             else:
-                limit = block.d + margin
-                violations = torch.searchsorted(block.negatives, limit)
-                violations.masked_fill_(~block.positive, 0)
+                limit = block.d + mining.margin
+                violations = _violations(block, limit)
                 prefix = torch.nn.functional.pad(block.negatives.cumsum(1), (1, 0))
                 terms = violations * limit - prefix.gather(1, violations)
                 pairs = n_positives * block.n_negatives
             loss[block.rows] = terms.sum(1).to(loss.dtype)
             active[block.rows] = violations.sum(1)
             count[block.rows] = pairs[:, 0]
-    return loss, active, count
+    return MinedTriplets(loss, active, count)
 
 
-def _mined_triplets_backward(
-    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool, dloss: Tensor
-) -> Tensor:
+def _violations(block: _Block, limit: Tensor) -> Tensor:
+    """[B, N] int64: how many negatives are nearer than each positive and the margin."""
+    return torch.searchsorted(block.negatives, limit).masked_fill_(~block.positive, 0)
+
+
+def _backward(mining: Mining, dloss: Tensor) -> Tensor:
+    z, ids = mining.z, mining.ids
     wide = z.to(_wide(z))
     dz = torch.zeros_like(wide, memory_format=torch.contiguous_format)
     with no_autocast(z.device):
-        for block in _blocks(wide, ids, cosine):
+        for block in _blocks(wide, ids, mining.cosine):
             rows, d = block.rows, block.d
-            if semihard:
-                terms, place = _semihard(block, margin)
+            if mining.semihard:
+                terms, place = _semihard(block, mining.margin)
                 weight = (terms > 0).to(d.dtype)
                 # Small whole numbers: their sum is exact in any order.
                 weight.scatter_add_(1, block.order.gather(1, place), -weight)
             else:
-                limit = d + margin
+                limit = d + mining.margin
                 weight = torch.searchsorted(block.negatives, limit)
                 limits = limit.masked_fill(~block.positive, -INF).sort(1).values
                 pulled = torch.searchsorted(limits, d, right=True) - limits.shape[1]
@@ -135,7 +140,7 @@ def _mined_triplets_backward(
                 own = (ids[rows, None] == ids) & ~block.positive
                 weight = weight.masked_fill_(own, 0).to(d.dtype)
             weight.mul_(dloss[rows, None])
-            if cosine:
+            if mining.cosine:
                 dz[rows] -= weight @ wide
                 dz.addmm_(weight.T, wide[rows], alpha=-1)
                 continue
@@ -146,70 +151,74 @@ def _mined_triplets_backward(
     return dz.to(z.dtype)
 
 
-def _fake(
-    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = z.shape[0]
+def _fake(mining: Mining) -> MinedTriplets:
+    z, n = mining.z, mining.z.shape[0]
     ints = z.new_empty((n,), dtype=torch.int64)
-    return z.new_empty((n,), dtype=accumulation_dtype(z.dtype)), ints, torch.empty_like(ints)
+    loss = z.new_empty((n,), dtype=accumulation_dtype(z.dtype))
+    return MinedTriplets(loss, ints, torch.empty_like(ints))
 
 
-def _backward_fake(
-    z: Tensor, ids: Tensor, margin: Tensor, semihard: bool, cosine: bool, dloss: Tensor
-) -> Tensor:
-    return z.new_empty(z.shape)
+def _tangent(mining: Mining, active: Tensor, tangents: Mining) -> tuple[Tensor]:
+    """The terms are linear in the distances, so theirs are summed as the terms were."""
+    z = mining.z.to(_wide(mining.z))
+    dz = torch.zeros_like(z) if tangents.z is None else tangents.z.to(z.dtype)
+    acc = accumulation_dtype(mining.z.dtype)
+    parts = [torch.zeros(0, dtype=acc, device=z.device)]
+    along = (z * dz).sum(1)
+    with no_autocast(z.device):
+        for block in _blocks(z, mining.ids, mining.cosine):
+            rows = block.rows
+            moved = -(z[rows] @ dz.T + dz[rows] @ z.T)
+            if not mining.cosine:
+                moved = (moved + along[rows, None] + along) / block.d
+                moved = torch.where(block.d > 0, moved, 0.0)
+            sorted_moved = moved.gather(1, block.order)
+            if mining.semihard:
+                terms, place = _semihard(block, mining.margin)
+                total = torch.where(terms > 0, moved - sorted_moved.gather(1, place), 0.0)
+            else:
+                violations = _violations(block, block.d + mining.margin)
+                prefix = torch.nn.functional.pad(sorted_moved.cumsum(1), (1, 0))
+                total = violations * moved - prefix.gather(1, violations)
+            parts.append(total.sum(1).to(acc))
+    total = torch.cat(parts)
+    return (total if tangents.margin is None else total + (tangents.margin * active).to(acc),)
 
 
-class _Mined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, ids: Tensor, margin: Tensor, *options: Any) -> Any:
-        args = (z, ids, margin)
-        with below_autograd():
-            loss, active, count = torch.ops.sslkernels.mined_triplets.default(*args, *options)
-        ctx.options = options
-        ctx.save_for_backward(*args)
-        ctx.mark_non_differentiable(active, count)
-        return loss, active, count
-
-    @staticmethod
-    @once_differentiable("sslkernels::mined_triplets")
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
-        with below_autograd():
-            dz = torch.ops.sslkernels.mined_triplets_backward.default(
-                *ctx.saved_tensors, *ctx.options, dloss
-            )
-        return dz, None, None, None, None
+BACKWARD = Op(
+    "mined_triplets_backward(*Mining, Tensor dloss) -> Tensor",
+    _backward,
+    lambda mining, dloss: mining.z.new_empty(mining.z.shape),
+    values=(Mining,),
+)
 
 
-implement("mined_triplets", _mined_triplets, _fake, _Mined.apply, inputs=(0,))
-implement("mined_triplets_backward", _mined_triplets_backward, _backward_fake)
+def _gradient(mining: Mining, active: Tensor, dloss: Tensor, need: Mining) -> dict[str, Tensor]:
+    found = {}
+    if need.z:
+        found["z"] = BACKWARD.below(mining, dloss)
+    if need.margin:
+        found["margin"] = fixed_sum(dloss * active).to(mining.margin.dtype)
+    return found
 
 
-class MinedTriplets(NamedTuple):
-    """Sums by anchor."""
-
-    loss: Tensor  # [N] accumulation dtype: sum of max(d(a, p) - d(a, n) + margin, 0)
-    active: Tensor  # [N] int64: how many of those terms are positive
-    terms: Tensor  # [N] int64: how many there are
+MINED_TRIPLETS = Op(
+    "mined_triplets(*Mining) -> MinedTriplets",
+    _forward,
+    _fake,
+    values=(Mining, MinedTriplets),
+    gradient=Gradient(
+        ("z", "margin"), ("loss",), lambda mining, out: (mining, out.active), _gradient, _tangent
+    ),
+)
 
 
 def mined_triplets(
     z: Tensor, ids: Tensor, margin: float | Tensor, *, semihard: bool, cosine: bool
 ) -> MinedTriplets:
-    """Triplet terms summed by anchor, differentiable once in z.
-
-    Args:
-        z: [N, D]; for ``cosine`` normalised.
-        ids: [N] int64 labels.
-        margin: Added to d(a, p) - d(a, n); a number or a 0-d tensor, whose gradient is ``active``.
-        semihard: One negative a pair (a, p): the nearest farther than p, else the farthest of all.
-            Otherwise every triplet.
-        cosine: d = 1 - <x, y> instead of the Euclidean distance.
-    """
-    if isinstance(margin, Tensor):
-        margin = margin.detach().to(_wide(z))
-    else:
+    """Triplet terms summed by anchor, differentiable once in z and margin; see ``Mining``."""
+    if not isinstance(margin, Tensor):
         margin = torch.full((), margin, dtype=_wide(z), device=z.device)
-    return MinedTriplets(
-        *torch.ops.sslkernels.mined_triplets.default(z, ids, margin, semihard, cosine)
-    )
+    mining = Mining(z, ids, margin.to(_wide(z)), semihard, cosine)
+    result: MinedTriplets = MINED_TRIPLETS(mining)
+    return result

@@ -166,7 +166,9 @@ def test_what_is_handed_over(name: str, caplog: pytest.LogCaptureFixture) -> Non
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
-@pytest.mark.parametrize("size", SIZES[:3])  # theirs takes gigabytes for a few dozen rows of two classes
+@pytest.mark.parametrize(
+    "size", SIZES[:3]
+)  # theirs takes gigabytes for a few dozen rows of two classes
 def test_given_pairs(name: str, size: tuple[int, int, int]) -> None:
     """From miners of pairs and of triplets, with repeated pairs, and against references."""
     z, labels = batch(*size)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sslkernels.backends.interface import Tiles
+
 NEG_INF = float("-inf")
 
 
@@ -28,6 +30,11 @@ class Case:
     bias: Tensor | None
     ids_q: Tensor | None
     ids_k: Tensor | None
+
+    @property
+    def tiles(self) -> Tiles:
+        """What the backend is given."""
+        return Tiles(self.q, self.k, self.scale, self.bias, self.ids_q, self.ids_k)
 
     @property
     def M(self) -> int:

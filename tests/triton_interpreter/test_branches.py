@@ -23,6 +23,7 @@ from test_engine import backward, between, forward, make, poisoned_rows
 from torch import Tensor
 
 from sslkernels.backends import triton as backend
+from sslkernels.backends.interface import RowState, Wanted
 from sslkernels.backends.triton import configs, kernels, kernels_backward, plan
 from sslkernels.backends.triton.runtime import recorded_launches
 
@@ -114,7 +115,7 @@ def test_rows_without_any_pair_among_others(panels: bool) -> None:
     weights[0][3], weights[1][7] = 0.0, 0.0
     with configs.override(**({"fused": None} if panels else {})):
         got = backend.pairwise_backward(
-            "lse", case.q, case.k, case.scale, None, None, None, row, col, drow, dcol, True, True
+            "lse", case.tiles, RowState(row, drow), RowState(col, dcol), Wanted(True, True)
         )
     eager, truth = (dense.gradients(case, *weights, t) for t in (torch.float32, torch.float64))
     for ours, plain, true in zip(got[:2], eager, truth, strict=False):
@@ -192,10 +193,10 @@ def test_offsets_beyond_31_bits(tmp_path: Path) -> None:
                 for c in (case, turned):
                     drow, dcol = torch.ones(len(c.q)), torch.ones(c.M)
                     found += backward(c, drow, dcol, True, True)[:2]
-                    found += backend.attend(c.q, c.k, scale, None, None, None)[:2]
+                    found += backend.attend(c.tiles, None)[:2]
             assert any(entry.flags.get("ALIGN") == 8 for entry in log)
         found += forward(case, True)[:2]
-        found += backend.extremes(operand, None, scale, None, ids, None)
+        found += backend.extremes(case.tiles._replace(k=None, ids_q=ids))
         results.append(found)
     for dense_rows, far_rows in zip(*results, strict=True):
         assert torch.equal(dense_rows, far_rows)

@@ -13,6 +13,7 @@ from helpers import SLACK, check_budget
 from torch import Tensor
 
 from sslkernels.backends import triton as backend
+from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
 from sslkernels.backends.triton import configs, gradients, launch, plan
 from sslkernels.backends.triton.runtime import recorded_launches
 
@@ -84,10 +85,7 @@ def make(
 
 def forward(case: Case, want_col: bool = False, *thresholds: Tensor | None):
     """pairwise_forward of a case."""
-    row, col = thresholds or (None, None)
-    return backend.pairwise_forward(
-        case.kind, case.q, case.k, case.scale, case.bias, case.ids_q, case.ids_k, want_col, row, col
-    )
+    return backend.pairwise_forward(case.kind, case.tiles, want_col, Thresholds(*thresholds))
 
 
 def between(case: Case, dim: int) -> Tensor:
@@ -163,11 +161,10 @@ def has_fused(case: Case) -> bool:
 def backward(case: Case, drow: Tensor, dcol: Tensor | None, want_dq: bool, want_dk: bool):
     """pairwise_backward with the log-sum-exps of the forward pass, as in training."""
     row, col = forward(case, dcol is not None)[:2]
-    col = None if dcol is None else col
+    columns = None if dcol is None else RowState(col, dcol)
     return backend.pairwise_backward(
-        case.kind, case.q, case.k, case.scale, case.bias, case.ids_q, case.ids_k, row, col, drow,
-        dcol, want_dq, want_dk,
-    )  # fmt: skip
+        case.kind, case.tiles, RowState(row, drow), columns, Wanted(want_dq, want_dk)
+    )
 
 
 @pytest.mark.parametrize("panels", [False, True], ids=["fused", "panels"])
@@ -178,7 +175,7 @@ def test_attend(size, ids: str, panels: bool) -> None:
     case = make(*size, ids=ids)
     threshold = between(case, 1)
     with configs.override(**({"fused": None} if panels else {})), recorded_launches() as log:
-        got = backend.attend(case.q, case.k, case.scale, case.ids_q, case.ids_k, threshold)
+        got = backend.attend(case.tiles, threshold)
     fused = not panels and has_fused(case)
     assert ("attend_kernel" in {entry.kernel for entry in log}) == fused
     for ours, of, name in ((got.lse, lambda t: dense.reduce(case, 1, t), "lse"),
@@ -199,7 +196,7 @@ def test_extremes(size) -> None:
     if case.k is not None:
         case.k.copy_((case.k * 8).round() / 8)
     for bias in (None, torch.arange(case.M) % 5 * 0.5):
-        got = backend.extremes(case.q, case.k, case.scale, bias, case.ids_q, case.ids_k)
+        got = backend.extremes(case.tiles._replace(bias=bias))
         same, other = dense.extremes(case, bias)
         assert torch.equal(got.max_same, same)
         assert torch.equal(got.min_other, other)
@@ -229,7 +226,7 @@ def test_halves(size, dtype: torch.dtype) -> None:
         check_budget(dq, eager[0], truth[0], SLACK[dtype], "dq", floor=0.0)
         if cross:
             check_budget(dk, eager[1], truth[1], SLACK[dtype], "dk", floor=0.0)
-            got_attend = backend.attend(case.q, case.k, case.scale, case.ids_q, case.ids_k, None)
+            got_attend = backend.attend(case.tiles._replace(bias=None), None)
             truth_key = dense.mean_key(case, torch.float64)
             check_budget(
                 got_attend.mean_key, truth_key.float(), truth_key, SLACK[dtype], "mean key"
@@ -248,9 +245,8 @@ def test_logits_of_any_size(size, scale: float) -> None:
     drow = torch.linspace(-1.0, 2.0, size[0])
     row = got.row  # as in training: the lse of the forward pass
     dq = backend.pairwise_backward(
-        "lse", case.q, case.k, case.scale, None, case.ids_q, case.ids_k, row, None, drow, None,
-        True, False,
-    ).dq  # fmt: skip
+        "lse", case.tiles, RowState(row, drow), None, Wanted(True, False)
+    ).dq
     eager, truth = (dense.gradients(case, drow, None, t)[0] for t in (torch.float32, torch.float64))
     # S is rounded to float32 before the exponential: |S| * 2^-24 is its relative error, in eager too.
     check_budget(dq, eager, truth, max(2e-6, abs(scale) * 6e-7), "dq")
@@ -298,11 +294,9 @@ def test_splits_and_folds(size, folded: bool, monkeypatch: pytest.MonkeyPatch) -
             check_budget(ours, plain, true, SLACK[torch.float32], "gradient")
         if cross:
             with configs.override(programs=64, **tables):
-                attended = backend.attend(
-                    case.q, case.k, case.scale, case.ids_q, case.ids_k, thresholds[0]
-                )
+                attended = backend.attend(case.tiles, thresholds[0])
                 best = backend.extremes(
-                    case.q, case.k, case.scale, None, torch.arange(70) % 3, torch.arange(100) % 4
+                    case.tiles._replace(ids_q=torch.arange(70) % 3, ids_k=torch.arange(100) % 4)
                 )
             check_budget(attended.mean_key, dense.mean_key(case, torch.float32),
                          dense.mean_key(case, torch.float64), 2e-6, "mean key")  # fmt: skip
@@ -337,8 +331,8 @@ def test_strides(layout: str) -> None:
         panel = configs.override(fused=None)
         with panel:
             by_panels = backward(case, drow, dcol, True, True)
-        attended = backend.attend(operand, other, case.scale, None, None, None)
-        best = backend.extremes(operand, None, case.scale, None, torch.arange(N) % 7, None)
+        attended = backend.attend(case.tiles, None)
+        best = backend.extremes(case.tiles._replace(k=None, ids_q=torch.arange(N) % 7))
         results.append([*forward(case, True)[:2], *grads[:2], *by_panels[:2], *attended[:2], *best])
     for ours, contiguous in zip(*results, strict=True):
         assert torch.equal(ours, contiguous)
@@ -393,7 +387,7 @@ def test_nan_reaches_what_depends_on_it(where: str) -> None:
     case = make(70, 40, 24, ids="none")
     (case.q if where == "q" else case.k)[3, 5] = torch.nan
     got = forward(case, True)
-    attended = backend.attend(case.q, case.k, case.scale, None, None, None)
+    attended = backend.attend(case.tiles, None)
     rows, cols = (got.row, got.col) if where == "q" else (got.col, got.row)
     assert rows[3].isnan() and int(rows.isnan().sum()) == 1
     assert cols.isnan().all()
@@ -401,9 +395,8 @@ def test_nan_reaches_what_depends_on_it(where: str) -> None:
     assert torch.equal(attended.mean_key.isnan().all(1), got.row.isnan())
     grads = backward(case, torch.ones(70), None, True, True)
     assert grads.dq[3].isnan().all() if where == "q" else grads.dq.isnan().any(1).all()
-    picked = backend.extremes(
-        case.q, case.k, case.scale, None, torch.zeros(70, dtype=torch.int64), torch.arange(40) % 2
-    )
+    labels = torch.zeros(70, dtype=torch.int64)
+    picked = backend.extremes(case.tiles._replace(ids_q=labels, ids_k=torch.arange(40) % 2))
     if where == "k":  # key 3 has another id than the queries
         assert (picked.min_other == 3).all()
 
@@ -412,37 +405,24 @@ def test_nan_reaches_what_depends_on_it(where: str) -> None:
 def test_empty_operands(shape: tuple[int, int]) -> None:
     """No rows or no columns: neutral results, no crash."""
     q, k, scale = torch.zeros(shape[0], 8), torch.zeros(shape[1], 8), torch.tensor(1.0)
-    got = backend.pairwise_forward(
-        "lse", q, k, scale, None, None, None, True, torch.zeros(shape[0]), torch.zeros(shape[1])
-    )
+    tiles = Tiles(q, k, scale)
+    above = Thresholds(torch.zeros(shape[0]), torch.zeros(shape[1]))
+    got = backend.pairwise_forward("lse", tiles, True, above)
     assert (got.row == -torch.inf).all() and (got.col == -torch.inf).all()
     assert not got.rank_row.any() and not got.rank_col.any()
-    grads = backend.pairwise_backward(
-        "softplus",
-        q,
-        k,
-        scale,
-        None,
-        None,
-        None,
-        got.row,
-        None,
-        torch.ones(shape[0]),
-        None,
-        True,
-        True,
-    )
+    row = RowState(None, torch.ones(shape[0]))
+    grads = backend.pairwise_backward("softplus", tiles, row, None, Wanted(True, True))
     assert grads.dq.shape == q.shape and grads.dk.shape == k.shape
     assert not grads.dq.any() and not grads.dk.any() and grads.dbias.item() == 0.0
     for tables in ({}, {"fused": None}):
         with configs.override(**tables):
-            attended = backend.attend(q, k, scale, None, None, None)
+            attended = backend.attend(tiles, None)
         assert (attended.lse == -torch.inf).all() and not attended.mean_key.any()
     ids_q, ids_k = (
         torch.zeros(shape[0], dtype=torch.int64),
         torch.zeros(shape[1], dtype=torch.int64),
     )
-    picked = backend.extremes(q, k, scale, None, ids_q, ids_k)
+    picked = backend.extremes(tiles._replace(ids_q=ids_q, ids_k=ids_k))
     assert (picked.max_same == -1).all() and (picked.min_other == -1).all()
 
 
@@ -467,7 +447,7 @@ def test_branches_of_a_tile() -> None:
     for columns in (64, 63):
         with recorded_launches() as log:
             case = make(64, columns, 64, ids="none")
-            backend.extremes(case.q, case.k, case.scale, None, labels, labels[:columns])
+            backend.extremes(case.tiles._replace(ids_q=labels, ids_k=labels[:columns]))
         assert log[0].flags["EVEN_M"] == (columns == 64)
 
 
@@ -476,18 +456,8 @@ def test_float64_goes_to_the_chunked_backend(caplog: pytest.LogCaptureFixture) -
     q = torch.randn(5, 3, dtype=torch.float64)
     assert "float64" in backend.reroute(q) and not backend.reroute(q.float())
     with caplog.at_level("INFO", logger="sslkernels"), recorded_launches() as log:
-        got = backend.pairwise_forward(
-            "lse",
-            q,
-            None,
-            torch.tensor(1.0, dtype=torch.float64),
-            None,
-            None,
-            None,
-            False,
-            None,
-            None,
-        )
+        tiles = Tiles(q, None, torch.tensor(1.0, dtype=torch.float64))
+        got = backend.pairwise_forward("lse", tiles, False, Thresholds())
     assert got.row.dtype == torch.float64 and not log
     assert torch.allclose(got.row, (q @ q.T).logsumexp(1), rtol=1e-14)
 
@@ -496,9 +466,9 @@ def test_wrong_devices_and_dtypes_are_refused() -> None:
     """Errors that name the function, what must hold and what came."""
     q = torch.randn(4, 3)
     with pytest.raises(ValueError, match=r"attend: q and k must have the same dtype and device"):
-        launch.attend(q, q.half(), torch.tensor(1.0), None, None, None)
+        launch.attend(Tiles(q, q.half(), torch.tensor(1.0)), None)
     with pytest.raises(TypeError, match=r"attend: .* got torch.float64"):
-        launch.attend(q.double(), q.double(), torch.tensor(1.0), None, None, None)
+        launch.attend(Tiles(q.double(), q.double(), torch.tensor(1.0)), None)
     with pytest.raises(ValueError, match=r"tables are .* got sideways"):
         with configs.override(sideways=None):
             pass

@@ -86,13 +86,10 @@ def _everything(kind: str, size: tuple[int, int | None, int]) -> list[Tensor]:
         with configs.override(**tables):
             results += backward(case, drow, dcol if cross else None, True, cross)
             if cross and kind == "lse":
-                results += backend.attend(
-                    case.q, case.k, case.scale, case.ids_q, case.ids_k, between(case, 1)
-                )
+                results += backend.attend(case.tiles, between(case, 1))
     labels = torch.arange(size[0]) % 3
-    results += backend.extremes(
-        case.q, case.k, case.scale, None, labels, torch.arange(case.M) % 4 if cross else None
-    )
+    columns = torch.arange(case.M) % 4 if cross else None
+    results += backend.extremes(case.tiles._replace(bias=None, ids_q=labels, ids_k=columns))
     target, source = torch.linspace(0, 1, 9000), torch.linspace(1, 3, 9000)
     backend.EmaPlan([target], [source]).run(0.99)
     queue, position, fill = torch.zeros(50, size[2]), torch.tensor([45]), torch.tensor([7])

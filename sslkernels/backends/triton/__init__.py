@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from .. import chunked
-from ..interface import Attend, Extremes, Kind, PairwiseBackward, PairwiseForward
+from ..interface import (
+    Attend,
+    Extremes,
+    Kind,
+    PairwiseBackward,
+    PairwiseForward,
+    RowState,
+    Thresholds,
+    Tiles,
+    Wanted,
+)
 from ..updates_torch import CopyPlan as CopyPlan
 
 __all__ = [
@@ -96,63 +106,24 @@ def __getattr__(name: str) -> Any:
 
 
 def pairwise_forward(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    want_col: bool,
-    threshold_row: Tensor | None,
-    threshold_col: Tensor | None,
+    kind: Kind, tiles: Tiles, want_col: bool, thresholds: Thresholds
 ) -> PairwiseForward:
     """See ``Backend.pairwise_forward``."""
-    return _engine(q).pairwise_forward(
-        kind, q, k, scale, bias, ids_q, ids_k, want_col, threshold_row, threshold_col
-    )
+    return _engine(tiles.q).pairwise_forward(kind, tiles, want_col, thresholds)
 
 
 def pairwise_backward(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    row: Tensor,
-    col: Tensor | None,
-    drow: Tensor,
-    dcol: Tensor | None,
-    want_dq: bool,
-    want_dk: bool,
+    kind: Kind, tiles: Tiles, row: RowState, col: RowState | None, wanted: Wanted
 ) -> PairwiseBackward:
     """See ``Backend.pairwise_backward``."""
-    return _engine(q).pairwise_backward(
-        kind, q, k, scale, bias, ids_q, ids_k, row, col, drow, dcol, want_dq, want_dk
-    )
+    return _engine(tiles.q).pairwise_backward(kind, tiles, row, col, wanted)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    threshold: Tensor | None,
-) -> Attend:
+def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     """See ``Backend.attend``."""
-    return _engine(q).attend(q, k, scale, ids_q, ids_k, threshold)
+    return _engine(tiles.q).attend(tiles, threshold)
 
 
-def extremes(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias_k: Tensor | None,
-    ids_q: Tensor,
-    ids_k: Tensor | None,
-) -> Extremes:
+def extremes(tiles: Tiles) -> Extremes:
     """See ``Backend.extremes``."""
-    return _engine(q).extremes(q, k, scale, bias_k, ids_q, ids_k)
+    return _engine(tiles.q).extremes(tiles)

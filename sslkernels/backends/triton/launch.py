@@ -22,7 +22,17 @@ import torch
 import triton
 from torch import Tensor
 
-from ..interface import Attend, Extremes, Kind, PairwiseBackward, PairwiseForward
+from ..interface import (
+    Attend,
+    Extremes,
+    Kind,
+    PairwiseBackward,
+    PairwiseForward,
+    RowState,
+    Thresholds,
+    Tiles,
+    Wanted,
+)
 from . import configs, kernels, kernels_rows
 from .gradients import Side, gradient
 from .plan import (
@@ -40,27 +50,18 @@ from .runtime import launch
 
 
 def pairwise_forward(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    want_col: bool,
-    threshold_row: Tensor | None,
-    threshold_col: Tensor | None,
+    kind: Kind, tiles: Tiles, want_col: bool, thresholds: Thresholds
 ) -> PairwiseForward:
     """See ``Backend.pairwise_forward``.  Self mode visits one triangle of S: N^2 D FLOPs."""
-    check("pairwise_forward", q, k)
-    triangle = k is None
-    q, y = packed(q) * 2 if k is None else packed(q, k)
+    scale, bias, triangle = tiles.scale, tiles.bias, tiles.is_self
+    check("pairwise_forward", tiles.q, tiles.k)
+    q, y = packed(tiles.q) * 2 if tiles.k is None else packed(tiles.q, tiles.k)
     (N, D), M, device = q.shape, y.shape[0], q.device
     kind_id = 0 if kind == "lse" else 1
     has_col = triangle or want_col
-    ids_x, ids_y = vector(ids_q), vector(ids_q if triangle else ids_k)
-    threshold_row = vector(threshold_row)
-    threshold_col = threshold_row if triangle else vector(threshold_col)
+    ids_x, ids_y = vector(tiles.ids_q), vector(tiles.ids_q if triangle else tiles.ids_k)
+    threshold_row = vector(thresholds.row)
+    threshold_col = threshold_row if triangle else vector(thresholds.col)
     rank_row, rank_col = threshold_row is not None, has_col and threshold_col is not None
 
     def empty(length: int, dtype: torch.dtype) -> Tensor:
@@ -79,10 +80,10 @@ def pairwise_forward(
         return result
 
     config = configs.require("forward", device, D, q.dtype)
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     words = slot_words(N, M, D)
     group = min(row_blocks, max(1, words // (3 * M))) if has_col else row_blocks
-    splits, per_split = splits_for(device, group, tiles, max(1, words // (3 * N)))
+    splits, per_split = splits_for(device, group, col_blocks, max(1, words // (3 * N)))
     # Slots of one buffer: [a row slot for each split | the fold | a column slot for each row block].
     # In self mode rows and columns are the same thing and share it; otherwise each has its own.
     folds = group < row_blocks
@@ -146,47 +147,29 @@ def pairwise_forward(
 
 
 def pairwise_backward(
-    kind: Kind,
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    row: Tensor,
-    col: Tensor | None,
-    drow: Tensor,
-    dcol: Tensor | None,
-    want_dq: bool,
-    want_dk: bool,
+    kind: Kind, tiles: Tiles, row: RowState, col: RowState | None, wanted: Wanted
 ) -> PairwiseBackward:
     """See ``Backend.pairwise_backward``.
 
     Self mode is one pass with col = row and dcol = drow (4 N^2 D FLOPs).  Otherwise dq and dk are
     one pass each, 4 N M D FLOPs, the second with the roles of q and k swapped.
     """
-    check("pairwise_backward", q, k)
-    features = q.shape[1]
-    if k is None:
-        (q,) = packed(q)
-    else:
-        q, k = packed(q, k)
+    check("pairwise_backward", tiles.q, tiles.k)
+    scale, bias, features = tiles.scale, tiles.bias, tiles.q.shape[1]
+    q, k = (packed(tiles.q)[0], None) if tiles.k is None else packed(tiles.q, tiles.k)
     lse = kind == "lse"
     kind_id = 0 if lse else 1
-    row, col = (vector(row), vector(col)) if lse else (None, None)
-    drow, dcol = vector(drow), vector(dcol)
-    ids_q, ids_k = vector(ids_q), vector(ids_k)
     nothing = torch.empty(0, dtype=torch.float32, device=q.device)
     dq = dk = nothing
     total: Tensor | None = None
-    q_side = Side(q, ids_q, row, drow)
-    k_side = q_side if k is None else Side(k, ids_k, col, dcol)
-    if want_dq or (not lse and not want_dk):
+    q_side = _side(q, tiles.ids_q, row, lse)
+    k_side = q_side if k is None else _side(k, tiles.ids_k, col, lse)
+    if wanted.dq or (not lse and not wanted.dk):
         dx, total = gradient(kind_id, q_side, k_side, scale, bias, scale, want_dbias=not lse)
-        dq = dx if want_dq else nothing
+        dq = dx if wanted.dq else nothing
         if k is None and total is not None:
             total = 0.5 * total  # the pass summed G + G^T
-    if want_dk and k is not None:
+    if wanted.dk and k is not None:
         dk, swapped = gradient(
             kind_id, k_side, q_side, scale, bias, scale, want_dbias=not lse and total is None
         )
@@ -197,26 +180,29 @@ def pairwise_backward(
     return PairwiseBackward(dq, dk, total)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    ids_q: Tensor | None,
-    ids_k: Tensor | None,
-    threshold: Tensor | None,
-) -> Attend:
+def _side(x: Tensor, ids: Tensor | None, state: RowState | None, lse: bool) -> Side:
+    """An operand and what the backward pass knows of its rows."""
+    if state is None:
+        return Side(x, vector(ids), None, None)
+    return Side(x, vector(ids), vector(state.lse) if lse else None, vector(state.gradient))
+
+
+def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     """See ``Backend.attend``.
 
     4 N M D FLOPs where the fused kernel fits; for large D log-sum-exp first and then the mean key as
     a gradient by panels (drow = 1), 6 N M D.  Nothing of k is needed for the backward pass.
     """
-    check("attend", q, k)
-    features = q.shape[1]
-    q, k = packed(q, k)
+    if tiles.k is None:
+        raise ValueError("attend: k must be given, got None")
+    check("attend", tiles.q, tiles.k)
+    scale, ids_q, ids_k, features = tiles.scale, tiles.ids_q, tiles.ids_k, tiles.q.shape[1]
+    q, k = packed(tiles.q, tiles.k)
     (N, D), M, device = q.shape, k.shape[0], q.device
     config = configs.choose("fused", device, D, q.dtype)
     if config is None:
-        forward = pairwise_forward("lse", q, k, scale, None, ids_q, ids_k, False, threshold, None)
+        operands = tiles._replace(q=q, k=k)
+        forward = pairwise_forward("lse", operands, False, Thresholds(threshold))
         one = torch.ones((), dtype=torch.float32, device=device)
         rows = Side(q, vector(ids_q), forward.row, one.expand(N).contiguous())
         columns = Side(k, vector(ids_k), None, None)
@@ -230,9 +216,9 @@ def attend(
     if N == 0 or M == 0:
         mean_key = trimmed(mean_key.zero_(), features)
         return Attend(lse.fill_(float("-inf")), mean_key, rank.zero_())
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     splits, per_split = splits_for(
-        device, row_blocks, tiles, max(1, slot_words(N, M, D) // (N * D))
+        device, row_blocks, col_blocks, max(1, slot_words(N, M, D) // (N * D))
     )
     slots = Slots(0, has_rank, splits, N, device)
     acc = torch.empty(splits, N, D, dtype=torch.float32, device=device)
@@ -278,27 +264,22 @@ def attend(
     return Attend(lse, trimmed(mean_key, features), rank)
 
 
-def extremes(
-    q: Tensor,
-    k: Tensor | None,
-    scale: Tensor,
-    bias_k: Tensor | None,
-    ids_q: Tensor,
-    ids_k: Tensor | None,
-) -> Extremes:
+def extremes(tiles: Tiles) -> Extremes:
     """See ``Backend.extremes``.  A NaN in S counts as the extreme, as in torch.argmax."""
-    check("extremes", q, k)
-    q, y = packed(q) * 2 if k is None else packed(q, k)
+    check("extremes", tiles.q, tiles.k)
+    if tiles.ids_q is None:
+        raise ValueError("extremes: ids_q must be given, got None")
+    q, y = packed(tiles.q) * 2 if tiles.k is None else packed(tiles.q, tiles.k)
     (N, D), M, device = q.shape, y.shape[0], q.device
     found = torch.full((2, N), -1, dtype=torch.int64, device=device)
     if N == 0 or M == 0:
         return Extremes(found[0], found[1])
-    ids_x = ids_q.contiguous()
-    ids_y = ids_x if k is None or ids_k is None else ids_k.contiguous()
+    ids_x = tiles.ids_q.contiguous()
+    ids_y = ids_x if tiles.is_self or tiles.ids_k is None else tiles.ids_k.contiguous()
     config = configs.require("extremes", device, D, q.dtype)
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     splits, per_split = splits_for(
-        device, row_blocks, tiles, max(1, slot_words(N, M, D) // (4 * N))
+        device, row_blocks, col_blocks, max(1, slot_words(N, M, D) // (4 * N))
     )
     values = torch.empty(2, splits, N, dtype=torch.float32, device=device)
     indices = torch.empty(2, splits, N, dtype=torch.int32, device=device)
@@ -310,8 +291,8 @@ def extremes(
         indices,
         q,
         y,
-        scale,
-        vector(bias_k),
+        tiles.scale,
+        vector(tiles.bias),
         ids_x,
         ids_y,
         N,
@@ -320,8 +301,8 @@ def extremes(
         per_split,
         *q.stride(),
         *y.stride(),
-        SELF=k is None,
-        HAS_BIAS=bias_k is not None,
+        SELF=tiles.is_self,
+        HAS_BIAS=tiles.bias is not None,
         EVEN_M=M % config.block_m == 0,
         HOLD_X=config.hold_x,
         **tile_flags(config, q, y),

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..interface import RowState, Thresholds, Tiles, Wanted
 from . import configs, launch
 from .configs import Config
 
@@ -81,18 +82,14 @@ def _milliseconds(function: Callable[[], object], device: torch.device) -> float
 def _workload(table: str, q: Tensor) -> Callable[[], object]:
     """A call that spends its time in kernels of the table, on NT-Xent's shape."""
     ids = torch.arange(len(q), device=q.device) // 2
-    scale = torch.tensor(10.0, device=q.device)
+    tiles = Tiles(q, None, torch.tensor(10.0, device=q.device), ids_q=ids)
     if table == "extremes":
-        return lambda: launch.extremes(q, None, scale, None, ids, None)
+        return lambda: launch.extremes(tiles)
     if table == "forward":
-        return lambda: launch.pairwise_forward(
-            "lse", q, None, scale, None, ids, None, False, None, None
-        )
-    row = launch.pairwise_forward("lse", q, None, scale, None, ids, None, False, None, None).row
-    drow = torch.full_like(row, 1.0 / len(q))
-    return lambda: launch.pairwise_backward(
-        "lse", q, None, scale, None, ids, None, row, None, drow, None, True, False
-    )
+        return lambda: launch.pairwise_forward("lse", tiles, False, Thresholds())
+    lse = launch.pairwise_forward("lse", tiles, False, Thresholds()).row
+    row = RowState(lse, torch.full_like(lse, 1.0 / len(q)))
+    return lambda: launch.pairwise_backward("lse", tiles, row, None, Wanted(True, False))
 
 
 def autotune(

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads shared by the losses: normalisation, dot products, exact softmax heads, reductions."""
+"""What losses do with rows and reductions of tiles: exact softmax heads, reductions, metrics.
+
+Differentiable torch operations around the ops.
+"""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels._types import ContrastiveMetrics
-from sslkernels.backends.chunked import accumulation_dtype, fixed_sum
-from sslkernels.ops import rows
+from sslkernels.backends.arithmetic import accumulation_dtype, fixed_sum
+from sslkernels.backends.interface import Contrastive, Problem, State
+from sslkernels.ops.rows import accumulate_rows, segments
+from sslkernels.ops.unit import unit_rows
 
 
 def unit(x: Tensor, normalize: bool) -> Tensor:
     """Rows x / max(||x||, 1e-12), or x as it is; accumulation dtype on CPUs, that of x on GPUs."""
-    return rows.unit_rows(x) if normalize else x
+    return unit_rows(x) if normalize else x
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
@@ -50,11 +57,11 @@ def mean_negative(
     total = (q.sum(0) * k.sum(0)).sum()
     count = torch.full((), float(len(q) * len(k)), dtype=acc, device=q.device)
     if ids_q is not None:
-        segment = rows.segments(torch.cat((ids_q, ids_q if ids_k is None else ids_k)))
+        segment = segments(torch.cat((ids_q, ids_q if ids_k is None else ids_k)))
         n = len(segment)
         # A column of ones makes the product of counts the number of excluded pairs.
         sums_q, sums_k = (
-            rows.accumulate_rows(torch.cat((x, torch.ones_like(x[:, :1])), 1), s, n)
+            accumulate_rows(torch.cat((x, torch.ones_like(x[:, :1])), 1), s, n)
             for x, s in ((q, segment[: len(q)]), (k, segment[len(q) :]))
         )
         excluded = (sums_q * sums_k).sum(0)
@@ -72,3 +79,21 @@ def metrics(rank: Tensor, positive: Tensor, negative_similarity: Tensor) -> Cont
         reduce(positive.detach(), "mean"),
         negative_similarity,
     )
+
+
+def problem_metrics(problem: Problem, out: Contrastive) -> ContrastiveMetrics:
+    """The metrics of a whole loss that was computed with ranks."""
+    a, b, n = problem.a.detach(), problem.b.detach(), problem.n
+    ids_q, ids_k = problem.ids_q, problem.ids_k
+    if problem.layout != "bank":
+        ids_q = ids_k = torch.arange(n, device=a.device) if ids_q is None else ids_q
+    q, k = a, b
+    if problem.layout == "joint":
+        q = k = torch.cat((a, b))
+        ids_q = ids_k = None if ids_q is None else ids_q.repeat(2)
+    elif problem.bank is not None:
+        k = problem.bank.detach()
+    q_unit = unit(q, problem.normalize)
+    k_unit = q_unit if k is q else unit(k, problem.normalize)
+    positive = State.split(out.state, n).positive
+    return metrics(cast(Tensor, out.rank), positive, mean_negative(q_unit, k_unit, ids_q, ids_k))

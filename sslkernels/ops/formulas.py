@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that have no op of their own: their rows, composed of ops, before any reduction.
+
+Arguments have been checked; the public functions in ``sslkernels.functional`` have the formulas, the
+papers and the reductions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels._types import ContrastiveMetrics
+from sslkernels.backends.arithmetic import accumulation_dtype
+from sslkernels.backends.interface import Thresholds, Tiles
+from sslkernels.ops import heads, rows
+from sslkernels.ops.distances import two_distances
+from sslkernels.ops.extremes import extremes
+from sslkernels.ops.pairwise import pairwise
+from sslkernels.ops.positives import with_positives
+
+# ------------------------------------------------------------------------------- softmax family
+
+
+def multiview(
+    views: tuple[Tensor, ...], scale: Tensor, normalize: bool, want_metrics: bool
+) -> tuple[Tensor, ContrastiveMetrics | None]:
+    """[V * N]: NT-Xent of V >= 2 views; with metrics V - 1 passes count ranks of as many positives a row."""
+    v, n = len(views), len(views[0])
+    z = heads.unit(torch.cat(views), normalize)  # [V * N, D]
+    tiles = Tiles(z, None, scale, ids_q=torch.arange(n, device=z.device).repeat(v))
+    z_views = torch.split(z, n) if n else (z,) * v
+    # Each unordered pair of views once; similarity[a][b] is the column of positives of view a.
+    similarity: list[list[Tensor]] = [[] for _ in range(v)]
+    for a in range(v):
+        for b in range(a + 1, v):
+            dot = heads.dots(z_views[a], z_views[b])
+            similarity[a].append(dot)
+            similarity[b].append(dot)
+    # columns[c]: [V * N], for every row its c-th positive.
+    columns = [torch.cat([similarity[a][c] for a in range(v)]) for c in range(v - 1)]
+    above = Thresholds(columns[0] * scale) if want_metrics else None
+    lse, _, rank, _ = pairwise("lse", tiles, above=above)
+    losses = [heads.nll(lse, column * scale) for column in columns]
+    loss = losses[0] if v == 2 else torch.stack(losses).mean(0)
+    if not want_metrics:
+        return loss, None
+    with torch.no_grad():
+        ranks = [rank]
+        for column in columns[1:]:
+            ranks.append(pairwise("lse", tiles, above=Thresholds(column * scale)).rank_row)
+        negative = heads.mean_negative(z, z, tiles.ids_q, tiles.ids_q)
+        return loss, heads.metrics(torch.cat(ranks), torch.cat(columns), negative)
+
+
+def learned_bank(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    scale: Tensor,
+    ids: tuple[Tensor | None, Tensor | None],
+    normalize: bool,
+    want_metrics: bool,
+) -> tuple[Tensor, ContrastiveMetrics | None]:
+    """[N]: InfoNCE with shared negative keys that need a gradient."""
+    q, k, negatives = (heads.unit(x, normalize) for x in (query, positive_key, negative_keys))
+    similarity = heads.dots(q, k)
+    positive = similarity * scale
+    above = Thresholds(positive) if want_metrics else None
+    lse, _, rank, _ = pairwise("lse", Tiles(q, negatives, scale, None, *ids), above=above)
+    loss = heads.nll(lse, positive)
+    if not want_metrics:
+        return loss, None
+    return loss, heads.metrics(rank, similarity, heads.mean_negative(q, negatives, *ids))
+
+
+def dcl(z1: Tensor, z2: Tensor, scale: Tensor, sigma: float | None, normalize: bool) -> Tensor:
+    """[2N]: the decoupled contrastive loss."""
+    n = len(z1)
+    z = heads.unit(torch.cat((z1, z2)), normalize)
+    ids = torch.arange(n, device=z.device).repeat(2)
+    lse = pairwise("lse", Tiles(z, None, scale, ids_q=ids)).row
+    if n == 1:
+        lse = torch.zeros_like(lse)
+    similarity = heads.dots(z[:n], z[n:])
+    positive = similarity * scale
+    if sigma is not None:
+        weights = 2 - n * torch.softmax(similarity.detach() / sigma, 0)
+        positive = positive * weights
+    return lse - positive.repeat(2)
+
+
+def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
+    """[N]: SigLIP's pairwise sigmoid loss."""
+    x, y = heads.unit(x, normalize), heads.unit(y, normalize)
+    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.
+    negatives, cosine = with_positives("softplus", x, y, scale=scale, bias=bias)
+    positive = cosine * scale
+    if bias is not None:
+        positive = positive + bias
+    return heads.softplus(-positive) + negatives
+
+
+def sup_con(z: Tensor, labels: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """[N]: the supervised contrastive loss, 0 for rows without a positive; [N] bool: the others."""
+    n = len(z)
+    z = heads.unit(z, normalize)
+    classes = rows.segments(labels)
+    ones = torch.ones((n, 1), dtype=scale.dtype, device=z.device)
+    counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
+    lse, positive = with_positives("lse", z, scale=scale, classes=classes)
+    positive = positive * scale / counts.clamp(min=1)
+    return torch.where(counts > 0, lse - positive, 0.0), counts > 0
+
+
+# ------------------------------------------------------------------------------------- geometry
+
+
+def alignment(z1: Tensor, z2: Tensor, alpha: float, normalize: bool) -> Tensor:
+    """[N]: ||z1_i - z2_i||^alpha."""
+    acc = accumulation_dtype(z1.dtype)
+    difference = heads.unit(z1, normalize).to(acc) - heads.unit(z2, normalize).to(acc)
+    squared = difference.square().sum(1)
+    if alpha != 2:
+        apart = squared != 0  # true for NaN
+        squared = torch.where(apart, torch.where(apart, squared, 1.0).pow(alpha / 2), 0.0)
+    return squared
+
+
+def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
+    """0-d: log of the mean over pairs of exp(-t ||z_i - z_j||^2)."""
+    n = len(z)
+    z = heads.unit(z, normalize).to(accumulation_dtype(z.dtype))
+    if n < 2:
+        return z.sum() * 0
+    ids = torch.arange(n, device=z.device)
+    if normalize:
+        # -t ||x - y||^2 = 2t <x, y> - 2t, a constant less than a scaled dot product.
+        lse = pairwise("lse", Tiles(z, None, z.new_full((), 2 * t), ids_q=ids)).row
+        offset = 2 * t
+    else:
+        # The squared norms become two more features; distances do not change with the origin.
+        z = z - z.mean(0)
+        square = z.square().sum(1, keepdim=True)
+        one = torch.ones_like(square)
+        q, k = torch.cat((2 * z, -square, -one), 1), torch.cat((z, one, square), 1)
+        lse = pairwise("lse", Tiles(q, k, z.new_full((), t), None, ids, ids)).row
+        offset = 0.0
+    largest = lse.detach().amax()
+    total = heads.reduce((lse - largest).exp(), "sum").log() + largest
+    return total - offset - math.log(n * (n - 1))
+
+
+def cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """[N]: cos(prediction_i, target_i)."""
+    return heads.dots(heads.unit(prediction, True), heads.unit(target, True))
+
+
+# ------------------------------------------------------------------------------------ distances
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: ||a_i - b_i|| in the accumulation dtype; gradient 0 where they are equal."""
+    acc = accumulation_dtype(a.dtype)
+    distance: Tensor = torch.linalg.vector_norm(a.to(acc) - b.to(acc), dim=1)
+    return distance
+
+
+def margins(
+    same: Tensor, different: Tensor, margin: float | Tensor, form: str, eps: float
+) -> Tensor:
+    """[N]: the margin loss of two distances."""
+    if form == "relative":
+        return F.relu(same - different + margin)
+    floor = margin.abs() if isinstance(margin, Tensor) else abs(margin)
+    return F.relu(torch.maximum(same, different + margin) - floor + eps)
+
+
+def contrastive_pairs(a: Tensor, b: Tensor, same: Tensor, margin: float | Tensor) -> Tensor:
+    """[N]: d^2 / 2 where ``same``, max(margin - d, 0)^2 / 2 elsewhere."""
+    acc = accumulation_dtype(a.dtype)
+    squared = (a.to(acc) - b.to(acc)).square().sum(1)
+    short = F.relu(margin - euclidean(a, b)).square()
+    return torch.where(same, squared, short) / 2
+
+
+def hard_triplets(
+    z: Tensor, labels: Tensor, margin: float | Tensor, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    """Batch-hard terms [N], 0 for anchors without a triplet, and which anchors have one."""
+    if len(z) == 0:
+        return heads.dots(z, z), labels > 0
+    acc = accumulation_dtype(z.dtype)
+    with torch.no_grad():
+        if cosine:  # d = 1 - S falls with the dot product
+            tiles = Tiles(z, None, z.new_full((), -1.0, dtype=acc), ids_q=labels)
+        else:
+            # d^2 - |x|^2 = |y|^2 - 2 <x, y>.  Distances do not change with the origin, and around
+            # the mean less cancels.
+            wide = z.to(acc)
+            centred = wide - wide.mean(0)
+            tiles = Tiles(
+                centred, None, wide.new_full((), -2.0), centred.square().sum(1), ids_q=labels
+            )
+        positive, negative = extremes(tiles)
+    valid = (positive >= 0) & (negative >= 0)
+    d_positive, d_negative = two_distances(
+        z, positive.clamp(min=0), negative.clamp(min=0), cosine=cosine
+    )
+    terms = F.relu(d_positive - d_negative + margin)
+    return torch.where(valid, terms, 0.0), valid
