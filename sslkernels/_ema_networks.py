@@ -260,11 +260,12 @@ class ModulePlan:
         self, online: nn.Module, decay: float, stochastic_rounding: bool, seed: int, step: int
     ) -> bool:
         """Update and return True, or return False when the plan is out of date."""
-        reshard(self._sharded)
+        if self._sharded:
+            reshard(self._sharded)
         if (
             self._online() is not online
             or not is_plain_eager()
-            or not all(is_local(part, x) for x, part in self._spread)
+            or (self._spread and not all(is_local(part, x) for x, part in self._spread))
             or not self._slots.unchanged()
             or not self._seen.unchanged(self._tensors, [])
             or not self._update.serves()

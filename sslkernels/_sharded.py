@@ -47,11 +47,13 @@ def runs(x: Tensor) -> list[tuple[int, int]]:
     """
     if not is_dtensor(x):
         return [(0, x.numel())]
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
+    utils = sys.modules.get("torch.distributed.tensor._utils")
+    if utils is None:  # torch 2.4
+        utils = sys.modules["torch.distributed._tensor._utils"]
     part, placements = local(x), x.placements  # type: ignore[attr-defined]
-    if not part.is_contiguous() or any(type(p) not in (Shard, Replicate) for p in placements):
+    if not part.is_contiguous() or any(
+        type(p).__name__ not in ("Shard", "Replicate") for p in placements
+    ):
         raise ValueError(
             "EMA: with stochastic_rounding shards must be contiguous and placed by Shard, got "
             f"strides {list(part.stride())} and {list(placements)}"
@@ -59,7 +61,7 @@ def runs(x: Tensor) -> list[tuple[int, int]]:
     if not part.numel():
         return []
     mesh = x.device_mesh  # type: ignore[attr-defined]
-    _, offset = compute_local_shape_and_global_offset(x.shape, mesh, placements)
+    _, offset = utils.compute_local_shape_and_global_offset(x.shape, mesh, placements)
     cut = [d for d in range(x.ndim) if part.shape[d] != x.shape[d]]
     last = max(cut, default=0)  # what follows this dimension is whole
     length = math.prod(part.shape[last:])

@@ -67,19 +67,22 @@ def ema_update_(
         tensor([0.5000, 0.5000, 0.5000])
     """
     op = "ema_update_"
+    if stochastic_rounding is not False:  # or nothing depends on them
+        stochastic_rounding = checks.flag(op, "stochastic_rounding", stochastic_rounding)
+        seed, step = checks.integer(op, "seed", seed, 0), checks.integer(op, "step", step, 0)
     _ops.update(
         _list(op, "targets", targets),
         _list(op, "sources", sources),
         decay,
-        checks.flag(op, "stochastic_rounding", stochastic_rounding),
-        checks.integer(op, "seed", seed, 0),
-        checks.integer(op, "step", step, 0),
+        stochastic_rounding,
+        seed,
+        step,
     )
 
 
 def _list(op: str, name: str, values: Iterable[Tensor]) -> list[Tensor]:
     """A list of what should be tensors; one tensor or array alone would be taken apart by rows."""
-    if isinstance(values, (Tensor, np.ndarray)):
+    if type(values) is not list and isinstance(values, (Tensor, np.ndarray)):
         raise TypeError(f"{op}: {name} must be a list of tensors, got one {type(values).__name__}")
     return list(values)
 

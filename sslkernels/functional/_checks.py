@@ -72,9 +72,13 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     dtype = tensors[0].dtype
     for x in tensors:
-        if x.dtype != dtype:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)
+        if x.dtype is not dtype:
+            break
+    else:
+        return tensors
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = _REDUCTIONS) -> None:

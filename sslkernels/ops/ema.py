@@ -44,7 +44,9 @@ def check_decay(op: str, decay: float) -> float:
         TypeError: If it is no number.
         ValueError: If it is outside [0, 1].
     """
-    value = float(decay) if isinstance(decay, Tensor) else number(op, "decay", decay)
+    value = decay
+    if type(decay) is not float:
+        value = float(decay) if isinstance(decay, Tensor) else number(op, "decay", decay)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{op}: decay must be in [0, 1], got {value}")
     return value
