@@ -99,6 +99,23 @@ def test_metrics_of_mixed_dtypes() -> None:
     assert torch.equal(torch.stack(got), torch.stack(reference.contrastive_accuracy(query, key)))
 
 
+def test_forward_mode_of_mixed_dtypes() -> None:
+    """Tangents in the dtype of their input, against the reference."""
+    query, key = (x.to(t) for x, t in zip(views(16, 8), (BF16, F32), strict=True))
+    queue = negatives(16, 8).to(F16)
+    for call in (
+        lambda m, x: m.info_nce_loss(x, key, queue, 0.2),
+        lambda m, x: m.clip_loss(x, key, 5.0, normalize=True),
+        lambda m, x: m.byol_loss(x, key),
+    ):
+        ours, truth = (
+            torch.func.jvp(lambda x, m=m, call=call: call(m, x), (query,), (key.to(BF16),))
+            for m in (ssl, reference)
+        )
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+        assert ours[1].dtype == F32 and ours[1].abs() > 0
+
+
 class Conversions(TorchDispatchMode):
     """Counts the elements of the results of dtype conversions."""
 

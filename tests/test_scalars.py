@@ -85,6 +85,19 @@ def test_margin_as_a_tensor(name: str, shape: tuple[int, ...]) -> None:
     assert gradient.shape == shape and gradient.abs() > 0
 
 
+@pytest.mark.parametrize("name", MARGINS)
+def test_forward_mode_of_a_margin(name: str) -> None:
+    """The tangent of the margin is its gradient."""
+    call = MARGINS[name]
+    z, margin = views(24, 6)[0] / 2, torch.tensor([0.4])
+    ours, truth = (
+        torch.func.jvp(lambda x, m=m: call(m, z, x), (margin,), (torch.ones(1),))
+        for m in (ssl, reference)
+    )
+    torch.testing.assert_close(ours, truth)
+    assert ours[1].abs().max() > 0
+
+
 def test_scalars_of_one_element_compile() -> None:
     """In a full graph."""
     torch.compiler.reset()
