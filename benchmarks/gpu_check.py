@@ -31,7 +31,7 @@ import sslkernels
 from benchmarks import cuda_updates, measure
 from benchmarks.cases import LOGIT_SCALE, Case
 from benchmarks.contenders import CONTENDERS
-from sslkernels.backends.triton import available, why_unavailable
+from sslkernels.backends.triton import why_unavailable
 
 ROOT = Path(__file__).parents[1]
 NOTHING = "no GPU: nothing measured"
@@ -332,8 +332,8 @@ def updates(report: Report, on_gpu: bool) -> None:
     except ImportError as error:
         report.say(f"- CUDA extension: {error}")
     else:
-        reason = extension.why_unavailable()
-        report.say(f"- CUDA extension: {'available' if extension.available() else reason}")
+        reason = extension.why_unavailable(torch.device("cuda"))
+        report.say(f"- CUDA extension: {reason or 'available'}")
     if not on_gpu:
         report.say(f"- {NOTHING}")
     arguments = ["--seconds", "1.0"] if on_gpu else ["--dry-run", "--seconds", "0.01"]
@@ -356,8 +356,9 @@ def run(args: argparse.Namespace) -> int:
     report.say("# GPU check of sslkernels")
     if not on_gpu:
         report.say("", f"**{NOTHING}.** Every part ran at a tiny size in Triton's interpreter.")
-    if not available():
-        report.say("", f"The GPU backend can not run here: {why_unavailable()}.")
+    reason = why_unavailable(torch.device("cuda" if on_gpu else "cpu"))
+    if reason:
+        report.say("", f"The GPU backend can not run here: {reason}.")
         report.write()
         return 1
     shapes = TINY if not on_gpu else QUICK if args.quick else SHAPES

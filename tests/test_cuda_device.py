@@ -22,7 +22,7 @@ def _why_not() -> str:
         module = importlib.import_module("sslkernels.backends.cuda")
     except ImportError as error:
         return str(error)
-    return module.why_unavailable()
+    return module.why_unavailable(torch.device("cuda"))
 
 
 pytestmark = [

@@ -110,21 +110,6 @@ def test_families_that_a_backend_lacks_stay_automatic() -> None:
         assert registry.resolve(MPS, "tiles") is chunked
 
 
-def test_updates_on_a_gpu_without_the_cuda_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels; plain torch only where Triton is missing too; info() gives the reason."""
-    pytest.importorskip("triton")
-    ssl.set_backend(None)
-    gpu = torch.device("cuda")
-    monkeypatch.setitem(sys.modules, "sslkernels.backends.cuda", None)
-    registry._cache.clear()
-    assert registry.resolve(gpu, "updates").__name__ == "sslkernels.backends.triton"
-    assert ssl.info().backends["cuda/updates"].startswith("triton (backend 'cuda': ")
-    monkeypatch.setitem(sys.modules, "sslkernels.backends.triton", None)
-    registry._cache.clear()
-    assert registry.resolve(gpu, "updates") is chunked
-    registry._cache.clear()
-
-
 def test_unknown_names() -> None:
     """The message lists the known ones."""
     with pytest.raises(ValueError, match=r"set_backend: backend must be one of \['chunked', 'cpu'"):

@@ -95,6 +95,9 @@ void enqueue(uint64_t queue, int queue_dtype, uint64_t keys, int key_dtype, uint
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "EMA and queue updates in CUDA C++; see docs/cuda.md and sslkernels/backends/cuda.py.";
   m.attr("EMA_CHUNK") = cuda::kEmaChunk;
+  m.attr("ARCHS") = py::tuple(py::cast(cuda::architectures()));
+  m.attr("RUNTIME_VERSION") = cuda::runtime_version();
+  m.def("driver_version", &cuda::driver_version, "The CUDA version that the driver knows, 0 without a driver.");
   m.def("build_ema_table", &build_ema_table, py::arg("pairs"),
         "(bytes of the table, chunks, offset of the chunks in the table)");
   m.def("ema_update", &ema_update, py::arg("tensors"), py::arg("chunks"), py::arg("n_chunks"), py::arg("decay"),

@@ -263,4 +263,17 @@ int ema_update(const EmaArgs& args, bool stochastic, int device, void* stream) {
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+std::vector<int> architectures() {
+  std::vector<int> found;
+  for (const int arch : {__CUDA_ARCH_LIST__}) found.push_back(arch / 10);  // nvcc's list: 800, 900
+  return found;
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 }  // namespace sslkernels::cuda

@@ -97,6 +97,16 @@ struct EnqueueArgs {
 // Nothing is launched for N = 0.
 int enqueue(const EnqueueArgs& args, int32_t key_dtype, int32_t queue_dtype, int device, void* stream);
 
+// ---- What was built, and for what it needs ------------------------------------------------------
+
 const char* error_text(int error);
+
+// The architectures that were compiled, ascending, each as its compute capability times ten: 80, 90.
+std::vector<int> architectures();
+
+// The CUDA version of the runtime inside the extension, and the newest one that the driver of this machine
+// knows (0 without a driver): 13000 for CUDA 13.0.
+int runtime_version();
+int driver_version();
 
 }  // namespace sslkernels::cuda

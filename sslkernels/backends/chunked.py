@@ -29,6 +29,11 @@ from sslkernels.backends.updates_torch import EmaPlan as EmaPlan
 from sslkernels.backends.updates_torch import enqueue_ as enqueue_
 
 
+def why_unavailable(device: torch.device) -> str:
+    """See ``Backend.why_unavailable``: plain torch serves every device."""
+    return ""
+
+
 def _wide(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Both operands in the accumulation dtype (a copy of O((N + M) * D) for halves)."""
     q = tiles.q.to(tiles.acc)

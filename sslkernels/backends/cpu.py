@@ -57,9 +57,15 @@ __all__ = [
     "pairwise_forward",
     "regression_backward",
     "regression_forward",
+    "why_unavailable",
 ]
 
 _C.set_isa(os.environ.get("SSLKERNELS_ISA") or "auto")
+
+
+def why_unavailable(device: torch.device) -> str:
+    """See :meth:`sslkernels.backends.interface.Backend.why_unavailable`."""
+    return "" if device.type == "cpu" else f"it serves CPU tensors only, not {device.type!r}"
 
 
 def _address(x: Tensor | None) -> int | None:

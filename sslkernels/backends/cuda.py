@@ -3,7 +3,7 @@
 
 Importing this module raises ImportError when the extension was not built (``SSLKERNELS_CUDA``, see
 csrc/cuda/build.py) or when torch is a ROCm build, whose "cuda" tensors the extension can't serve.
-It does not need a driver or a GPU; ``available()`` says whether there is one.
+It does not need a driver or a GPU; ``why_unavailable(device)`` asks for them.
 
 Every function launches one kernel on the current stream of the device of its tensors, whatever the
 current device is, and waits for nothing.  Version counters are the caller's business.  What has
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from sslkernels.backends import devices
 
 if torch.version.hip is not None:
     raise ImportError("sslkernels._cuda is for NVIDIA GPUs and this torch is built for ROCm")
@@ -31,18 +33,43 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
-def why_unavailable() -> str:
-    """Why no tensor can be served in this process; an empty string when one can."""
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: no driver or no device"
+def why_unavailable(device: torch.device) -> str:
+    """See ``Backend.why_unavailable``.
+
+    The extension brings its own CUDA runtime along.  It works with a driver of the same major version
+    or a newer one.  On a device that no machine code was compiled for, the driver compiles the newest
+    intermediate code instead, for which it must be as new as the compiler in its minor version too.
+    """
+    if device.type != "cuda":
+        return f"it serves CUDA tensors only, not {device.type!r}"
+    reason = devices.no_gpu()
+    if reason:
+        return reason
+    runtime, driver = _cuda.RUNTIME_VERSION, _cuda.driver_version()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"sslkernels._cuda was built with CUDA {_release(runtime)}, for which this driver "
+            f"(CUDA {_release(driver)}) is too old; build it with an older nvcc or update the driver"
+        )
+    gpu = devices.gpu(device)
+    capability = gpu.capability or 0
+    if any(arch // 10 == capability // 10 and arch <= capability for arch in _cuda.ARCHS):
+        return ""
+    has = f"has no code for {gpu.name} (compute capability {capability / 10})"
+    build = f"build it with SSLKERNELS_CUDA_ARCHS={capability}"
+    if capability < max(_cuda.ARCHS):
+        return f"sslkernels._cuda {has}; {build}"
+    if driver < runtime:
+        return (
+            f"sslkernels._cuda {has}, and this driver (CUDA {_release(driver)}) can't compile that "
+            f"of CUDA {_release(runtime)}; {build}"
+        )
     return ""
 
 
-def available() -> bool:
-    """Whether there is a device to run on; that the extension is there follows from the import."""
-    return not why_unavailable()
+def _release(version: int) -> str:
+    """12.4 for CUDA's 12040."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _place(op: str, name: str, x: Tensor) -> tuple[int, int]:

@@ -133,6 +133,16 @@ class Extremes(NamedTuple):
 class Backend(Protocol):
     """The primitives.  ``chunked.py`` is the readable example to follow."""
 
+    def why_unavailable(
+        self,
+        device: torch.device,  # of any type; "cuda" without a number is the current device
+    ) -> str:
+        """Why tensors on this device can't be served; an empty string when they can.
+
+        Asked once a device, before the first call with tensors on it.
+        """
+        ...
+
     def pairwise_forward(
         self, kind: Kind, tiles: Tiles, want_col: bool, thresholds: Thresholds
     ) -> PairwiseForward:

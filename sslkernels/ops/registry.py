@@ -16,8 +16,10 @@ cuda          triton                cuda, else triton
 others        chunked               chunked
 ============  ====================  =====================
 
-When the module in the table can't be loaded, ``chunked`` (plain torch in blocks) takes over and one
-line says so through ``logging.getLogger("sslkernels")``.  A choice made by the user
+The backend of the table is asked whether it can serve *this device* (``why_unavailable``): its module
+may be missing, the GPU may lack what the kernels need, the driver or Triton may be too old.  Two GPUs
+of one machine are asked about separately.  Where it can't, ``chunked`` (plain torch in blocks) takes
+over and one line says so through ``logging.getLogger("sslkernels")``.  A choice made by the user
 (``set_backend``, ``backend(...)``, the environment variable ``SSLKERNELS_BACKEND``) never falls
 back: it raises with the reason when the backend is missing or can't serve the device.  It decides
 the families that the backend has; the other family stays automatic (``"cuda"`` has no tiles).
@@ -44,6 +46,7 @@ from typing import Literal
 import torch
 
 from sslkernels._version import __version__
+from sslkernels.backends import devices
 
 Family = Literal["tiles", "updates"]
 
@@ -53,17 +56,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "cuda": ("updates",),
     "chunked": ("tiles", "updates"),
 }
+# Best first.  CUDA C++ is compiled only where nvcc is; Triton's updates need no compiler.
 _AUTOMATIC = {
-    ("cpu", "tiles"): "cpu",
-    ("cpu", "updates"): "cpu",
-    ("cuda", "tiles"): "triton",
-    ("cuda", "updates"): "cuda",
+    ("cpu", "tiles"): ("cpu",),
+    ("cpu", "updates"): ("cpu",),
+    ("cuda", "tiles"): ("triton",),
+    ("cuda", "updates"): ("cuda", "triton"),
 }
 _LOG = logging.getLogger("sslkernels")
 
 _override: ContextVar[str | None] = ContextVar("sslkernels_backend", default=None)
-_cache: dict[tuple[str, str | None, str], ModuleType] = {}
-_logged: set[tuple[str, str]] = set()
+_cache: dict[tuple[torch.device, str | None, str], ModuleType] = {}
+_logged: set[tuple[torch.device, str]] = set()
 
 
 def _known(name: str | None, where: str) -> str | None:
@@ -79,68 +83,55 @@ def _known(name: str | None, where: str) -> str | None:
 _process: str | None = _known(os.environ.get("SSLKERNELS_BACKEND"), "SSLKERNELS_BACKEND")
 
 
-def _why_not(name: str, device_type: str) -> str | None:
-    """Why a backend can't serve a device type, or None when it can."""
-    if name == "chunked":
-        return None
-    if name == "cpu" and device_type != "cpu":
-        return f"it serves CPU tensors only, not {device_type!r}"
-    if name == "cuda" and device_type != "cuda":
-        return f"it serves CUDA tensors only, not {device_type!r}"
-    if name == "triton":
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-            return "it serves CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1)"
-        if device_type not in ("cpu", "cuda"):
-            return f"it serves CUDA tensors, not {device_type!r}"
-        if importlib.util.find_spec("triton") is None:
-            return "the package 'triton' is not installed"
+def _why_not(name: str, device: torch.device) -> str:
+    """Why a backend can't serve a device; an empty string when it can."""
     try:
-        importlib.import_module(f"sslkernels.backends.{name}")
+        module = importlib.import_module(f"sslkernels.backends.{name}")
     except ImportError as error:
         return f"it could not be loaded ({error})"
-    return None
+    return str(module.why_unavailable(device))
 
 
-def _choose(device_type: str, name: str | None, family: str) -> tuple[str, str]:
-    """Name of the backend and the reason, without loading or logging anything."""
+def _choose(device: torch.device, name: str | None, family: str) -> tuple[str, str]:
+    """Name of the backend and the reason, without logging anything."""
     if name is not None and family in FAMILIES[name]:
-        reason = _why_not(name, device_type)
-        if reason is not None:
+        reason = _why_not(name, device)
+        if reason:
             raise RuntimeError(
                 f"sslkernels: backend {name!r} was asked for but {reason}; "
                 "set_backend(None) chooses automatically"
             )
         return name, "asked for"
-    best = _AUTOMATIC.get((device_type, family))
-    if best is None:
-        return "chunked", f"no kernels for {device_type!r} yet"
-    reason = _why_not(best, device_type)
-    if reason is not None:
-        # CUDA C++ is compiled only where nvcc is; Triton's updates need no compiler.
-        other = (
-            "triton" if best == "cuda" and _why_not("triton", device_type) is None else "chunked"
-        )
-        return other, f"backend {best!r}: {reason}"
-    return best, "automatic"
+    candidates = _AUTOMATIC.get((device.type, family))
+    if candidates is None:
+        return "chunked", f"no kernels for {device.type!r} yet"
+    refusals: dict[str, list[str]] = {}  # reason -> backends
+    chosen = "chunked"
+    for candidate in candidates:
+        reason = _why_not(candidate, device)
+        if not reason:
+            chosen = candidate
+            break
+        refusals.setdefault(reason, []).append(repr(candidate))
+    told = (f"backend {' and '.join(names)}: {reason}" for reason, names in refusals.items())
+    return chosen, "; ".join(told) or "automatic"
 
 
-def _load(device_type: str, name: str | None, family: str) -> ModuleType:
-    chosen, reason = _choose(device_type, name, family)
-    if chosen != name and (device_type, family) not in _logged:
-        _logged.add((device_type, family))
+def _load(device: torch.device, name: str | None, family: str) -> ModuleType:
+    chosen, reason = _choose(device, name, family)
+    if chosen != name and (device, family) not in _logged:
+        _logged.add((device, family))
         # A CPU without the C++ extension is a broken installation: warn.  The rest is information.
-        broken = chosen == "chunked" and device_type == "cpu"
+        broken = chosen == "chunked" and device.type == "cpu"
         _LOG.log(
             logging.WARNING if broken else logging.INFO,
             "%s on %r tensors use backend %r (%s)",
             family,
-            device_type,
+            str(device),
             chosen,
             reason,
         )
-    module = importlib.import_module(f"sslkernels.backends.{chosen}")
-    _cache[device_type, name, family] = module
-    return module
+    return importlib.import_module(f"sslkernels.backends.{chosen}")
 
 
 def resolve(device: torch.device, family: Family = "tiles") -> ModuleType:
@@ -153,11 +144,14 @@ def resolve(device: torch.device, family: Family = "tiles") -> ModuleType:
     Raises:
         RuntimeError: If the backend that the user asked for is missing or can't serve the device.
     """
-    key = (device.type, requested(), family)
+    key = (device, requested(), family)
     try:
         return _cache[key]
     except KeyError:
-        return _load(*key)
+        module = _load(*key)
+    if device.type != "cuda" or device.index is not None:  # else it is the current one of this call
+        _cache[key] = module
+    return module
 
 
 def requested() -> str | None:
@@ -177,8 +171,9 @@ def set_backend(name: str | None) -> None:
         name: "cpu", "triton", "cuda", "chunked" or None.
 
     Raises:
-        ValueError: If the name is unknown.  Whether the backend is available shows at the first
-            call, because that depends on the device of the tensors.
+        ValueError: If the name is unknown.
+        RuntimeError: If the backend can serve no device of this machine.  Where it can serve some,
+            a call with tensors on another one raises.
 
     Example:
         >>> import sslkernels
@@ -186,7 +181,14 @@ def set_backend(name: str | None) -> None:
         >>> sslkernels.set_backend(None)
     """
     global _process
-    _process = _known(name, "set_backend")
+    known = _known(name, "set_backend")
+    if known is not None:
+        asked = _devices() if devices.count() else [*_devices(), torch.device("cuda")]
+        refusals = {str(device): _why_not(known, device) for device in asked}
+        if all(refusals.values()):
+            reasons = "; ".join(f"{device}: {reason}" for device, reason in refusals.items())
+            raise RuntimeError(f"set_backend: {known!r} can serve no device here ({reasons})")
+    _process = known
     _cache.clear()
 
 
@@ -194,7 +196,8 @@ def set_backend(name: str | None) -> None:
 def backend(name: str | None) -> Iterator[None]:
     """Use a backend inside a ``with`` block; blocks nest, and the old choice returns on exceptions.
 
-    The choice holds for the current thread.  None means "as outside of any block": ``set_backend``
+    The choice holds for the current thread; whether the backend can serve a device is asked at the
+    first call with tensors on it.  None means "as outside of any block": ``set_backend``
     and ``SSLKERNELS_BACKEND`` count again.  The backward pass of an op uses the backend that the
     block gave to its forward pass.
 
@@ -231,7 +234,7 @@ class Info:
     cuda_extension: bool  # sslkernels._cuda is built
     cuda_device: str | None
     asked_for: str | None  # by backend(...), set_backend or SSLKERNELS_BACKEND
-    backends: dict[str, str]  # "device/family" -> "backend (reason)"
+    backends: dict[str, str]  # "device/family" -> "backend (reason)"; "cuda" is the current device
 
     def __str__(self) -> str:
         """One fact a line."""
@@ -250,6 +253,11 @@ class Info:
         return "\n".join(lines)
 
 
+def _devices() -> list[torch.device]:
+    """The CPU and every GPU of this machine."""
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(devices.count()))]
+
+
 def _spec_exists(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
@@ -263,26 +271,25 @@ def info() -> Info:
         sslkernels ...
     """
     isa, available, built = None, (), False
-    if _why_not("cpu", "cpu") is None:
+    if not _why_not("cpu", torch.device("cpu")):
         extension = importlib.import_module("sslkernels._C")
         isa, available, built = extension.isa(), tuple(extension.available_isas()), True
-    triton_version = None
-    if _spec_exists("triton"):
-        triton_version = getattr(importlib.import_module("triton"), "__version__", "unknown")
+    triton = devices.triton()
     name = _override.get() or _process
     backends = {}
-    for device_type in ("cpu", "cuda", "mps"):
+    several = _devices()[1:] if devices.count() > 1 else []
+    for device in (torch.device("cpu"), torch.device("cuda"), *several, torch.device("mps")):
         for family in ("tiles", "updates"):
             try:
-                chosen, reason = _choose(device_type, name, family)
-                backends[f"{device_type}/{family}"] = f"{chosen} ({reason})"
+                chosen, reason = _choose(device, name, family)
+                backends[f"{device}/{family}"] = f"{chosen} ({reason})"
             except RuntimeError as error:
-                backends[f"{device_type}/{family}"] = f"none ({error})"
+                backends[f"{device}/{family}"] = f"none ({error})"
     return Info(
         version=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=triton_version,
+        triton=triton.version if triton else None,
         cpu_extension=built,
         isa=isa,
         available_isas=available,

@@ -158,10 +158,14 @@ inline __half __float2half_rn(float x) {
 
 // ---- Runtime -----------------------------------------------------------------------------------
 
+// What nvcc and its headers would define: one architecture, and a runtime of the age of the driver.
+#define __CUDA_ARCH_LIST__ 800
+#define CUDART_VERSION 12040
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int* version);
 const char* cudaGetErrorString(cudaError_t error);

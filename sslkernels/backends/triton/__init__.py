@@ -5,14 +5,13 @@ The functions are those of ``backends/interface.py``, for CUDA (or ROCm) tensors
 float32, bfloat16 and float16.  **float64 goes to the chunked backend**, which serves every device:
 FP64 tiles would be a second set of kernels for a case that only tests have.  ``reroute(q)`` gives the
 reason, and the first such call logs it.  Importing this package does not import Triton;
-``available()`` says whether the kernels can run here.
+``why_unavailable(device)`` says whether the kernels can run there.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import chunked
+from .. import chunked, devices
 from ..interface import (
     Attend,
     Extremes,
@@ -38,7 +37,6 @@ __all__ = [
     "CopyPlan",
     "EmaPlan",
     "attend",
-    "available",
     "enqueue_",
     "extremes",
     "normalize_rows",
@@ -53,26 +51,42 @@ _LOG = logging.getLogger("sslkernels")
 _UPDATES = ("EmaPlan", "ema_update_", "enqueue_", "normalize_rows", "normalize_rows_backward")
 
 
-def why_unavailable() -> str:
-    """Why no kernel of this backend can run in this process; an empty string when one can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    triton = importlib.import_module("triton")
-    if triton.knobs.runtime.interpret:
+# The oldest Triton whose compiler keeps every kernel within its budget (docs/gpu.md), and the GPUs that
+# the tables of configs.py are for: 99 KB of shared memory in a program; MFMA and waves of 64.
+OLDEST_TRITON = (3, 5)
+OLDEST_CAPABILITY = 80
+AMD = ("gfx90a", "gfx942", "gfx950")
+
+
+def why_unavailable(device: torch.device) -> str:
+    """See ``Backend.why_unavailable``."""
+    if device.type not in ("cpu", "cuda"):
+        return f"it serves CUDA tensors, not {device.type!r}"
+    installed = devices.triton()
+    if installed is None:
+        return "the package 'triton' is not installed"
+    if installed.error:
+        return f"triton can't be imported ({installed.error})"
+    if installed.release < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"its kernels need Triton {oldest} or newer, installed is {installed.version}"
+    if devices.interpreting():
         return ""
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False and TRITON_INTERPRET is not set"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        major, minor = torch.cuda.get_device_capability()
+    if device.type == "cpu":
+        return "it serves CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1)"
+    reason = devices.no_gpu()
+    if reason:
+        return reason
+    gpu = devices.gpu(device)
+    if gpu.capability is None:
+        if gpu.arch not in AMD:
+            return f"its kernels are for AMD's {', '.join(AMD)}, {gpu.name} is {gpu.arch}"
+    elif gpu.capability < OLDEST_CAPABILITY:
         return (
-            f"the tile engine needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+            f"its tiles need the shared memory of compute capability {OLDEST_CAPABILITY / 10} or "
+            f"newer, {gpu.name} has {gpu.capability / 10}"
         )
     return ""
-
-
-def available() -> bool:
-    """Whether the kernels can run: a GPU is present, or Triton's interpreter is on."""
-    return not why_unavailable()
 
 
 def reroute(q: Tensor) -> str:

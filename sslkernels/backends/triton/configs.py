@@ -18,13 +18,14 @@ The kernel tables:
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
+
+from .. import devices
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TABLES = ("forward", "extremes", "fused", "panel", "product")
@@ -100,19 +101,11 @@ def compiler_options(arch: str) -> dict[str, int | bool]:
     return options
 
 
-@functools.cache
-def _cuda_arch(index: int) -> str:
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
 def arch_of(device: torch.device) -> str:
     """The architecture, such as "sm_90" or "gfx942"; "interpreter" for a CPU tensor."""
     if device.type != "cuda":
         return "interpreter"
-    return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+    return devices.gpu(device).arch
 
 
 def interpreting() -> bool:
@@ -126,19 +119,13 @@ _WAVES = 4
 _INTERPRETER_PROGRAMS = 8
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
 def target_programs(device: torch.device) -> int:
     """How many programs fill the device."""
     if _overrides.programs is not None:
         return _overrides.programs
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _WAVES * _multiprocessors(index)
+    return _WAVES * devices.gpu(device).multiprocessors
 
 
 # D and row strides of tile operands are multiples of this: an asynchronous copy moves 4, 8 or 16 bytes,
