@@ -40,6 +40,7 @@ train: ## train and evaluate SimCLR, BYOL and MoCo on digits (some minutes); res
 	@$(MAKE) --no-print-directory -j2 $(VENV)/.train $(VENV)/.build
 	$(BIN)/python -m ssltrain demo $(ARGS)
 	@echo "results: $(CURDIR)/runs (config, metrics.csv, checkpoint, results, PNG plots, TensorBoard)"
+	@echo "next: source $(BIN)/activate, then ssltrain --help"
 
 .PHONY: test
 test: test-setup ## run every test
@@ -79,6 +80,10 @@ lint: $(VENV)/.test ## check style and types; changes no file
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
 
+.PHONY: resolve
+resolve: $(VENV)/.tools ## check that the pins can be installed from the public index (metadata only)
+	@$(BIN)/python .ci/resolve.py
+
 .PHONY: format
 format: $(VENV)/.test ## format Python and C++ files
 	$(BIN)/ruff check --fix-only --quiet $(PYTHON_FILES)
@@ -101,15 +106,14 @@ $(VENV)/.bench: test-setup constraints.txt
 test-setup:
 	@$(MAKE) --no-print-directory -j2 $(VENV)/.test $(VENV)/.build
 
-# What is needed to compile.  The package is used in place: a .pth file names its two roots.
-$(VENV)/.tools: constraints.txt pyproject.toml
+# What is needed to compile.  The packages are used in place, and so is the command ssltrain.
+$(VENV)/.tools: constraints.txt pyproject.toml .ci/in_place.py
 	@test -n "$(PYTHON)" || { echo "make: no Python of 3.10 or newer with the module venv was found;" \
 		"install one (Debian: python3-venv) or say PYTHON=..." >&2; exit 2; }
 	@echo "setting up $(VENV) with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) setuptools wheel pybind11
-	@printf '%s\n' "$(CURDIR)" "$(CURDIR)/python" > \
-		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sslkernels_in_place.pth"
+	@$(BIN)/python .ci/in_place.py
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.tools
