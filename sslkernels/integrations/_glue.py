@@ -96,3 +96,8 @@ def world_size() -> int:
     """Of the default process group; 1 without one."""
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """In the default process group; 0 without one."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0

@@ -7,6 +7,7 @@ Everything here takes plain tensors and returns plain tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,14 +35,35 @@ def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None:
     _queue.enqueue_(queue, queue_ptr, torch.zeros_like(queue_ptr), keys, False)
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """The tensors of all ranks of the default group, concatenated in the order of ranks; no gradient."""
+def gather_rows(x: Tensor, *, gradient: bool = False) -> Tensor:
+    """The tensors of all ranks of the default group, concatenated in the order of ranks.
+
+    Args:
+        x: [N, ...], of the same shape on every rank.
+        gradient: Whether the gradients of all ranks are summed and given back to their rows.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    x = x.detach().contiguous()
+    return _Gather.apply(x) if gradient else _gather(x.detach())
+
+
+def _gather(x: Tensor) -> Tensor:
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)  # gloo has no reduce-scatter
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def nearest(x: Tensor, bank: Tensor) -> Tensor:
@@ -79,6 +101,23 @@ def lse(
     else:
         scale = torch.full((), 1.0 / temperature, dtype=acc, device=q.device)
     return pairwise("lse", Tiles(q, k, scale, None, ids_q, ids_k)).row
+
+
+def softplus_mean(q: Tensor, k: Tensor, scale: float | Tensor, bias: Any) -> Tensor:
+    """0-d: the sum over all pairs of softplus(scale * <q_i, k_j> + bias), divided by N.
+
+    Args:
+        q: [N, D].
+        k: [M, D].
+        scale: A number or a tensor of one element.
+        bias: The same, or None for 0.
+    """
+    q, k = same_dtype(q, k)
+    scale, bias = (
+        torch.as_tensor(0.0 if x is None else x, dtype=q.dtype, device=q.device).reshape(())
+        for x in (scale, bias)
+    )
+    return _pairwise.pairwise("softplus", q, k, scale=scale, bias=bias).row.sum() / max(1, len(q))
 
 
 def farthest_and_nearest(

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,11 @@ LOG = logging.getLogger("sslkernels.integrations")
 
 # Name of a library → the module here that describes it (its ``PEER``).
 PEERS = {
+    "info_nce": "info_nce",
     "lightly": "lightly",
+    "open_clip": "open_clip",
     "pytorch_metric_learning": "pytorch_metric_learning",
+    "solo_learn": "solo_learn",
 }
 
 _LOCK = threading.RLock()
@@ -40,15 +43,16 @@ class Peer:
         package: The module to import.
         distribution: Whose version counts; None where there is none.
         tested: Versions that the tests have run with.
-        swaps: Dotted path of an object of the library → ours, or a function of the version that
-            gives this mapping.
+        swaps: Dotted path of an object of the library → ours.
+        install: How to get a tested version, where it is no extra of this package.
     """
 
     name: str
     package: str
     distribution: str | None
     tested: tuple[str, ...]
-    swaps: Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
+    swaps: Mapping[str, Any]
+    install: str | None = None
 
 
 @dataclass
@@ -199,7 +203,7 @@ def _prepare(name: str, force: bool) -> _Applied:
             raise  # it is there, and something that it needs is not
         raise ModuleNotFoundError(
             f"sslkernels.patch: {peer.package.partition('.')[0]!r} is not installed; "
-            f"pip install 'sslkernels[{peer.name}]' brings the version that was tested"
+            + (peer.install or f"pip install 'sslkernels[{peer.name}]' brings a tested version")
         ) from None
     version = _version(peer)
     if version.split("+")[0] not in peer.tested and not force:
@@ -210,7 +214,7 @@ def _prepare(name: str, force: bool) -> _Applied:
         )
     applied = _Applied(peer, version)
     missing = []
-    for path, ours in (peer.swaps(version) if callable(peer.swaps) else peer.swaps).items():
+    for path, ours in peer.swaps.items():
         try:
             applied.pairs[path] = (original(path), ours)
         except (ModuleNotFoundError, AttributeError):

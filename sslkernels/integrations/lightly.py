@@ -10,7 +10,7 @@ What is better than the original (docs/migration/lightly.md):
 * a batch that reaches the end of a memory bank goes on at its beginning, where lightly drops the
   rest; of a batch larger than the bank the newest rows stay;
 * the bank is not copied for each loss;
-* the losses take O(N * D) memory, and half precision is accumulated in float32 (the loss is float32).
+* the losses take O(N * D) memory, and half precision is accumulated in float32.
 """
 
 from __future__ import annotations
