@@ -117,7 +117,7 @@ def softplus_mean(q: Tensor, k: Tensor, scale: float | Tensor, bias: Any) -> Ten
         torch.as_tensor(0.0 if x is None else x, dtype=q.dtype, device=q.device).reshape(())
         for x in (scale, bias)
     )
-    return _pairwise.pairwise("softplus", q, k, scale=scale, bias=bias).row.sum() / max(1, len(q))
+    return pairwise("softplus", Tiles(q, k, scale, bias, None, None)).row.sum() / max(1, len(q))
 
 
 def farthest_and_nearest(

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sslkernels.functional import byol_loss, info_nce_loss
-from sslkernels.functional._common import reduce, softplus
 from sslkernels.integrations import _glue as glue
 from sslkernels.integrations import _ops as ops
 from sslkernels.integrations import _pairs as pairs
 from sslkernels.integrations._patching import Peer
+from sslkernels.ops.heads import reduce, softplus
 
 __all__ = ["byol_loss_func", "mocov2plus_loss_func", "mocov3_loss_func", "simclr_loss_func"]
 
