@@ -17,7 +17,7 @@ SMALL = [
     "--projector-hidden", "32", "--projector-dim", "16", "--optimizer", "adamw", "--log-every", "2",
     "--base-lr", "0.02", "--temperature", "0.1", "--ema-decay", "0.9", "--rotate", "10",
     "--translate", "0.1", "--noise", "0.05", "--flip", "0", "--crop-min", "1", "--jitter", "0.5",
-    "--progress", "false", "--device", "cpu",
+    "--progress", "false", "--device", "cpu", "--knn-every", "1",
 ]  # fmt: skip
 TIMES = ("images_per_s", "seconds")
 

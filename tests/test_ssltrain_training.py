@@ -145,7 +145,7 @@ def test_resume_refuses_what_would_change_the_run(
     digits_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    run("moco", digits_file, folder, "--epochs", "2", "--evaluate", "false", "--stop-after", "1")
+    run("moco", digits_file, folder, "--epochs", "2", "--evaluate", "false", "--stop-after", "5")
     capsys.readouterr()
     assert main(["moco", "--resume", str(folder), "--base-lr", "0.5"]) == 2
     assert "--base-lr was 0.02" in capsys.readouterr().err

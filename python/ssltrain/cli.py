@@ -6,15 +6,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from ssltrain.config import (
     METHODS,
     RESUMABLE_FIELDS,
-    SWITCH,
     TITLES,
     OneLineParser,
     TrainConfig,
@@ -27,7 +27,6 @@ from ssltrain.presets import RECIPES, recipe, recipe_names
 # torch, kornia, scikit-learn and matplotlib take seconds to import: the functions below import
 # them when they are needed, so that help and a mistyped flag answer at once.
 if TYPE_CHECKING:
-    from ssltrain.data import ImageData
     from ssltrain.runs import RunFolder
 
 USAGE = """\
@@ -35,25 +34,34 @@ usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
        ssltrain METHOD --resume RUN            continue a run bit for bit, or for more --epochs
        ssltrain METHOD --init-from RUN         start a new run from the weights of another
        ssltrain METHOD --recipe NAME           start with the settings of a paper
-       ssltrain recipes [NAME]                 list or show these settings
+       ssltrain METHOD --dry-run [flags]       say what a run would be, and write nothing
        ssltrain demo [flags]                   train SimCLR, BYOL and MoCo on digits
+       ssltrain recipes [NAME]                 list or show the settings of papers
+
        ssltrain eval RUN [--data DATA]         evaluate a run again
-       ssltrain embed RUN [--data DATA]        write the features of a data set
        ssltrain plot RUN [--data DATA]         draw a run again
+       ssltrain embed RUN [--data DATA]        write the features of a data set
+       ssltrain neighbors RUN [--data DATA]    a page of images and what is nearest to them
+       ssltrain export RUN --format FORMAT     write the encoder: torch, safetensors or onnx
+       ssltrain compare RUN RUN...             one table and one picture of several runs
+       ssltrain report RUN                     one HTML page with everything about a run
+       ssltrain completion SHELL               a script that completes commands and flags
 
 METHOD is simclr, byol, moco, moco3, simsiam or supcon. Every run has a folder (the default is
 runs/METHOD-DATA-seedN). 'ssltrain simclr --help' lists the flags; docs/training.md explains them.
 """
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
+# Commands on the folders of runs, in ssltrain.commands.
+ON_RUNS = ("eval", "plot", "embed", "neighbors", "export", "compare", "report")
+SIGNALLED = 128  # shells report a signal as 128 and its number: 130 for Ctrl-C, 143 for SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0, or 2 for an error that the user can put right (one line on stderr), or 130 when a
-        training run was interrupted and left a checkpoint.
+        0, or 2 for an error that the user can put right (one line on stderr), or 130 or 143 when a
+        training run was stopped by SIGINT or SIGTERM and left a checkpoint.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -69,10 +77,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ssltrain: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before or after the training loop, which has its own handler
-        return INTERRUPTED
+        return SIGNALLED + signal.SIGINT
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _out_of_memory(error)):
+            raise
+        print(f"ssltrain: error: {OUT_OF_MEMORY}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f" {error.filename}" if error.filename else ""
+        print(f"ssltrain: error: cannot use{where}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+OUT_OF_MEMORY = (
+    "out of memory; what helps: --micro-batch 64 (the same gradient with fewer activations), a "
+    "smaller --batch-size or --image-size, --amp bf16; 'ssltrain memory' says where memory goes"
+)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory; on a CPU it has no exception of its own for that."""
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text
 
 
 def _dispatch(words: list[str]) -> int:
@@ -82,14 +111,15 @@ def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command in METHODS:
         return _train(command, rest)
-    commands = {
-        "recipes": _recipes, "demo": _demo, "eval": _eval, "embed": _embed, "plot": _plot,
-    }  # fmt: skip
-    if command not in commands:
-        raise UserError(
-            f"unknown command '{command}'; choose one of {', '.join([*METHODS, *commands])}"
-        )
-    return commands[command](rest)
+    if command in ON_RUNS:
+        from ssltrain import commands
+
+        return commands.COMMANDS[command](rest)
+    own = {"recipes": _recipes, "demo": _demo, "completion": _completion}
+    if command not in own:
+        known = ", ".join([*METHODS, *ON_RUNS, *own])
+        raise UserError(f"unknown command '{command}'; choose one of {known}")
+    return own[command](rest)
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -130,7 +160,9 @@ def read_arguments(method: str, arguments: list[str]) -> tuple[TrainConfig, RunF
         # Where the run was told to stop is behind it: it goes on to the end, or as far as told now.
         # That other data was accepted is behind it too.
         saved = _absolute(TrainConfig.load(folder.config))
-        defaults = dataclasses.replace(saved, stop_after=0, accept_changed_data=False)
+        defaults = dataclasses.replace(
+            saved, stop_after=0, accept_changed_data=False, dry_run=False
+        )
     if asks_help:
         _parser(defaults, prog).print_help()
         raise SystemExit(0)
@@ -206,12 +238,16 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
             note(f"{data.name} {data.unlabelled}: the run is not evaluated by probes")
         config = dataclasses.replace(config, pixel_range=data.pixel_range)
         trainer = Trainer(config, data, processes, None)
-        if resume is not None:
+        if resume is not None and resume.has_begun:
             trainer.restore(resume.read_checkpoint())
         elif config.init_from:
             trainer.start_from(RunFolder.open(config.init_from).read_checkpoint())
+        if config.dry_run:
+            print(trainer.dry_run(), flush=True)
+            return 0, Path()
         if processes.is_main:
             trainer.folder = resume or RunFolder.create(config, data.name)
+            trainer.folder.write_environment(sys.argv)
             if resume is not None:
                 resume.keep_config(config)
                 if trainer.finished:
@@ -235,33 +271,13 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
             f"stopped at step {trainer.method.step} of {trainer.total_steps}; "
             f"continue with: ssltrain {config.method} --resume {folder.path}"
         )
-        return (0 if config.stop_after else INTERRUPTED), folder.path
+        return (SIGNALLED + outcome.signal if outcome.signal else 0), folder.path
     if config.evaluate:
-        opened = _Opened(folder, config, folder.read_checkpoint(), data)
-        _report(opened, evaluate=data.has_labels)
+        from ssltrain.commands import Opened, evaluate_and_draw
+
+        opened = Opened(folder, config, folder.read_checkpoint(), data)
+        evaluate_and_draw(opened, scores=data.has_labels)
     return 0, folder.path
-
-
-def _report(opened: _Opened, evaluate: bool) -> None:
-    """Evaluate (where asked), draw both plots, and print where everything is."""
-    folder, config, state, data = opened
-    from ssltrain.evaluate import all_features, table
-    from ssltrain.evaluate import evaluate as score_all
-    from ssltrain.parallel import choose_device
-    from ssltrain.plots import draw_loss, draw_map
-
-    features = all_features(state, config, data, choose_device(config.device))
-    if evaluate:
-        print(table(score_all(folder, config, data, features)))
-    elif not data.has_labels:
-        print(f"{data.name} {data.unlabelled}: no probes, only the plots")
-    written = [folder.results] if evaluate else []
-    if folder.read_metrics():
-        draw_loss(folder, config, data.name)
-        written.append(folder.loss_plot)
-    draw_map(folder, config, data, features)
-    written.append(folder.map_plot)
-    print("wrote " + ", ".join(str(path) for path in written), flush=True)
 
 
 def _recipes(arguments: list[str]) -> int:
@@ -279,6 +295,21 @@ def _recipes(arguments: list[str]) -> int:
     for name in recipe_names():
         first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
         print(f"{name:<18}{first.removeprefix('# ')}")
+    return 0
+
+
+def _completion(arguments: list[str]) -> int:
+    """Print a script of completions for a shell."""
+    from ssltrain.completion import script
+
+    parser = OneLineParser(
+        prog="ssltrain completion", description="print completions; eval or source the output",
+        allow_abbrev=False, default_env=False,
+    )  # fmt: skip
+    parser.add_argument("shell", type=Literal["bash", "zsh", "fish"], help="bash, zsh or fish")
+    shell = parser.parse_args(arguments).as_dict()["shell"]
+    commands = [*METHODS, *ON_RUNS, "recipes", "demo", "completion"]
+    print(script(shell, METHODS, commands, _parser(TrainConfig(), "ssltrain")), end="")
     return 0
 
 
@@ -303,100 +334,4 @@ def _demo(arguments: list[str]) -> int:
         folders[TITLES[method]] = RunFolder(path)
     if config.evaluate:
         print("\n" + summary(folders))
-    return 0
-
-
-# ---- commands on a run folder ----------------------------------------------------------------
-
-
-def _run_parser(command: str, purpose: str) -> OneLineParser:
-    parser = OneLineParser(
-        prog=f"ssltrain {command}", description=purpose, allow_abbrev=False, default_env=False
-    )
-    parser.add_argument("run_folder", type=str, help="folder of a run")
-    parser.add_argument("--data", type=str, help="data set; the default is the one of the run")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or another")
-    for name in ("skip_bad_images", "accept_changed_data"):
-        item = TrainConfig.__dataclass_fields__[name]
-        text = item.metadata["help"]
-        parser.add_argument(flag(name), type=bool, default=False, help=text, **SWITCH)
-    return parser
-
-
-class _Opened(NamedTuple):
-    """A run, its last checkpoint, and the data that a command uses it on."""
-
-    folder: RunFolder
-    config: TrainConfig
-    state: dict[str, Any]
-    data: ImageData
-
-
-def _open_run(options: dict[str, Any], scores: bool = False) -> _Opened:
-    """Open a run; ``scores`` says that accuracies will be computed."""
-    from ssltrain.data import DataOptions, absolute, check_evaluated, load
-    from ssltrain.runs import RunFolder
-
-    folder = RunFolder.open(options["run_folder"])
-    config = dataclasses.replace(
-        TrainConfig.load(folder.config),
-        device=options["device"],
-        skip_bad_images=options["skip_bad_images"],
-        accept_changed_data=options["accept_changed_data"],
-    )
-    state = folder.read_checkpoint()
-    if options["data"] is not None:
-        size = state["data"]["size"] if "data" in state else []
-        if len(set(size)) == 1:  # other images are brought to the size that was trained on
-            config = dataclasses.replace(config, image_size=size[0])
-        config = dataclasses.replace(config, data=absolute(options["data"]))
-    data = load(config.data, DataOptions.of(config))
-    for sentence in data.notes:
-        note(sentence)
-    check_evaluated(state.get("data"), data, config.accept_changed_data, scores)
-    return _Opened(folder, config, state, data)
-
-
-def _eval(arguments: list[str]) -> int:
-    parser = _run_parser("eval", "evaluate the last checkpoint of a run, and draw it")
-    opened = _open_run(parser.parse_args(arguments).as_dict(), scores=True)
-    if opened.data.unlabelled:
-        raise UserError(
-            f"{opened.data.name} {opened.data.unlabelled}; the evaluation needs two classes"
-        )
-    _report(opened, evaluate=True)
-    return 0
-
-
-def _plot(arguments: list[str]) -> int:
-    parser = _run_parser("plot", "draw the loss curve and the map of the embeddings of a run")
-    _report(_open_run(parser.parse_args(arguments).as_dict()), evaluate=False)
-    return 0
-
-
-def _embed(arguments: list[str]) -> int:
-    parser = _run_parser("embed", "write the features of a data set as .npz")
-    parser.add_argument("--out", type=str, help="file to write (default: RUN/embeddings.npz)")
-    options = parser.parse_args(arguments).as_dict()
-
-    import numpy as np
-
-    from ssltrain.evaluate import embed, trained_encoder
-    from ssltrain.parallel import choose_device
-
-    folder, config, state, data = _open_run(options)
-    encoder = trained_encoder(state, config, data)
-    device = choose_device(config.device)
-    arrays: dict[str, Any] = {"class_names": np.array(data.class_names, dtype=np.str_)}
-    for name, part in (("train", data.train), ("test", data.test)):
-        arrays[f"{name}_features"] = embed(encoder, part.images, device)
-        if part.labels is not None:
-            arrays[f"{name}_labels"] = part.labels
-    out = Path(options["out"]).expanduser() if options["out"] else folder.embeddings
-    try:
-        with out.open("wb") as file:  # a file object: np.savez would add .npz to another suffix
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
-    print(f"wrote {out}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
     return 0

@@ -29,7 +29,7 @@ METHODS = tuple(TITLES)
 RUNTIME_FIELDS = frozenset(
     {
         "device", "threads", "stop_after", "evaluate", "progress", "log_every", "save_every",
-        "cache_mb", "skip_bad_images", "accept_changed_data",
+        "keep_every", "knn_every", "cache_mb", "skip_bad_images", "accept_changed_data", "dry_run",
     }
 )  # fmt: skip
 # What may change too when a run is resumed, and is then kept for the next time.
@@ -169,8 +169,19 @@ class TrainConfig:
     device: str = _option("auto", "run", "auto, cpu, cuda or any torch device")
     threads: int = _option(0, "run", "CPU threads; 0 leaves it to torch")
     log_every: int = _option(10, "run", "steps between updates of the bar and TensorBoard")
-    save_every: int = _option(10, "run", "epochs between checkpoints")
+    save_every: int = _option(
+        10, "run", "epochs between checkpoints, each in the place of the last"
+    )
+    keep_every: int = _option(0, "run", "epochs between checkpoints that are kept; 0 keeps none")
+    knn_every: int = _option(
+        5, "run", "epochs between k-NN on training images; the best network is kept; 0 is never"
+    )
     stop_after: int = _option(0, "run", "stop, with a checkpoint, after this many steps; 0 never")
+    dry_run: bool = _option(
+        False,
+        "run",
+        "check settings and data, take one step, say what a run would be; write nothing",
+    )
     evaluate: bool = _option(True, "run", "evaluate and draw the plots at the end")
     progress: bool = _option(True, "run", "show a progress bar")
 
@@ -187,7 +198,8 @@ class TrainConfig:
         )  # fmt: skip
         not_negative = (
             "image_size", "micro_batch", "weight_decay", "cache_mb", "clip_grad",
-            "projector_layers", "predictor_hidden", "crops", "crop_size", "stop_after", "threads",
+            "projector_layers", "predictor_hidden", "crops", "crop_size", "keep_every", "knn_every",
+            "stop_after", "threads",
             "jitter", "rotate", "translate", "zoom", "shear", "elastic", "noise", "base_lr", "seed",
         )  # fmt: skip
         for name in positive:

@@ -38,3 +38,27 @@ def collapse(h: Tensor, z1: Tensor, z2: Tensor) -> Collapse:
         alignment=metrics.alignment(z1, z2),
         uniformity=metrics.uniformity(z1),
     )
+
+
+# Runs on digits that learn have a spread above 0.15, a rank above 5 and a uniformity below -0.03 after
+# their first epoch. MoCo and SimCLR at a hundredfold rate had 0.016 and 0.007, 1.4 and 1.1, and 0.000;
+# BYOL without predictor and average kept its features, and its projections had -0.008.
+COLLAPSED_STD = 0.03
+COLLAPSED_RANK = 1.2
+COLLAPSED_UNIFORMITY = -0.01
+COLLAPSED_EPOCHS = 2  # in a row, before it is said: some runs start so and recover
+
+WHAT_HELPS = {
+    "byol": "a higher --ema-decay, a lower --base-lr, a longer --warmup",
+    "simsiam": "a lower --base-lr, --weight-decay 1e-4, a larger --batch-size",
+    "supcon": "a lower --base-lr, a higher --temperature, a longer --warmup",
+    "simclr": "a lower --base-lr, a longer --warmup, a higher --temperature, --clip-grad 1",
+    "moco": "a lower --base-lr, a higher --ema-decay, a higher --temperature, a larger --queue-size",
+    "moco3": "a lower --base-lr, a longer --warmup, a higher --ema-decay",
+}
+
+
+def has_collapsed(feature_std: float, effective_rank: float, uniformity: float) -> bool:
+    """Whether all images have nearly the same features or projections, or ones that are no numbers."""
+    apart = feature_std >= COLLAPSED_STD and effective_rank >= COLLAPSED_RANK
+    return not (apart and uniformity <= COLLAPSED_UNIFORMITY)

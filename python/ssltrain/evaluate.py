@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -23,14 +21,15 @@ from ssltrain.data import UNLABELLED, ImageData, Images
 from ssltrain.errors import UserError
 from ssltrain.methods import load_encoder, online_weights
 from ssltrain.models import Encoder
-from ssltrain.runs import RunFolder
-from ssltrain.trainer import fresh_encoder
+from ssltrain.neighbours import nearest, vote
+from ssltrain.runs import RunFolder, replaced
+from ssltrain.trainer import NEIGHBOURS, fresh_encoder
 
-NEIGHBOURS = 5
 FEW_LABELS = 10  # a class
 FEW_LABELS_DRAWS = 5  # fixed draws of the labelled images, averaged
 PROBE_ITERATIONS = 2000
 EMBED_BATCH = 512
+MOST_CLASSES = 200  # of which a confusion matrix is kept
 
 SCORES = ("knn", "linear", "linear_few")
 SOURCES = {"raw": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}
@@ -107,26 +106,23 @@ def all_features(
     }
 
 
-def _knn(images: int) -> Any:
-    neighbours = min(NEIGHBOURS, images)
-    return KNeighborsClassifier(neighbours, metric="cosine", weights="distance")
+def knn_predictions(features: Features, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The class of each test image by the nearest of the training images at ``rows``, int64 [M]."""
+    bank = torch.from_numpy(features.train[rows])
+    count = min(NEIGHBOURS, len(bank))
+    similarities, found = nearest(torch.from_numpy(features.test), bank, count)
+    return vote(similarities, torch.from_numpy(labels[rows])[found]).numpy()
 
 
-def _linear(images: int) -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
-
-
-def _accuracy(
-    make: Callable[[int], Any],
-    features: Features,
-    rows: np.ndarray,
-    labels: np.ndarray,
-    truth: np.ndarray,
-) -> float:
+def linear_predictions(features: Features, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The class of each test image by a linear probe of the training images at ``rows``."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
     with warnings.catch_warnings():  # a probe that has not fully converged is still a fair probe
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probe = make(len(rows)).fit(features.train[rows], labels[rows])
-        return float(probe.score(features.test, truth))
+        predictions: np.ndarray = probe.fit(features.train[rows], labels[rows]).predict(
+            features.test
+        )
+    return predictions
 
 
 def few_label_rows(labels: np.ndarray, draw: int) -> np.ndarray:
@@ -140,24 +136,33 @@ def few_label_rows(labels: np.ndarray, draw: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def score(features: Features, labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Test accuracies of the three probes, and the spread of the last over its draws.
+def score(
+    features: Features, labels: np.ndarray, truth: np.ndarray, classes: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """Test accuracies of the three probes, the spread of the last over its draws, and mix-ups.
 
-    Images without a label (-1) are left out of both parts.
+    Images without a label (-1) are left out of both parts. The mix-ups are those of the linear
+    probe, int64 [C, C].
     """
     known = np.flatnonzero(truth != UNLABELLED)
     features, truth = Features(features.train, features.test[known]), truth[known]
     everything = np.flatnonzero(labels != UNLABELLED)
     few = [
-        _accuracy(_linear, features, few_label_rows(labels, draw), labels, truth)
-        for draw in range(FEW_LABELS_DRAWS)
+        float(np.mean(linear_predictions(features, rows, labels) == truth))
+        for rows in (few_label_rows(labels, draw) for draw in range(FEW_LABELS_DRAWS))
     ]
+    linear = linear_predictions(features, everything, labels)
     return {
-        "knn": _accuracy(_knn, features, everything, labels, truth),
-        "linear": _accuracy(_linear, features, everything, labels, truth),
+        "knn": float(np.mean(knn_predictions(features, everything, labels) == truth)),
+        "linear": float(np.mean(linear == truth)),
         "linear_few": float(np.mean(few)),
         "linear_few_std": float(np.std(few)),
-    }
+    }, confusion(truth, linear, classes)
+
+
+def confusion(truth: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """How many images of each class (row) are taken for each class (column), int64 [C, C]."""
+    return np.bincount(truth * classes + predictions, minlength=classes**2).reshape(classes, -1)
 
 
 def evaluate(
@@ -171,6 +176,11 @@ def evaluate(
     labels, truth = data.train.labels, data.test.labels
     if labels is None or truth is None or data.unlabelled:
         raise UserError(f"{data.name} {data.unlabelled}; the evaluation needs two classes")
+    scores, mixed = {}, {}
+    for source in SOURCES:
+        scores[source], mixed[source] = score(
+            features[source], labels, truth, len(data.class_names)
+        )
     results: dict[str, Any] = {
         "method": config.method,
         "data": config.data,
@@ -184,9 +194,12 @@ def evaluate(
             "linear_few": f"the same on {FEW_LABELS} labels a class, "
             f"mean of {FEW_LABELS_DRAWS} fixed draws",
         },
-        "accuracy": {source: score(features[source], labels, truth) for source in SOURCES},
+        "accuracy": scores,
+        "class_names": data.class_names,
+        "confusion": mixed["trained"].tolist() if len(data.class_names) <= MOST_CLASSES else None,
     }
-    folder.results.write_text(json.dumps(results, indent=2) + "\n")
+    with replaced(folder.results) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
     return results
 
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ssltrain.config import TITLES, TrainConfig
-from ssltrain.data import UNLABELLED, ImageData
+from ssltrain.data import UNLABELLED, ImageData, Part
 from ssltrain.evaluate import SOURCES, Features
 from ssltrain.runs import RunFolder
 
@@ -22,10 +24,11 @@ _COLOURS = (
     "#aa4499", "#222222",
 )  # fmt: skip
 CLASS_STYLES = [(colour, marker) for marker in "o^" for colour in _COLOURS]
-INK, MUTED, BLUE, ORANGE = "#222222", "#777777", "#2563a8", "#d9772b"
+INK, MUTED, BLUE, ORANGE, GREEN = "#222222", "#777777", "#2563a8", "#d9772b", "#44aa99"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)  # draws without a display, whatever backend the user has set
     return figure
@@ -34,7 +37,7 @@ def _figure(width: float, height: float) -> Figure:
 def draw_loss(folder: RunFolder, config: TrainConfig, data_name: str) -> None:
     """Draw loss, contrastive accuracy and spread of the features over the epochs: loss.png."""
     rows = folder.read_metrics()
-    figure = _figure(8, 4.2)
+    figure = new_figure(8, 4.2)
     epochs = np.array([int(row["epoch"]) + 1 for row in rows])
 
     def column(name: str) -> np.ndarray:
@@ -45,9 +48,10 @@ def draw_loss(folder: RunFolder, config: TrainConfig, data_name: str) -> None:
         (left, "loss", [("loss", "loss", BLUE)]),
         (
             right,
-            "contrastive accuracy and spread of features",
+            "accuracies and spread of features",
             [
                 ("top1", "view finds its partner (top-1)", BLUE),
+                ("knn", "neighbour has the class (k-NN)", GREEN),
                 ("feature_std", "spread of features (0 = collapse)", ORANGE),
             ],
         ),
@@ -55,17 +59,16 @@ def draw_loss(folder: RunFolder, config: TrainConfig, data_name: str) -> None:
     for axes, heading, series in panels:
         axes.set_title(heading, color=INK, fontsize=11)
         for name, title, colour in series:
-            axes.plot(epochs, column(name), color=colour, lw=1.8, label=title)
+            known = ~np.isnan(column(name))
+            if known.any():
+                mark = "." if name == "knn" else ""
+                axes.plot(epochs[known], column(name)[known], mark + "-", color=colour, lw=1.8,
+                          label=title)  # fmt: skip
         axes.set_xlabel("epoch", color=INK)
-        axes.grid(color="#e5e5e5", lw=0.8)
-        axes.tick_params(colors=MUTED)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        tidy(axes)
     right.set_ylim(0, 1)
-    right.legend(frameon=False, loc="upper left")
-    figure.suptitle(
-        f"{TITLES[config.method]} on {_plain(data_name)}, seed {config.seed}", color=INK
-    )
+    right.legend(frameon=False, loc="best")
+    figure.suptitle(f"{TITLES[config.method]} on {plain(data_name)}, seed {config.seed}", color=INK)
     figure.savefig(folder.loss_plot)
 
 
@@ -95,7 +98,7 @@ def draw_map(
         rows = np.sort(np.random.default_rng(MAP_SEED).choice(count, MAP_IMAGES, replace=False))
     labels = None if data.test.labels is None else data.test.labels[rows]
     places = {source: flat_map(features[source].test[rows]) for source in SOURCES}
-    title = f"{TITLES[config.method]} on {_plain(data.name)}: t-SNE of {count_of(len(rows), 'test image')}"
+    title = f"{TITLES[config.method]} on {plain(data.name)}: t-SNE of {count_of(len(rows), 'test image')}"
     map_figure(title, places, labels, data.class_names).savefig(folder.map_plot)
 
 
@@ -110,7 +113,7 @@ def map_figure(
         labels: int64 [N], -1 where there is none, or None.
         class_names: by label.
     """
-    figure = _figure(13, 4.9)
+    figure = new_figure(13, 4.9)
     few = len(class_names) <= len(CLASS_STYLES)
     for axes, (source, heading) in zip(figure.subplots(1, 3), SOURCES.items(), strict=True):
         spots = places[source]
@@ -131,7 +134,7 @@ def map_figure(
                         marker=marker,
                         lw=0,
                         alpha=0.85,
-                        label=_short(name),
+                        label=short(name),
                     )
             else:
                 axes.scatter(*spots[known].T, s=12, c=labels[known], cmap="viridis", lw=0)
@@ -153,15 +156,65 @@ def map_figure(
     return figure
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib draws as it is: no formulas, no bytes that are no characters."""
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def _short(name: str) -> str:
+def short(name: str, most: int = 18) -> str:
     """A name that leaves room for the picture; matplotlib hides what starts with an underscore."""
-    name = _plain(name if len(name) <= 18 else name[:17] + "…")
+    name = plain(name if len(name) <= most else name[: most - 1] + "…")
     return "\u200a" + name if name.startswith("_") else name
+
+
+def tidy(axes: Any) -> None:
+    """A grid, and no frame where there is no scale."""
+    axes.grid(color="#e5e5e5", lw=0.8)
+    axes.tick_params(colors=MUTED)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def spread_rows(part: Part, count: int) -> np.ndarray:
+    """At most ``count`` row numbers, of every class in turn where there are labels, int64."""
+    if part.labels is None or not len(part.labelled):
+        return np.unique(np.linspace(0, len(part) - 1, min(count, len(part))).round().astype(int))
+    members = [
+        np.flatnonzero(part.labels == label) for label in np.unique(part.labels[part.labelled])
+    ]
+    turns = [
+        rows[turn] for turn in range(max(map(len, members))) for rows in members if turn < len(rows)
+    ]
+    return np.array(turns[:count])
+
+
+def draw_confusion(
+    folder: RunFolder, config: TrainConfig, data_name: str, results: dict[str, Any]
+) -> None:
+    """Draw the confusion matrix of the linear probe: confusion.png."""
+    counts, names = np.array(results["confusion"]), results["class_names"]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.6 + 0.42 * min(len(names), 24)
+    figure = new_figure(side + 1.2, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_title(
+        f"{TITLES[config.method]} on {plain(data_name)}: linear probe", color=INK, fontsize=11
+    )
+    axes.set_xlabel("taken for", color=INK)
+    axes.set_ylabel("is", color=INK)
+    ticks = range(len(names)) if len(names) <= 40 else []
+    labels = [short(name) for name in names] if ticks else []
+    axes.set_xticks(ticks, labels, rotation=45 if max(map(len, names)) > 3 else 0, ha="center",
+                    fontsize=8)  # fmt: skip
+    axes.set_yticks(ticks, labels, fontsize=8)
+    if len(names) <= 24:
+        for row, column in np.argwhere(counts):
+            colour = "white" if shares[row, column] > 0.5 else INK
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour,
+                      fontsize=8)  # fmt: skip
+    figure.colorbar(image, ax=axes, label="share of the images of a class", shrink=0.85)
+    figure.savefig(folder.confusion_plot)
 
 
 def count_of(count: int, noun: str) -> str:

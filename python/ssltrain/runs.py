@@ -5,37 +5,53 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
+import json
 import os
+import platform
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import sslkernels
 from ssltrain.config import RESUMABLE_FIELDS, RUNTIME_FIELDS, TrainConfig
 from ssltrain.errors import UserError, note
 
 METRICS = (
     "epoch", "step", "lr", "loss", "top1", "top5", "positive_similarity", "negative_similarity",
-    "feature_std", "effective_rank", "alignment", "uniformity", "images_per_s", "seconds",
+    "feature_std", "effective_rank", "alignment", "uniformity", "knn", "images_per_s", "seconds",
 )  # fmt: skip
 
 
 class RunFolder:
-    """Paths of a run: ``config.yaml``, ``metrics.csv``, ``checkpoint.pt``, results and plots."""
+    """Paths of a run: ``config.yaml``, ``metrics.csv``, ``checkpoint.pt``, results and plots.
+
+    Files that a run needs later are replaced in one move, after what is new has reached the disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.csv"
         self.checkpoint = path / "checkpoint.pt"
+        self.best = path / "best.pt"
+        self.environment = path / "environment.json"
         self.events = path / "tensorboard"
         self.results = path / "results.json"
         self.loss_plot = path / "loss.png"
         self.map_plot = path / "embeddings.png"
+        self.confusion_plot = path / "confusion.png"
+        self.neighbors_plot = path / "neighbors.png"
         self.embeddings = path / "embeddings.npz"
+        self.report = path / "report.html"
 
     @classmethod
     def create(cls, config: TrainConfig, data_name: str) -> RunFolder:
@@ -85,29 +101,58 @@ class RunFolder:
         if changed != saved:
             changed.save(self.config)
 
-    def read_checkpoint(self) -> dict[str, Any]:
-        """The last checkpoint, on the CPU.
+    def read_checkpoint(self, name: str = "latest") -> dict[str, Any]:
+        """A checkpoint, on the CPU.
+
+        Args:
+            name: ``latest``, ``best``, the number of an epoch, or the name of a file.
 
         Raises:
             UserError: there is none, or it cannot be read.
         """
-        if not self.checkpoint.is_file():
-            raise UserError(f"{self.path} has no checkpoint.pt yet; start the run again")
+        names = {"latest": self.checkpoint, "best": self.best}
+        path = names.get(name) or (self.epoch_checkpoint(int(name)) if name.isdigit() else None)
+        path = path or self.path / name
+        if not path.is_file():
+            kept = sorted(found.name for found in self.path.glob("*.pt"))
+            raise UserError(f"{self.path} has no {path.name}; it has {', '.join(kept) or 'none'}")
         try:
-            state: dict[str, Any] = torch.load(
-                self.checkpoint, map_location="cpu", weights_only=True
-            )
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever zip and pickle raise
             raise UserError(
-                f"cannot read {self.checkpoint}: {type(error).__name__}; the file is damaged"
+                f"cannot read {path}: {type(error).__name__}; the file is damaged"
             ) from error
         return state
 
-    def write_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one move, so that a kill leaves the old or the new one."""
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has come to its first checkpoint; a kill may have come before it."""
+        return self.checkpoint.is_file() or bool(self.read_metrics())
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """Where the checkpoint after ``epoch`` epochs is kept with ``--keep-every``."""
+        return self.path / f"epoch-{epoch:04d}.pt"
+
+    def write_checkpoint(self, state: dict[str, Any], path: Path | None = None) -> None:
+        """Replace a checkpoint: a kill or a full disk leaves the old one or the new one.
+
+        Raises:
+            OSError: it cannot be written; what was there is unchanged.
+        """
+        with replaced(path or self.checkpoint) as file:
+            torch.save(state, file)
+
+    def write_environment(self, words: Sequence[str]) -> None:
+        """Add to ``environment.json`` what this process runs on, and the command."""
+        sessions: list[dict[str, Any]] = []
+        if self.environment.is_file():
+            try:
+                sessions = json.loads(self.environment.read_text())
+            except ValueError:
+                note(f"{self.environment} was damaged and starts afresh")
+        sessions.append({"command": list(words), **environment()})
+        with replaced(self.environment) as file:
+            file.write(json.dumps(sessions, indent=2).encode() + b"\n")
 
     def keep_metrics_before(self, epoch: int) -> None:
         """Drop rows of ``metrics.csv`` from ``epoch`` on; a resumed run writes them again.
@@ -115,18 +160,27 @@ class RunFolder:
         Lines that cannot be read are dropped too, so that the file is whole again.
         """
         rows = [row for row in self.read_metrics() if int(row["epoch"]) < epoch]
-        partial = self.metrics.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, self.metrics)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+        with replaced(self.metrics) as file:
+            file.write(text.getvalue().encode())
 
     def append_metrics(self, row: dict[str, float]) -> None:
-        """Add the row of an epoch; floats with the digits that give back the same float32."""
+        """Add the row of an epoch; floats with the digits that give back the same float32.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         cells = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
-        with self.metrics.open("a", newline="") as file:
-            csv.DictWriter(file, METRICS).writerow(cells)
+        with self.metrics.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a line was cut short by a full disk
+                    file.write(b"\n")
+            line = ",".join(str(cells.get(name, "nan")) for name in METRICS)
+            file.write(line.encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, str]]:
         """The rows of ``metrics.csv``, oldest first; none where there is no file.
@@ -151,6 +205,57 @@ class RunFolder:
             what = "line" if len(damaged) == 1 else "lines"
             note(f"{self.metrics}: {what} {', '.join(damaged)} cannot be read and left out")
         return rows
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that takes the place of ``path`` when it is complete and on the disk.
+
+    Raises:
+        OSError: it could not be written; ``path`` is what it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from error  # torch.save hides a full disk behind its own
+        raise
+    if os.name == "posix":  # the move itself reaches the disk with the folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and time, as ``environment.json`` keeps them."""
+    packages = ("torch", "numpy", "kornia", "scikit-learn", "pillow", "tensorboardX", "triton")
+    info = sslkernels.info()
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": info.isa,
+        "cuda_device": info.cuda_device,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"sslkernels": info.version, **versions},
+    }
 
 
 def _metrics_row(header: list[str], line: str) -> dict[str, str] | None:

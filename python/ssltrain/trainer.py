@@ -4,25 +4,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
-import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from ssltrain.augment import TwoViews
 from ssltrain.config import TrainConfig
 from ssltrain.data import ImageData, Images, check_resumed, fingerprint
-from ssltrain.diagnostics import collapse
+from ssltrain.diagnostics import COLLAPSED_EPOCHS, WHAT_HELPS, collapse, has_collapsed
 from ssltrain.errors import UserError, note
+from ssltrain.logs import Events, Progress
 from ssltrain.methods import Batch, StepMetrics, build_method, online_weights
 from ssltrain.models import Encoder, build_encoder
+from ssltrain.neighbours import nearest, vote
 from ssltrain.optim import build_optimizer, build_schedule, set_step
 from ssltrain.parallel import World
 from ssltrain.runs import (
@@ -35,6 +36,9 @@ from ssltrain.runs import (
 
 STATISTICS_IMAGES = 4096  # images that the channel means are taken over
 DIAGNOSTIC_IMAGES = 512  # images that the collapse diagnostics are taken over
+KNN_IMAGES = 2000  # training images that the online k-NN is taken over
+NEIGHBOURS = 5
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DIAGNOSTIC_SEED = 7  # of the views for the diagnostics, the same at every epoch
 
 
@@ -44,6 +48,7 @@ class Outcome(NamedTuple):
     finished: bool
     seconds: float
     images_per_s: float
+    signal: int  # the number of the one that stopped it, 0 for none
 
 
 def fresh_encoder(
@@ -61,10 +66,15 @@ def fresh_encoder(
     return build_encoder(config, mean, std, data.size)
 
 
+def spread(rows: Tensor, count: int) -> Tensor:
+    """At most ``count`` of ``rows``, int64 [N], spread evenly."""
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), count)).round().long()
+    return rows[places]
+
+
 def channel_statistics(images: Images) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, float32 [C], of pixels from 0 to 1."""
-    count = len(images)
-    rows = torch.linspace(0, count - 1, min(count, STATISTICS_IMAGES)).round().long()
+    rows = spread(torch.arange(len(images)), STATISTICS_IMAGES)
     pixels = images.read(rows).double() / 255
     std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
     return mean.float(), std.clamp_min(1e-3).float()  # 1e-3: a blank channel stays finite
@@ -119,7 +129,11 @@ class Trainer:
         self.sums = torch.zeros(len(StepMetrics._fields), device=world.device)
         # Every process draws its own views; the weights above came from the same seed in all.
         seed_everything(config.seed + 1_000_003 * (world.rank + 1))
-        self._stop = False
+        self.best_knn = 0.0
+        self._signal = 0  # the one that asked to stop
+        self._agreed = False  # that all processes stop
+        self._collapsed = 0  # epochs in a row
+        self.events: Events | None = None
 
     @property
     def finished(self) -> bool:
@@ -136,27 +150,74 @@ class Trainer:
         if fresh:
             note(f"{' and '.join(fresh)} of the other run do not fit and start afresh")
 
+    def dry_run(self) -> str:
+        """Take one step, and say what the run would be."""
+        config, data = self.config, self.data
+        started = time.perf_counter()
+        order = epoch_order(len(data.train), config.seed, 0)
+        self.method.prime([self._batch(order, 0).view_1])
+        self._step(order, 0)  # the first step also sets up what later ones use again
+        started = time.perf_counter()
+        self._step(order, min(1, self.steps_per_epoch - 1))
+        seconds = time.perf_counter() - started
+        network = self.method.network
+        weights, encoder = (
+            sum(p.numel() for p in module.parameters()) for module in (network, network.encoder)
+        )
+        classes = f"{len(data.class_names)} classes" if data.has_labels else data.unlabelled
+        sizes = " x ".join(map(str, (data.channels, *data.size)))
+        return (
+            f"{config.method} on {data.name} ({data.kind}): {len(data.train)} training and "
+            f"{len(data.test)} test images of {sizes}, {classes}\n"
+            f"{config.backbone}: {encoder / 1e6:.2f} million weights, {network.encoder.dim} "
+            f"features; with the projector {weights / 1e6:.2f} million\n"
+            f"{config.epochs} epochs of {self.steps_per_epoch} steps of {config.batch_size} images: "
+            f"{self.total_steps} steps on {self.world.device}, about {seconds * 1000:.0f} ms each, "
+            f"{self.total_steps * seconds / 60:.1f} minutes in all\n"
+            "nothing was written"
+        )
+
     # ---- checkpoints -------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint from which ``restore`` continues bit for bit."""
+    def state(self) -> dict[str, Any]:
+        """What an evaluation needs: settings, data, weights."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "step": self.method.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "data": self.fingerprint,
+            "method": self.method.state_dict(),
+        }
+
+    def save(self, *paths: Path) -> None:
+        """Write checkpoints from which ``restore`` continues bit for bit; all processes call this.
+
+        Args:
+            paths: where to; without one, the latest checkpoint.
+
+        Raises:
+            OSError: it cannot be written; older checkpoints are what they were.
+        """
         random_states = self.world.gather(random_state(self.world.device))
         if self.folder is None:
             return
-        self.folder.write_checkpoint(
-            {
-                "config": dataclasses.asdict(self.config),
-                "step": self.method.step,
-                "steps_per_epoch": self.steps_per_epoch,
-                "data": self.fingerprint,
-                "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": self.method.scaler.state_dict(),
-                "sums": self.sums,
-                "random": random_states,
-            }
-        )
+        state = self.state() | {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.method.scaler.state_dict(),
+            "sums": self.sums,
+            "best_knn": self.best_knn,
+            "random": random_states,
+        }
+        for path in paths or (self.folder.checkpoint,):
+            self.folder.write_checkpoint(state, path)
+
+    def _save_on_the_way(self, *paths: Path) -> None:
+        """Save; a full disk costs this checkpoint and no more."""
+        try:
+            self.save(*paths)
+        except OSError as error:
+            note(f"no checkpoint was written at step {self.method.step}: {error.strerror or error}")
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -191,6 +252,7 @@ class Trainer:
         self.method.scaler.load_state_dict(state.get("scaler", {}))
         set_step(self.schedule, step)
         self.method.step = step
+        self.best_knn = state.get("best_knn", 0.0)
         if same_epochs:
             self.sums.copy_(state["sums"])
         set_random_state(state["random"][self.world.rank], self.world.device)
@@ -207,40 +269,41 @@ class Trainer:
         if self.folder is not None:
             self.folder.keep_metrics_before(start_epoch)
         started = time.perf_counter()
-        events = self._open_events(first)
-        bar = tqdm(
-            total=self.total_steps,
-            initial=first,
-            unit="step",
-            disable=not (self.config.progress and self.folder is not None),
-            desc=self.config.method,
-            dynamic_ncols=True,
-            # A log file gets a line of the bar now and then, a terminal sees it move.
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        )
-        previous = signal.signal(signal.SIGINT, self._ask_to_stop)
-        previous_term = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        self.events = None if self.folder is None else Events(self.folder.events, first)
+        self.progress = Progress(
+            self.config.method, self.total_steps, first, self.steps_per_epoch,
+            show=self.config.progress and self.folder is not None,
+        )  # fmt: skip
+        kept = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
         try:
             if first == 0:
+                self._save_on_the_way()  # a run can be resumed from its first moment on
                 # An order that no epoch has; a generator, so that only what is used is read.
                 order = epoch_order(len(self.data.train), self.config.seed, self.config.epochs)
                 self.method.prime(self._batch(order, i).view_1 for i in range(self.steps_per_epoch))
             for epoch in range(start_epoch, self.config.epochs):
-                self._epoch(epoch, last, bar, events)
-                if self.method.step >= last or self._stop:
+                self._epoch(epoch, last)
+                if self.method.step >= last or self._signal:
                     break
+            try:
+                self.save()
+            except OSError as error:
+                raise UserError(
+                    f"the last checkpoint could not be written: {error.strerror or error}; make "
+                    "room and resume from the one before"
+                ) from error
         finally:
-            signal.signal(signal.SIGINT, previous)
-            signal.signal(signal.SIGTERM, previous_term)
-            bar.close()
-            if events is not None:
-                events.close()
-        self.save()
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+            self.progress.close()
+            if self.events is not None:
+                self.events.close()
         seconds = time.perf_counter() - started
         images = (self.method.step - first) * self.config.batch_size
-        return Outcome(self.finished, seconds, images / max(seconds, 1e-9))
+        rate = images / max(seconds, 1e-9)
+        return Outcome(self.finished, seconds, rate, 0 if self.finished else self._signal)
 
-    def _epoch(self, epoch: int, last: int, bar: tqdm[Any], events: SummaryWriter | None) -> None:
+    def _epoch(self, epoch: int, last: int) -> None:
         """The steps of ``epoch`` that are still to do, at most to step ``last``."""
         done = self.method.step - epoch * self.steps_per_epoch
         order = epoch_order(len(self.data.train), self.config.seed, epoch)
@@ -249,21 +312,27 @@ class Trainer:
         for position in range(done, self.steps_per_epoch):
             metrics = self._step(order, position)
             self.sums += torch.stack(metrics)
-            bar.update()
+            self.progress.step()
             if self.method.step % self.config.log_every == 0:
                 now = time.perf_counter()
                 rate = (self.method.step - marked) * self.config.batch_size / (now - clock)
                 clock, marked = now, self.method.step
-                self._log_step(metrics, rate, bar, events)
-            if self.method.step >= last or (self._stop and self.world.size == 1):
+                self._log_step(metrics, rate)
+                self._agree_on_stopping()
+            if self.method.step >= last or (self._signal and self.world.size == 1):
+                break
+            if self._agreed:
                 break
         if self.method.step < (epoch + 1) * self.steps_per_epoch:
             return
-        self._end_epoch(epoch, time.perf_counter() - started, self.steps_per_epoch - done, events)
-        if self.world.size > 1:  # all processes stop at the same step or none does
-            self._stop = any(self.world.gather(self._stop))
+        self._end_epoch(epoch, time.perf_counter() - started, self.steps_per_epoch - done)
+        self._agree_on_stopping()
+        # The latest comes last: a run that is killed between the two goes on from before both.
+        if self.config.keep_every and (epoch + 1) % self.config.keep_every == 0:
+            folder = self.folder
+            self._save_on_the_way(*([folder.epoch_checkpoint(epoch + 1)] if folder else []))
         if (epoch + 1) % self.config.save_every == 0 and self.method.step < last:
-            self.save()
+            self._save_on_the_way()
 
     def _step(self, order: Tensor, position: int) -> StepMetrics:
         """One optimiser step on the batch at ``position`` of ``order``."""
@@ -292,63 +361,126 @@ class Trainer:
         return Batch(view_1, view_2, self.views.small_views(images), labels)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+        """The first signal stops after the step, with a checkpoint; the second at once."""
+        if self._signal:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _agree_on_stopping(self) -> None:
+        """Of many processes all stop at the same step, or none does."""
+        if self.world.size > 1:
+            self._signal = max(self.world.gather(self._signal))
+            self._agreed = self._signal != 0
 
     # ---- logs --------------------------------------------------------------------------------
 
-    def _open_events(self, first: int) -> SummaryWriter | None:
-        if self.folder is None:
-            return None
-        # purge_step hides what an interrupted run logged after the checkpoint it resumes from.
-        purge = first + 1 if first else None
-        return SummaryWriter(str(self.folder.events), purge_step=purge)
-
-    def _log_step(
-        self, metrics: StepMetrics, rate: float, bar: tqdm[Any], events: SummaryWriter | None
-    ) -> None:
+    def _log_step(self, metrics: StepMetrics, rate: float) -> None:
         values = self.world.mean(torch.stack(metrics)).tolist()
         named = dict(zip(StepMetrics._fields, values, strict=True))
-        bar.set_postfix_str(
-            f"loss {named['loss']:.3f}, top-1 {named['top1']:.1%}, {rate:,.0f} images/s"
+        self._check_loss(named["loss"])
+        self.progress.say(
+            f"loss {named['loss']:.3f}, top-1 {named['top1']:.1%}, similarity "
+            f"{named['positive_similarity']:.2f} and {named['negative_similarity']:.2f}, "
+            f"{rate:,.0f} images/s"
         )
-        if events is not None:
+        if self.events is not None:
             for name, value in named.items():
-                events.add_scalar(f"step/{name}", value, self.method.step)
-            events.add_scalar("step/lr", self.schedule.get_last_lr()[0], self.method.step)
-            events.add_scalar("step/images_per_s", rate, self.method.step)
+                self.events.add(f"step/{name}", value, self.method.step)
+            self.events.add("step/lr", float(self.schedule.get_last_lr()[0]), self.method.step)
+            self.events.add("step/images_per_s", rate, self.method.step)
 
-    def _end_epoch(
-        self, epoch: int, seconds: float, steps: int, events: SummaryWriter | None
-    ) -> None:
+    def _check_loss(self, loss: float) -> None:
+        """A loss that is no number never comes back; what was saved before is kept."""
+        if not math.isfinite(loss) and not self.method.scaler.is_enabled():
+            raise UserError(
+                f"the loss is {loss} at step {self.method.step}, so the run has stopped; what "
+                "usually helps: a lower --base-lr, a longer --warmup, --clip-grad 1"
+            )
+
+    def _end_epoch(self, epoch: int, seconds: float, steps: int) -> None:
         means = self.world.mean(self.sums / self.steps_per_epoch).tolist()
         self.sums.zero_()
+        self._check_loss(means[0])
         if self.folder is None:
             return
         row: dict[str, float] = {"epoch": epoch, "step": self.method.step}
         row["lr"] = float(self.schedule.get_last_lr()[0])
         row.update(dict(zip(StepMetrics._fields, means, strict=True)))
-        row.update(self._diagnose())
+        every = self.config.knn_every
+        found = self._diagnose(knn=every > 0 and (epoch + 1) % every == 0)
+        row.update(found)
         row["images_per_s"] = steps * self.config.batch_size / max(seconds, 1e-9)
         row["seconds"] = seconds
-        self.folder.append_metrics(row)
-        if events is not None:
+        try:
+            self.folder.append_metrics(row)
+        except OSError as error:
+            note(f"epoch {epoch} is missing in {self.folder.metrics}: {error.strerror or error}")
+        if self.events is not None:
             for name, value in row.items():
-                if name not in ("epoch", "step"):
-                    events.add_scalar(f"epoch/{name}", value, epoch)
+                if name not in ("epoch", "step") and not math.isnan(value):
+                    self.events.add(f"epoch/{name}", value, epoch)
+            self.events.flush()
+        self._warn_of_collapse(found)
+        knn = "" if math.isnan(found["knn"]) else f", k-NN {found['knn']:.1%}"
+        self.progress.epoch(
+            self.method.step,
+            f"loss {row['loss']:.3f}, top-1 {row['top1']:.1%}{knn}, spread "
+            f"{row['feature_std']:.2f}, rank {row['effective_rank']:.1f}, "
+            f"{row['images_per_s']:,.0f} images/s",
+        )
+        if found["knn"] > self.best_knn:
+            self.best_knn = found["knn"]
+            try:
+                self.folder.write_checkpoint(self.state(), self.folder.best)
+            except OSError as error:
+                note(f"{self.folder.best} was not written: {error.strerror or error}")
+
+    def _warn_of_collapse(self, found: dict[str, float]) -> None:
+        names = ("feature_std", "effective_rank", "uniformity")
+        std, rank, uniformity = (found[name] for name in names)
+        collapsed = has_collapsed(std, rank, uniformity)
+        self._collapsed = self._collapsed + 1 if collapsed else 0
+        if self._collapsed == COLLAPSED_EPOCHS:
+            note(
+                f"the run has collapsed at step {self.method.step}, images are hardly told apart: "
+                f"spread of features {std:.3f} (0 is all in one place), effective rank {rank:.2f}, "
+                f"uniformity of projections {uniformity:.3f}; what usually helps: "
+                f"{WHAT_HELPS[self.config.method]}"
+            )
 
     @torch.no_grad()
-    def _diagnose(self) -> dict[str, float]:
-        """Collapse diagnostics; leaves weights, batch-norm buffers and generators as they were."""
+    def _diagnose(self, knn: bool) -> dict[str, float]:
+        """Collapse diagnostics and, where asked, the accuracy of neighbours, else nan.
+
+        Leaves weights, batch-norm buffers and generators as they were.
+        """
         state = random_state(self.world.device)
         network = self.method.network
         network.eval()
         seed_everything(DIAGNOSTIC_SEED)
-        count = len(self.data.train)
-        rows = torch.linspace(0, count - 1, min(count, DIAGNOSTIC_IMAGES)).round().long()
+        rows = spread(torch.arange(len(self.data.train)), DIAGNOSTIC_IMAGES)
         images = self.data.train.images.read(rows).to(self.world.device)
         view_1, view_2 = self.views(images)
         h = network.encoder(images.float() / 255)
         found = collapse(h, network(view_1), network(view_2))
+        accuracy = self._online_knn() if knn else math.nan
         network.train()
         set_random_state(state, self.world.device)
-        return {name: value.item() for name, value in found._asdict().items()}
+        return {name: value.item() for name, value in found._asdict().items()} | {"knn": accuracy}
+
+    def _online_knn(self) -> float:
+        """How often neighbours of a training image have its class; nan without labels."""
+        if self.data.train.labels is None or self.data.unlabelled:
+            return math.nan
+        labels = torch.from_numpy(self.data.train.labels)
+        rows = spread(torch.from_numpy(self.data.train.labelled), KNN_IMAGES)
+        h = [
+            self.method.encoder(
+                self.data.train.images.read(part).to(self.world.device).float() / 255
+            )
+            for part in rows.split(DIAGNOSTIC_IMAGES)
+        ]
+        bank, truth = torch.cat(h), labels[rows].to(self.world.device)
+        count = min(NEIGHBOURS, len(bank) - 1)
+        similarities, found = nearest(bank, bank, count, leave_out_self=True)
+        return (vote(similarities, truth[found]) == truth).double().mean().item()

@@ -15,7 +15,15 @@ from pathlib import Path
 from ssltrain.data.arrays import load_cifar10, load_digits, load_idx_folder, load_npz, read_idx
 from ssltrain.data.fingerprint import check_evaluated, check_resumed, fingerprint
 from ssltrain.data.folders import Tree, load_folder
-from ssltrain.data.types import UNLABELLED, ArrayImages, DataOptions, ImageData, Images, Part
+from ssltrain.data.types import (
+    UNLABELLED,
+    ArrayImages,
+    DataOptions,
+    ImageData,
+    Images,
+    Part,
+    Subset,
+)
 from ssltrain.errors import UserError
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "ImageData",
     "Images",
     "Part",
+    "Subset",
     "absolute",
     "check_evaluated",
     "check_resumed",
