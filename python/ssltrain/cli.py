@@ -35,6 +35,7 @@ usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
        ssltrain METHOD --init-from RUN         start a new run from the weights of another
        ssltrain METHOD --recipe NAME           start with the settings of a paper
        ssltrain METHOD --dry-run [flags]       say what a run would be, and write nothing
+       ssltrain memory METHOD [flags]          predict and measure where memory goes
        ssltrain demo [flags]                   train SimCLR, BYOL and MoCo on digits
        ssltrain recipes [NAME]                 list or show the settings of papers
 
@@ -115,7 +116,9 @@ def _dispatch(words: list[str]) -> int:
         from ssltrain import commands
 
         return commands.COMMANDS[command](rest)
-    own = {"recipes": _recipes, "demo": _demo, "completion": _completion}
+    own = {
+        "recipes": _recipes, "demo": _demo, "memory": _memory, "completion": _completion,
+    }  # fmt: skip
     if command not in own:
         known = ", ".join([*METHODS, *ON_RUNS, *own])
         raise UserError(f"unknown command '{command}'; choose one of {known}")
@@ -298,6 +301,24 @@ def _recipes(arguments: list[str]) -> int:
     return 0
 
 
+def _memory(arguments: list[str]) -> int:
+    """Print and draw what a run takes, with the losses of ``sslkernels`` and with plain ones."""
+    if not arguments or arguments[0] not in METHODS:
+        raise UserError(f"ssltrain memory METHOD [flags]: METHOD is one of {', '.join(METHODS)}")
+    config, resume = read_arguments(arguments[0], arguments[1:])
+    if resume is not None:
+        raise UserError("ssltrain memory takes the settings of a new run: drop --resume")
+    from ssltrain.memory import draw, measure, table
+
+    found = measure(config)
+    print(table(found))
+    name = Path(config.data.rpartition(":")[2]).stem
+    out = Path(f"memory-{config.method}-{name}.png")
+    draw(out, config, name, found)
+    print(f"wrote {out}")
+    return 0
+
+
 def _completion(arguments: list[str]) -> int:
     """Print a script of completions for a shell."""
     from ssltrain.completion import script
@@ -308,7 +329,7 @@ def _completion(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("shell", type=Literal["bash", "zsh", "fish"], help="bash, zsh or fish")
     shell = parser.parse_args(arguments).as_dict()["shell"]
-    commands = [*METHODS, *ON_RUNS, "recipes", "demo", "completion"]
+    commands = [*METHODS, *ON_RUNS, "recipes", "demo", "memory", "completion"]
     print(script(shell, METHODS, commands, _parser(TrainConfig(), "ssltrain")), end="")
     return 0
 
