@@ -170,7 +170,7 @@ def test_machine_code_of_a_newer_minor_capability(machine: Machine) -> None:
     assert [chosen(i, "updates") for i in range(3)] == ["triton", "cuda", "cuda"]
 
 
-@pytest.mark.parametrize("version", ["3.3.1", "3.0.0", "2.3.1", "unknown"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.3.1", "2.3.1", "unknown"])
 def test_a_triton_that_is_too_old(
     machine: Machine, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,8 @@ from benchmarks import gpu_roofline  # noqa: E402
 from sslkernels.backends.triton import aot, configs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "gpu.md"
 
 
 def _covering() -> list[aot.Case]:
@@ -36,7 +37,9 @@ def _covering() -> list[aot.Case]:
     found += aot.cases(dims=[768], dtypes=["float32"], variants=["panel lse", "product"])
     # Masked chunks whose rows are whole 16 and whole 8 bytes; an odd D.
     found += aot.cases(
-        dims=[200], dtypes=["float16"], variants=["forward lse self", "backward lse", "attend"]
+        dims=[200],
+        dtypes=["float16"],
+        variants=["forward lse self", "backward lse", "backward softplus", "attend"],
     )
     found += aot.cases(dims=[100], dtypes=["float16"], variants=["backward softplus"])
     found += aot.cases(dims=[33], dtypes=["float16"], variants=["forward lse rows+cols"])
@@ -117,6 +120,8 @@ def test_a_kernel_over_its_budget_is_reported() -> None:
     usage = aot.Usage(64, 0, 200_000, 101_376, 0, "", 2)
     assert [p.split()[0] for p in usage.problems("bfloat16")] == ["shared", "no", "2"]
     assert len(usage.problems("float32")) == 2
+    empty = aot.Usage(4, 0, 0, 101_376, 0, "wgmma", 0, stores=False)
+    assert [p.split(":")[0] for p in empty.problems("float32", "combine")] == ["writes nothing"]
     # A queue position is divided by K once a key, outside of any loop.
     assert [p.split()[0] for p in usage.problems("bfloat16", "enqueue")] == ["shared"]
 
@@ -133,6 +138,10 @@ def test_the_committed_table_is_of_these_kernels() -> None:
     found = re.search(r"kernels and configurations `([0-9a-f]{16})`", text)
     assert found is not None, "docs/gpu.md holds no compiled table: run `make gpu-report`"
     assert found[1] == aot.fingerprint(), "run `make gpu-report`"
+    pin = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pin is not None and f"with Triton {pin[1]};" in text, (
+        "another compiler: `make gpu-report`"
+    )
     table = text.split("<!-- generated: compiled -->")[1].split("<!-- end: compiled -->")[0]
     assert "**" not in table, "the committed table has kernels over their budget"
     # Every kernel of the grid has its figures.

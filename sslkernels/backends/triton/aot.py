@@ -141,6 +141,7 @@ class Usage:
     tensor_memory: int  # columns of 512; 0 where the architecture has none
     tensor_core: str  # the instruction family found, or ""
     wide_divisions: int  # 64-bit divisions or remainders by a run-time value
+    stores: bool = True  # whether it writes to global memory at all
 
     def problems(self, dtype: str, variant: str = "") -> list[str]:
         """The budget: reasons why this kernel must not ship, empty if it may."""
@@ -151,6 +152,8 @@ class Usage:
             found.append(f"shared memory {self.shared_bytes} > {self.shared_limit} bytes")
         if dtype != "float32" and not self.tensor_core and variant not in SMALL:
             found.append("no tensor-core instruction")
+        if not self.stores:  # Triton 3.7.1 did that to a kernel with too many chunks
+            found.append("writes nothing: compiled to a kernel without a body")
         if self.wide_divisions and variant not in _MAY_DIVIDE:
             found.append(f"{self.wide_divisions} 64-bit divisions")
         return found
@@ -308,7 +311,9 @@ def _nvidia_usage(compiled: Any, arch: str) -> Usage:
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
             number = int(arch[3:])
-            tool = nvidia.ptxas if number < 90 else nvidia.ptxas_blackwell
+            # Before 3.6 Triton had one assembler for all.
+            blackwell = getattr(nvidia, "ptxas_blackwell", nvidia.ptxas)
+            tool = nvidia.ptxas if number < 90 else blackwell
             name = arch if number < 90 else arch + "a"
             text = _run(
                 tool.path, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={name}",
@@ -324,6 +329,7 @@ def _nvidia_usage(compiled: Any, arch: str) -> Usage:
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         tensor_core="+".join(w.split(".")[0] for w in families),
         wide_divisions=_wide_divisions(compiled.asm["llir"]),
+        stores="st.global" in ptx,
     )
 
 
@@ -346,6 +352,7 @@ def _amd_usage(compiled: Any, arch: str) -> Usage:
         tensor_memory=0,
         tensor_core="mfma" if "v_mfma" in text else ("wmma" if "v_wmma" in text else ""),
         wide_divisions=_wide_divisions(compiled.asm["llir"]),
+        stores=re.search(r"\b(global|buffer)_store", text) is not None,
     )
 
 
