@@ -6,7 +6,7 @@ Everything here takes plain tensors and returns plain tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import Tiles
+from sslkernels.ema import ema_update_
 from sslkernels.ops import queue as _queue
 from sslkernels.ops import rows as _rows
 from sslkernels.ops.extremes import extremes
@@ -33,6 +34,40 @@ def unit(x: Tensor) -> Tensor:
 def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None:
     """Write keys [N, D] into the ring ``queue`` [K, D] from row ``queue_ptr`` [1] on, as they are."""
     _queue.enqueue_(queue, queue_ptr, torch.zeros_like(queue_ptr), keys, False)
+
+
+@torch.no_grad()
+def average_(
+    averages: Sequence[Tensor],
+    values: Sequence[Tensor],
+    decay: float,
+    *,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    step: int = 0,
+) -> None:
+    """averages = decay * averages + (1 - decay) * values; tensors of integers are copied.
+
+    Args:
+        averages: Tensors, written.
+        values: As many, of the same shapes and devices.
+        decay: In [0, 1].
+        stochastic_rounding: For 16-bit averages.
+        seed: Key of the random bits.
+        step: Counter of the random bits.
+    """
+    targets, sources = [], []
+    for average, value in zip(averages, values, strict=True):
+        if average.is_complex():
+            average, value = torch.view_as_real(average), torch.view_as_real(value)
+        if average.is_floating_point():
+            targets.append(average.detach())
+            sources.append(value.detach())
+        else:
+            average.copy_(value)
+    ema_update_(
+        targets, sources, decay, stochastic_rounding=stochastic_rounding, seed=seed, step=step
+    )
 
 
 def gather_rows(x: Tensor, *, gradient: bool = False) -> Tensor:

@@ -28,6 +28,8 @@ PEERS = {
     "open_clip": "open_clip",
     "pytorch_metric_learning": "pytorch_metric_learning",
     "solo_learn": "solo_learn",
+    "timm": "timm",
+    "torch": "torch",
 }
 
 _LOCK = threading.RLock()
