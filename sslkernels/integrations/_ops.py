@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import Tiles
 from sslkernels.ema import ema_update_
+from sslkernels.functional import byol_loss
 from sslkernels.ops import queue as _queue
 from sslkernels.ops import rows as _rows
 from sslkernels.ops.extremes import extremes
@@ -136,6 +137,26 @@ def lse(
     else:
         scale = torch.full((), 1.0 / temperature, dtype=acc, device=q.device)
     return pairwise("lse", Tiles(q, k, scale, None, ids_q, ids_k)).row
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: 1 - cos of the rows, with a gradient into both (the op has one into its first argument)."""
+    distance = byol_loss(a, b, reduction="none") / 2
+    if b.requires_grad:
+        other = byol_loss(b, a, reduction="none") / 2
+        distance = distance + (other - other.detach())
+    return distance
+
+
+def one_minus_dot(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: 1 - <a_i, b_i>."""
+    return 1 - (a * b).sum(1)
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """[N]: ||a_i - b_i||; gradient 0 where they are equal."""
+    distance: Tensor = torch.linalg.vector_norm(a - b, dim=1)
+    return distance
 
 
 def softplus_mean(q: Tensor, k: Tensor, scale: float | Tensor, bias: Any) -> Tensor:

@@ -27,6 +27,7 @@ PEERS = {
     "lightly": "lightly",
     "open_clip": "open_clip",
     "pytorch_metric_learning": "pytorch_metric_learning",
+    "sentence_transformers": "sentence_transformers",
     "solo_learn": "solo_learn",
     "timm": "timm",
     "torch": "torch",

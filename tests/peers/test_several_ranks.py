@@ -48,6 +48,11 @@ def solo(function: Any, x: Tensor, y: Tensor) -> Tensor:
     return function(x, y, 0.3)
 
 
+def rank_(loss: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Queries, positives, and the positives of the next as hard negatives."""
+    return loss.compute_loss_from_embeddings([x, y, y.roll(1, 0)], None)
+
+
 def pairs(rank: int) -> dict[str, tuple[Any, Any, int]]:
     """Name → (ours, theirs, how many of the inputs they take)."""
     with warnings.catch_warnings():
@@ -86,6 +91,22 @@ def pairs(rank: int) -> dict[str, tuple[Any, Any, int]]:
             torch.manual_seed(7)
             other = their_lightly.NTXentLoss(0.3, (13, D), gather_distributed=True)
             made["lightly bank"] = mine.double(), other.double(), 2
+        except ImportError:
+            pass
+        try:
+            from sentence_transformers.sentence_transformer import losses as their_st
+
+            from sslkernels.integrations import sentence_transformers as our_st
+
+            every = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+            for directions in (every[:1], every):
+                mine, other = (
+                    m.MultipleNegativesRankingLoss(
+                        torch.nn.Identity(), gather_across_devices=True, directions=directions
+                    )
+                    for m in (our_st, their_st)
+                )
+                made[f"ranking {len(directions)}"] = partial(rank_, mine), partial(rank_, other), 2
         except ImportError:
             pass
         try:
@@ -130,7 +151,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_values_and_gradients_of_each_rank(results: list[Any]) -> None:
     if not results[0]:
-        pytest.skip("none of open_clip, lightly and solo-learn is installed")
+        pytest.skip("none of the libraries is installed")
     for result in results:
         for name, (mine, other) in result.items():
             for i, (a, b) in enumerate(zip(mine, other, strict=True)):
