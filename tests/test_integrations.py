@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import pickle
@@ -19,7 +20,15 @@ from torch import nn
 
 import sslkernels
 from sslkernels import integrations, reference
-from sslkernels.integrations import _glue, _patching, info_nce, lightly, open_clip, solo_learn
+from sslkernels.integrations import (
+    _glue,
+    _patching,
+    info_nce,
+    lightly,
+    moco,
+    open_clip,
+    solo_learn,
+)
 
 # ------------------------------------------------------------------------------------- patching
 
@@ -158,6 +167,21 @@ def test_unknown_version(
     assert fake.user.Renamed is fake.Theirs
 
 
+def test_a_peer_without_versions_is_known_by_its_arguments(fake: Any) -> None:
+    del fake.package.__version__
+    with pytest.raises(RuntimeError, match="of unknown version has not been tested"):
+        sslkernels.patch("fakepeer")
+    swaps = {"fakepeer.losses.function": our_function}
+    fake.spec.PEER = _patching.Peer("fakepeer", "fakepeer", None, (), swaps, unversioned=True)
+    with sslkernels.patch("fakepeer"):
+        assert fake.user.function() == "ours"
+    fake.losses.function = lambda argument: argument
+    with pytest.raises(RuntimeError, match=r"must take \[\], got \['argument'\]"):
+        sslkernels.patch("fakepeer")
+    with sslkernels.patch("fakepeer", force=True):
+        assert fake.losses.function is our_function
+
+
 def test_all_or_nothing(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One library that is refused leaves the others alone."""
     monkeypatch.setitem(_patching.PEERS, "missing", "missing")
@@ -220,7 +244,7 @@ def test_every_peer_is_described(name: str) -> None:
         assert f"sslkernels[{name}]" in str(error)
         return  # subclasses of the library's: the others need no library to be imported
     peer = module.PEER
-    assert peer.name == name and peer.tested
+    assert peer.name == name and (peer.tested or peer.unversioned)
     for exported in module.__all__:
         found = getattr(module, exported)
         assert found.__doc__ and found.__module__ == module.__name__
@@ -365,3 +389,65 @@ def test_solo_learn_conventions() -> None:
         lambda x, y: reference.info_nce_loss(x, y, queue.t().to(x), 0.1, normalize=False),
         [a, b],
     )
+
+
+class _Tiny(nn.Module):
+    """An encoder as torchvision's: its last layer is ``fc``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_moco_loss_is_the_cross_entropy_of_its_logits(mlp: bool) -> None:
+    """Three laps round a queue that the batch does not divide; both ways leave the same state."""
+    torch.manual_seed(0)
+    first = moco.MoCo(_Tiny, dim=6, K=10, m=0.9, T=0.2, mlp=mlp)
+    second = copy.deepcopy(first)
+    assert first.queue.shape == (6, 10) and first.queue.t().is_contiguous()
+    for _ in range(8):
+        with torch.no_grad():  # what an optimiser would do
+            for pair in zip(*(m.encoder_q.parameters() for m in (first, second)), strict=True):
+                step = torch.randn_like(pair[0])
+                for parameter in pair:
+                    parameter.add_(step)
+        x, y = torch.randn(4, 5), torch.randn(4, 5)
+        logits, labels = first(x, y)
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+        loss, metrics = second.loss(x, y, return_metrics=True)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(metrics.top1, (logits.argmax(1) == 0).float().mean())
+        gradients = [torch.autograd.grad(value, list(model.encoder_q.parameters()))
+                     for value, model in ((expected, first), (loss, second))]  # fmt: skip
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
+    assert int(first.queue_ptr) == 32 % 10
+    assert not any(p.requires_grad for p in first.encoder_k.parameters())
+
+
+def test_moco_checkpoints_both_ways() -> None:
+    model = moco.MoCo(_Tiny, dim=6, K=10)
+    model._dequeue_and_enqueue(torch.randn(3, 6))
+    queue = moco.from_moco(
+        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
+    )
+    assert torch.equal(queue.keys, model.queue.t()) and int(queue.queue_ptr) == 3
+    back = moco.to_moco(queue, "module.")
+    assert torch.equal(back["module.queue"], model.queue) and int(back["module.queue_ptr"]) == 3
+    partly = sslkernels.KeyQueue(8, 6)
+    partly.enqueue(torch.randn(5, 6))
+    stored = moco.to_moco(partly)["queue"]
+    assert torch.equal(stored[:, :5], partly.keys.t())
+    torch.testing.assert_close(stored.norm(dim=0), torch.ones(8))
+    other = moco.MoCo(_Tiny, dim=6, K=10)
+    plain = {k: v.contiguous() for k, v in model.state_dict().items()}  # as the official code saves
+    for assign in (False, True):
+        other.load_state_dict(plain, assign=assign)
+        other._dequeue_and_enqueue(torch.randn(9, 6))
+        assert other.queue.t().is_contiguous() and int(other.queue_ptr) == 2

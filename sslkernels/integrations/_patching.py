@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ LOG = logging.getLogger("sslkernels.integrations")
 PEERS = {
     "info_nce": "info_nce",
     "lightly": "lightly",
+    "moco": "moco",
     "open_clip": "open_clip",
     "pytorch_metric_learning": "pytorch_metric_learning",
     "sentence_transformers": "sentence_transformers",
@@ -48,6 +50,7 @@ class Peer:
         tested: Versions that the tests have run with.
         swaps: Dotted path of an object of the library → ours.
         install: How to get a tested version, where it is no extra of this package.
+        unversioned: It has no version: what its classes take must be what ours take.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Peer:
     tested: tuple[str, ...]
     swaps: Mapping[str, Any]
     install: str | None = None
+    unversioned: bool = False
 
 
 @dataclass
@@ -209,7 +213,7 @@ def _prepare(name: str, force: bool) -> _Applied:
             + (peer.install or f"pip install 'sslkernels[{peer.name}]' brings a tested version")
         ) from None
     version = _version(peer)
-    if version.split("+")[0] not in peer.tested and not force:
+    if version.split("+")[0] not in peer.tested and not force and not peer.unversioned:
         raise RuntimeError(
             f"sslkernels.patch: {peer.name} {version} has not been tested (tested: "
             f"{', '.join(peer.tested) or 'none'}), its classes may take or return something else; "
@@ -219,9 +223,16 @@ def _prepare(name: str, force: bool) -> _Applied:
     missing = []
     for path, ours in peer.swaps.items():
         try:
-            applied.pairs[path] = (original(path), ours)
+            theirs = original(path)
         except (ModuleNotFoundError, AttributeError):
             missing.append(path)
+            continue
+        if peer.unversioned and not force and _names(theirs) != _names(ours):
+            raise RuntimeError(
+                f"sslkernels.patch: {path} must take {_names(ours)}, got {_names(theirs)}; "
+                "patch(..., force=True) or SSLKERNELS_PATCH_FORCE=1 tries it anyway"
+            )
+        applied.pairs[path] = (theirs, ours)
     if missing and not force:
         raise RuntimeError(
             f"sslkernels.patch: {peer.name} {version} must have {', '.join(missing)}, and does not"
@@ -229,6 +240,10 @@ def _prepare(name: str, force: bool) -> _Applied:
     if missing:
         LOG.warning("sslkernels.patch: %s %s has no %s", peer.name, version, ", ".join(missing))
     return applied
+
+
+def _names(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def _version(peer: Peer) -> str:
