@@ -63,7 +63,7 @@ struct PairwiseBackwardArgs {
   void* dq = nullptr;          // [N, D] acc out: scale * (G k), or null
   void* dk = nullptr;          // [M, D] acc out: scale * (G^T q), or null
   // Elements between rows of dq and dk, and how many rows they hold.  With stride a multiple of 16
-  // and capacity a whole number of blocks (padded_rows) the kernel accumulates in place, without scratch.
+  // and capacity as large as padded_rows the kernel accumulates in place, without scratch.
   int64_t stride = 0;
   int64_t capacity_q = 0;
   int64_t capacity_k = 0;

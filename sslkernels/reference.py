@@ -288,7 +288,9 @@ def triplet_loss(
     same = labels[:, None] == labels
     positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     negative = ~same
-    if mining == "hard":
+    if len(z) == 0:
+        terms = d.sum(1)
+    elif mining == "hard":
         valid = positive.any(1) & negative.any(1)
         if not valid.any():
             return d.sum() * 0
@@ -375,7 +377,7 @@ def contrastive_accuracy(
 def feature_std(z: Tensor, *, normalize: bool = True) -> Tensor:
     """Mean over features of the standard deviation over rows (population, arXiv:2011.10566)."""
     z = _unit(z, normalize)
-    return z.std(0, unbiased=False).mean() if len(z) else z.sum()
+    return z.std(0, unbiased=False).mean() if z.numel() else z.sum()
 
 
 def effective_rank(z: Tensor, *, center: bool = True) -> Tensor:

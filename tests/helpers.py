@@ -13,6 +13,10 @@ from torch import Tensor
 
 import sslkernels
 
+# After that many seconds a process hangs.  Far more than any needs, however busy the machine: a limit that
+# tells slow from fast would be a test of the machine.
+HANGS_S = 3600
+
 # Relative slack of the budget by dtype of the inputs: a few units in the last place of the
 # accumulation dtype, times the length of sums; for halves the rounding of the gradient itself.
 SLACK = {
@@ -106,6 +110,23 @@ def check_loss(
         # a small one, a temperature, are of the order of 1 / T^2.
         floor = 2e-2 if inputs[i].ndim else max(1.0, min(1e4, 1 / max(1e-9, float(inputs[i]) ** 2)))
         check_budget(g, e, t, slack, f"{name} gradient of input {i}", floor)
+
+
+def outcome(call: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The loss and a gradient for every input, zero where there is none."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = call(leaves)
+    grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    return [loss, *filled]
+
+
+def assert_alike(
+    got: list[Tensor], want: list[Tensor], where: str = "", tolerance: float = 1e-5
+) -> None:
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        near = torch.allclose(g.double(), w.double(), tolerance, tolerance, equal_nan=True)
+        assert g.shape == w.shape and near, f"{where}: result {i} is {g}, not {w}"
 
 
 def available_isas() -> list[str]:

@@ -22,6 +22,7 @@ from cuda_emulation import toolchain
 from torch import Tensor
 
 import sslkernels
+from sslkernels.backends import updates_torch
 from sslkernels.ops import ema as ema_ops
 from sslkernels.ops import registry
 
@@ -231,6 +232,18 @@ def test_queue_may_be_enqueued_into_itself(emulated: ModuleType) -> None:
     expected = torch.arange(24.0).reshape(6, 4)
     assert torch.equal(queue.keys[[6, 7, 0, 1, 2, 3]], expected)
     assert torch.equal(queue.keys[4:6], expected[4:])
+
+
+@pytest.mark.parametrize(("n", "d"), [(0, 8), (3, 0), (0, 0), (9, 0)])
+def test_queues_of_nothing(cuda: ModuleType, n: int, d: int) -> None:
+    """The pointer moves by the number of keys, whether they have features or not."""
+    results = []
+    for backend in (updates_torch, cuda):
+        queue, labels = torch.zeros(4, d), torch.zeros(4, dtype=torch.int64)
+        pointer, fill = torch.tensor([3]), torch.tensor([2])
+        backend.enqueue_(queue, pointer, fill, torch.ones(n, d), True, labels, torch.arange(n))
+        results.append([queue, pointer, fill, labels])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 F32 = torch.zeros(4)

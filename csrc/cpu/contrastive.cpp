@@ -178,8 +178,8 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   const bool want_a = joint || bank || b.da != nullptr || want_scale;
   const bool want_b = joint || b.db != nullptr;
   const int64_t stride = round_up(d, kRowAlign);
-  const int64_t pad_a = bank ? 0 : padded_rows(args.dtype, joint ? 2 * n : n);
-  const int64_t pad_b = joint || bank || !want_b ? 0 : padded_rows(args.dtype, n);
+  const int64_t pad_a = bank ? 0 : padded_rows(joint ? 2 * n : n);
+  const int64_t pad_b = joint || bank || !want_b ? 0 : padded_rows(n);
   // Where the results have the shape that the tiles accumulate in, they need no scratch.
   const bool in_place =
       !joint && !bank && stride == d && pad_a == n && (args.dtype == DType::f32 || args.dtype == DType::f64);

@@ -139,7 +139,7 @@ struct Engine {
     const bool converts = M::kPack == 1 && (a.dtype == DType::bf16 || a.dtype == DType::f16);
     resident = !converts;
     // The panels and gradients of two groups, five arrays of 128 KB, stay in the L2 cache.
-    group = max64(1, min64(kMaxGroup, (int64_t(128) << 10) / (int64_t(sizeof(T)) * d_pad * block)));
+    group = max64(1, min64(kMaxGroup, (int64_t(128) << 10) / max64(1, int64_t(sizeof(T)) * d_pad * block)));
   }
 
   int64_t blocks(const Side<M>& side) const { return ceil_div(side.n, block); }

@@ -23,7 +23,7 @@ SSLK_BEGIN
 
 int pairwise_forward(const PairwiseArgs&, const PairwiseForwardOut&);     // pairwise_forward.cpp
 int pairwise_backward(const PairwiseArgs&, const PairwiseBackwardArgs&);  // pairwise_backward.cpp
-int64_t padded_rows(DType dtype, int64_t n);                              // pairwise_backward.cpp
+int64_t padded_rows(int64_t n);                                           // pairwise_backward.cpp
 int attend(const PairwiseArgs&, const AttendOut&);                        // attend.cpp
 int extremes(const PairwiseArgs&, const ExtremesOut&);                    // extremes.cpp
 double peak_flops(bool bf16, int n_threads);                              // peak.cpp

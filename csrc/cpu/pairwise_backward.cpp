@@ -29,8 +29,8 @@ struct Pass {
   const Engine<M>& e;
   Weight<T> row, col;
   double* g_sum = nullptr;  // [blocks of q], softplus only: sums of G for the bias
-  T* dq = nullptr;          // [n_pad][stride]
-  T* dk = nullptr;          // [m_pad][stride]; dq in self mode
+  T* dq = nullptr;          // [padded_rows(N)][stride], or null: not wanted
+  T* dk = nullptr;          // [padded_rows(M)][stride]; dq in self mode
   int64_t stride = 0;
   const T* tiles = nullptr;  // logits that forward kept, see Engine::kept_at
 };
@@ -158,13 +158,13 @@ inline void encode_g(const ThreadScratch<MathBF16>& s, int64_t rows, int64_t col
 template <class M>
 inline void encode_g(const ThreadScratch<M>&, int64_t, int64_t) {}
 
-// One pair of blocks.  want_q, want_k: which products are needed.
+// One pair of blocks.
 template <class M, Mode kMode, bool kCols>
-void block_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t bi, int64_t bj, bool want_q, bool want_k) {
+void block_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t bi, int64_t bj) {
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, kLdG = Tile<M>::kLdG;
   const Engine<M>& e = pass.e;
   const bool diagonal = e.args.self && bi == bj;
-  want_k = want_k && !diagonal;
+  const bool want_q = pass.dq != nullptr, want_k = pass.dk != nullptr && !diagonal;
   const bool q_from_p = e.q_from_p(true);
   const ElemOf<M>* p_q = q_from_p || want_k || diagonal ? e.block_p(e.q, bi, s.p_q, s.buffer) : nullptr;
   const ElemOf<M>* p_k = diagonal ? p_q : (want_q ? e.block_p(e.k, bj, s.p_k, s.buffer) : nullptr);
@@ -186,19 +186,19 @@ void block_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t bi, int64_t bj
 }
 
 template <class M, Mode kMode, bool kCols>
-void run(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_k) {
-  pass.e.for_all_pairs(scratch, want_k, [&](ThreadScratch<M>& s, int64_t bi, int64_t bj) {
-    block_pair<M, kMode, kCols>(pass, s, bi, bj, want_q, want_k);
+void run(const Pass<M>& pass, ThreadScratch<M>* scratch, bool col_results) {
+  pass.e.for_all_pairs(scratch, col_results, [&](ThreadScratch<M>& s, int64_t bi, int64_t bj) {
+    block_pair<M, kMode, kCols>(pass, s, bi, bj);
   });
 }
 
 // kSoftplus has one variant, with factors of columns: they are zero where there are none.
 template <class M, bool kCols>
-void run_mode(const Pass<M>& pass, ThreadScratch<M>* scratch, bool want_q, bool want_k) {
+void run_mode(const Pass<M>& pass, ThreadScratch<M>* scratch, bool col_results) {
   switch (pass.e.mode) {
-    case Mode::kFixed: return run<M, Mode::kFixed, kCols>(pass, scratch, want_q, want_k);
-    case Mode::kOnline: return run<M, Mode::kOnline, kCols>(pass, scratch, want_q, want_k);
-    case Mode::kSoftplus: return run<M, Mode::kSoftplus, true>(pass, scratch, want_q, want_k);
+    case Mode::kFixed: return run<M, Mode::kFixed, kCols>(pass, scratch, col_results);
+    case Mode::kOnline: return run<M, Mode::kOnline, kCols>(pass, scratch, col_results);
+    case Mode::kSoftplus: return run<M, Mode::kSoftplus, true>(pass, scratch, col_results);
   }
 }
 
@@ -231,13 +231,12 @@ template <class T>
 struct Output {
   T* at = nullptr;       // where the kernel accumulates
   T* scratch = nullptr;  // equal to `at` when the caller's buffer can't hold padded rows
-  void plan(Workspace& w, void* out, const PairwiseBackwardArgs& args, int64_t capacity, int64_t n_pad,
-            int64_t stride) {
+  void plan(Workspace& w, void* out, const PairwiseBackwardArgs& args, int64_t capacity, int64_t rows, int64_t stride) {
     if (out == nullptr) return;
-    if (args.stride == stride && capacity >= n_pad) {
+    if (args.stride == stride && capacity >= rows) {
       at = static_cast<T*>(out);
     } else {
-      w.plan(&scratch, n_pad * stride);
+      w.plan(&scratch, rows * stride);
     }
   }
   void finish(void* out, int64_t n, int64_t d, int64_t out_stride, int64_t stride, double factor) const {
@@ -293,8 +292,9 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
     w.plan(&pass.col.lse, e.k.n_pad);
   }
   if (softplus) w.plan(&pass.g_sum, e.blocks(e.q));
-  dq.plan(w, b.dq, b, b.capacity_q, e.q.n_pad, pass.stride);
-  if (!args.self) dk.plan(w, b.dk, b, b.capacity_k, e.k.n_pad, pass.stride);
+  const int64_t dq_rows = padded_rows(e.q.n), dk_rows = padded_rows(e.k.n);
+  dq.plan(w, b.dq, b, b.capacity_q, dq_rows, pass.stride);
+  if (!args.self) dk.plan(w, b.dk, b, b.capacity_k, dk_rows, pass.stride);
   if (!w.allocate()) return -1;
   if (dq.scratch != nullptr) dq.at = dq.scratch;
   if (dk.scratch != nullptr) dk.at = dk.scratch;
@@ -329,17 +329,18 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   for (int64_t i = 0; softplus && i < e.blocks(e.q); ++i) pass.g_sum[i] = 0;
   pass.dq = dq.at;
   pass.dk = args.self ? dq.at : dk.at;
-  const int64_t rows = e.q.n_pad + (dk.at != nullptr ? e.k.n_pad : 0);
+  // Where only the bias has a gradient, or the rows are none or empty, neither is wanted.
+  const int64_t q_rows = dq.at != nullptr ? dq_rows : 0, rows = q_rows + (dk.at != nullptr ? dk_rows : 0);
 #pragma omp parallel for num_threads(rows* args.d < kSerialRows ? 1 : e.threads) schedule(static)
   for (int64_t i = 0; i < rows; ++i) {
-    T* row = i < e.q.n_pad ? pass.dq + i * pass.stride : pass.dk + (i - e.q.n_pad) * pass.stride;
+    T* row = i < q_rows ? pass.dq + i * pass.stride : pass.dk + (i - q_rows) * pass.stride;
     std::memset(row, 0, size_t(pass.stride) * sizeof(T));
   }
 
   if (cols) {
-    run_mode<M, true>(pass, scratch, true, args.self || dk.at != nullptr);
+    run_mode<M, true>(pass, scratch, args.self || dk.at != nullptr);
   } else {
-    run_mode<M, false>(pass, scratch, true, dk.at != nullptr);
+    run_mode<M, false>(pass, scratch, dk.at != nullptr);
   }
 
   const double factor = softplus ? args.scale : 1.0;  // lse: the scale is in the weights already
@@ -363,9 +364,11 @@ int pairwise_backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
 #endif
 }
 
-// Rows that a gradient buffer must hold for the kernel to accumulate in it (see PairwiseBackwardArgs).
-int64_t padded_rows(DType dtype, int64_t n) {
-  return round_up(n, dtype == DType::f64 ? Tile<MathF64>::kBlock : Tile<MathF32>::kBlock);
+// Rows that a gradient buffer must hold for the kernel to accumulate in it (see PairwiseBackwardArgs): products are
+// added in groups of that many, the same in every precision of an instruction set.
+int64_t padded_rows(int64_t n) {
+  static_assert(Tile<MathF64>::MR == Tile<MathF32>::MR);
+  return round_up(n, Tile<MathF32>::MR);
 }
 
 SSLK_END

@@ -12,6 +12,8 @@ backend assumes them:
 * ``acc`` is the accumulation dtype: float64 for float64 inputs, float32 for everything else.
   Every floating output of a backend has dtype ``acc``.
 * Scalars are 0-d ``acc`` tensors on the device of ``q`` (read on the device: no host sync).
+* Any of N, M and D may be 0.  Without features every dot product is 0, so that S is the bias; without
+  keys nothing is allowed.
 * Rows or columns that have nothing allowed give ``-inf`` (lse), 0 (softplus, weighted mean) or -1
   (indices), and no gradient.
 * A NaN in the inputs reaches every output that depends on it; logits of +-1e4 are fine; results do

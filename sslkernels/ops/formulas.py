@@ -140,7 +140,7 @@ def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
     if normalize:
         # -t ||x - y||^2 = 2t <x, y> - 2t, a constant less than a scaled dot product.
         lse = pairwise("lse", Tiles(z, None, z.new_full((), 2 * t), ids_q=ids)).row
-        offset = 2 * t
+        offset, missing = 2 * t, _pairs_with_zero(z, t)
     else:
         # The squared norms become two more features; distances do not change with the origin.
         z = z - z.mean(0)
@@ -148,10 +148,24 @@ def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
         one = torch.ones_like(square)
         q, k = torch.cat((2 * z, -square, -one), 1), torch.cat((z, one, square), 1)
         lse = pairwise("lse", Tiles(q, k, z.new_full((), t), None, ids, ids)).row
-        offset = 0.0
+        offset, missing = 0.0, None
     largest = lse.detach().amax()
     total = heads.reduce((lse - largest).exp(), "sum").log() + largest
+    if missing is not None:
+        total = torch.logaddexp(total, missing)
     return total - offset - math.log(n * (n - 1))
+
+
+def _pairs_with_zero(z: Tensor, t: float) -> Tensor:
+    """Log of what sum exp(2t <x, y>) over i != j lacks where rows are zero: ||x||^2 is not 1 then.
+
+    The distance to a unit vector is 1, not the square root of 2, and 0 between zeros, which rows without
+    features are too.  -inf when there is no such row.
+    """
+    zeros = (z == 0).all(1).sum().to(z.dtype)
+    to_others = (2 * zeros * (len(z) - zeros)).log() + (t + math.log(-math.expm1(-t)))
+    among = (zeros * (zeros - 1)).log() + (2 * t + math.log(-math.expm1(-2 * t)))
+    return torch.logaddexp(to_others, among)
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:

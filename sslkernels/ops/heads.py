@@ -61,7 +61,7 @@ def mean_negative(
         n = len(segment)
         # A column of ones makes the product of counts the number of excluded pairs.
         sums_q, sums_k = (
-            accumulate_rows(torch.cat((x, torch.ones_like(x[:, :1])), 1), s, n)
+            accumulate_rows(torch.cat((x, x.new_ones((len(x), 1))), 1), s, n)
             for x, s in ((q, segment[: len(q)]), (k, segment[len(q) :]))
         )
         excluded = (sums_q * sums_k).sum(0)
