@@ -175,7 +175,7 @@ def measure_memory(case: Case, name: str) -> list[Record]:
     """Peak of resident memory (allocated memory on a GPU) over that before the step, in bytes.
 
     A step that ran before has loaded libraries and compiled code; what it freed goes back to the
-    system, so that nothing is hidden in pages that the allocator kept.
+    system, so that nothing is hidden in pages that the allocator or our kernels kept.
     """
     record: Record = {"provider": name, "metric": "extra_memory", "unit": "B"}
     try:
@@ -195,6 +195,9 @@ def measure_memory(case: Case, name: str) -> list[Record]:
             if not hasattr(ctypes.CDLL(None), "malloc_trim"):
                 raise Missing("peak memory needs glibc's malloc_trim")
             ctypes.CDLL(None).malloc_trim(0)
+            extension = cpu_extension()
+            if extension is not None:
+                extension.release_workspaces()
             try:
                 Path("/proc/self/clear_refs").write_text("5", "ascii")
             except OSError as error:

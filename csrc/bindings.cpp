@@ -4,6 +4,7 @@
 #include "bindings.h"
 
 #include "dispatch.h"
+#include "memory.h"
 
 namespace sslk {
 namespace {
@@ -32,6 +33,20 @@ struct RoundTrip {
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().isa); }
 
 PyObject* has_bf16(PyObject*, PyObject*) { return to_python(kernels().bf16); }
+
+PyObject* peak_of_workspaces(PyObject*, PyObject*) { return to_python(workspace_peak()); }
+
+PyObject* reset_peak_of_workspaces(PyObject*, PyObject*) {
+  reset_workspace_peak();
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+PyObject* release_kept_workspaces(PyObject*, PyObject*) {
+  release_workspaces();
+  Py_INCREF(Py_None);
+  return Py_None;
+}
 
 PyObject* list_isas(PyObject*, PyObject*) {
   return guarded(static_cast<PyObject*>(nullptr), [] {
@@ -89,6 +104,12 @@ const Definition& definition() {
          "set_isa($module, name, /)\n--\n\nUse an instruction set: \"auto\" or one of available_isas()."},
         {"has_bf16", has_bf16, METH_NOARGS,
          "has_bf16($module, /)\n--\n\nWhether the instruction set in use multiplies in bfloat16."},
+        {"workspace_peak", peak_of_workspaces, METH_NOARGS,
+         "workspace_peak($module, /)\n--\n\nBytes that the workspaces of all threads held at once, at most."},
+        {"reset_workspace_peak", reset_peak_of_workspaces, METH_NOARGS,
+         "reset_workspace_peak($module, /)\n--\n\nCount workspace_peak() from now on."},
+        {"release_workspaces", release_kept_workspaces, METH_NOARGS,
+         "release_workspaces($module, /)\n--\n\nReturn to the system what this thread keeps between calls."},
     };
     add_function<PeakFlops>(d);
     add_function<RoundTrip>(d);

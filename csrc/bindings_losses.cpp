@@ -12,6 +12,10 @@ struct Handle<ContrastiveArgs> {
   static constexpr const char* kName = "contrastive";
 };
 template <>
+struct Handle<RegressionArgs> {
+  static constexpr const char* kName = "regression";
+};
+template <>
 struct Handle<PairedArgs> {
   static constexpr const char* kName = "paired";
 };
@@ -155,42 +159,51 @@ struct KeptTiles {
 
 // ---- Regression ----------------------------------------------------------------------------------
 
-Fields regression_fields() {
-  return {
-      SSLK_REQUIRED(RegressionArgs, reduction, "reduction"),
-      SSLK_REQUIRED(RegressionArgs, dtype, "dtype"),
-      SSLK_REQUIRED(RegressionArgs, d, "d"),
-      SSLK_REQUIRED(RegressionArgs, prediction.n, "n"),
-      SSLK_REQUIRED(RegressionArgs, prediction.data, "prediction"),
-      SSLK_REQUIRED(RegressionArgs, prediction.stride, "prediction_stride"),
-      SSLK_REQUIRED(RegressionArgs, target.data, "target"),
-      SSLK_REQUIRED(RegressionArgs, target.stride, "target_stride"),
-      SSLK_REQUIRED(RegressionArgs, n_threads, "n_threads"),
-  };
-}
-
-struct RegressionForward {
-  static constexpr const char* kName = "regression_forward";
+struct Regression {
+  static constexpr const char* kName = Handle<RegressionArgs>::kName;
   static constexpr const char* kDoc = "2 - 2 cos by rows.";
   RegressionArgs args;
+
+  static Fields fields() {
+    using Call = Regression;
+    return {
+        SSLK_REQUIRED(Call, args.reduction, "reduction"),
+        SSLK_REQUIRED(Call, args.dtype, "dtype"),
+        SSLK_REQUIRED(Call, args.d, "d"),
+        SSLK_REQUIRED(Call, args.prediction.n, "n"),
+        SSLK_REQUIRED(Call, args.prediction.data, "prediction"),
+        SSLK_REQUIRED(Call, args.prediction.stride, "prediction_stride"),
+        SSLK_REQUIRED(Call, args.target.data, "target"),
+        SSLK_REQUIRED(Call, args.target.stride, "target_stride"),
+        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+    };
+  }
+  RegressionArgs run() {
+    args.target.n = args.prediction.n;
+    return args;
+  }
+};
+
+struct RegressionForward {
+  using Args = RegressionArgs;
+  static constexpr const char* kName = "regression_forward";
+  static constexpr const char* kDoc = "The loss, and what backward needs.";
+  const Args* args = nullptr;
   void* state = nullptr;
   void* loss = nullptr;
 
   static Fields fields() {
     using Call = RegressionForward;
-    return inside(offsetof(Call, args), regression_fields()) +
-           Fields{SSLK_REQUIRED(Call, state, "state"), SSLK_REQUIRED(Call, loss, "loss")};
+    return {SSLK_REQUIRED(Call, state, "state"), SSLK_REQUIRED(Call, loss, "loss")};
   }
-  void run() {
-    args.target.n = args.prediction.n;
-    check(kernels().regression_forward(args, state, loss));
-  }
+  void run() { check(kernels().regression_forward(*args, state, loss)); }
 };
 
 struct RegressionBackward {
+  using Args = RegressionArgs;
   static constexpr const char* kName = "regression_backward";
   static constexpr const char* kDoc = "The gradient of the prediction.";
-  RegressionArgs args;
+  const Args* args = nullptr;
   const void* state = nullptr;
   const void* dloss = nullptr;
   int64_t dloss_stride = 0;
@@ -198,17 +211,14 @@ struct RegressionBackward {
 
   static Fields fields() {
     using Call = RegressionBackward;
-    return inside(offsetof(Call, args), regression_fields()) + Fields{
-                                                                   SSLK_REQUIRED(Call, state, "state"),
-                                                                   SSLK_REQUIRED(Call, dloss, "dloss"),
-                                                                   SSLK_REQUIRED(Call, dloss_stride, "dloss_stride"),
-                                                                   SSLK_REQUIRED(Call, dprediction, "dprediction"),
-                                                               };
+    return {
+        SSLK_REQUIRED(Call, state, "state"),
+        SSLK_REQUIRED(Call, dloss, "dloss"),
+        SSLK_REQUIRED(Call, dloss_stride, "dloss_stride"),
+        SSLK_REQUIRED(Call, dprediction, "dprediction"),
+    };
   }
-  void run() {
-    args.target.n = args.prediction.n;
-    check(kernels().regression_backward(args, state, dloss, dloss_stride, dprediction));
-  }
+  void run() { check(kernels().regression_backward(*args, state, dloss, dloss_stride, dprediction)); }
 };
 
 // ---- Paired --------------------------------------------------------------------------------------
@@ -323,6 +333,7 @@ void bind_losses(Definition& definition) {
   add_function<ContrastiveForward>(definition);
   add_function<ContrastiveBackward>(definition);
   add_function<KeptTiles>(definition);
+  add_function<Regression>(definition);
   add_function<RegressionForward>(definition);
   add_function<RegressionBackward>(definition);
   add_function<Paired>(definition);

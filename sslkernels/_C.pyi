@@ -8,12 +8,16 @@ from torch import Tensor
 _Address = int | None
 _Tiles = NewType("_Tiles", object)
 _Contrastive = NewType("_Contrastive", object)
+_Regression = NewType("_Regression", object)
 _Paired = NewType("_Paired", object)
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...
 def has_bf16() -> bool: ...
+def workspace_peak() -> int: ...
+def reset_workspace_peak() -> None: ...
+def release_workspaces() -> None: ...
 def peak_flops(*, bf16: bool, n_threads: int) -> float: ...
 def round_trip(*, exchanges: int) -> float: ...
 def tiles(
@@ -110,7 +114,7 @@ def contrastive_backward(
     want_dscale: bool,
 ) -> float: ...
 def kept_tiles(*, layout: str, dtype: str, n: int, d: int) -> int: ...
-def regression_forward(
+def regression(
     *,
     reduction: str,
     dtype: str,
@@ -121,20 +125,12 @@ def regression_forward(
     target: _Address,
     target_stride: int,
     n_threads: int,
-    state: _Address,
-    loss: _Address,
-) -> None: ...
+) -> _Regression: ...
+def regression_forward(regression: _Regression, /, *, state: _Address, loss: _Address) -> None: ...
 def regression_backward(
+    regression: _Regression,
+    /,
     *,
-    reduction: str,
-    dtype: str,
-    d: int,
-    n: int,
-    prediction: _Address,
-    prediction_stride: int,
-    target: _Address,
-    target_stride: int,
-    n_threads: int,
     state: _Address,
     dloss: _Address,
     dloss_stride: int,

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from flat import paired
@@ -308,26 +305,3 @@ def test_opcheck(on_engine: str, keys_grad: bool) -> None:
             (query, positive, keys if keys_grad else None, scale.detach(), *own.values(), True, "mean",
              *out[1:5], torch.ones(()), True, keys_grad),
         )  # fmt: skip
-
-
-PEAK = """
-import torch, sslkernels
-torch.set_num_threads(1)
-def run(q, k):
-    sslkernels.info_nce_loss(q, q, k, 0.1, negative_mode="paired").backward()
-q = torch.randn(512, 128, dtype=torch.bfloat16, requires_grad=True)
-k = torch.randn(512, 256, 128, dtype=torch.bfloat16)
-run(q[:4], k[:4])
-def peak():
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-before = peak()
-run(q, k)
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_no_wide_copy_of_the_keys() -> None:
-    """32 MB of bfloat16 keys: a float32 copy would be 64 MB."""
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 8, done.stdout

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,25 +292,3 @@ def test_same_bits_for_any_number_of_threads() -> None:
         one = run()
     with threads(2):
         assert all(torch.equal(a, b) for a, b in zip(run(), one, strict=True))
-
-
-# ----------------------------------------------------------------------------------------- memory
-
-
-# Eager holds at its peak this many N x N matrices of float32, measured at N = 4096.
-@pytest.mark.parametrize(
-    ("op", "matrices"), [("clip", 5.0), ("siglip", 5.0), ("sup_con", 6.03), ("triplet", 6.78)]
-)
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_peak_memory_is_a_25th_of_eager(op: str, matrices: float) -> None:
-    """Forward and backward of a process that has done it before, gradients included."""
-    case = {"op": op, "size": 4096, "dim": 128}
-    job = {"kind": "memory", "threads": 2, "case": case, "names": ["sslkernels"]}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.measure"],
-        input=json.dumps(job), cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    (record,) = json.loads(done.stdout.splitlines()[-1])
-    if record["metric"] == "missing":
-        pytest.skip(record["note"])
-    assert record["values"][1] <= matrices * 4096**2 * 4 / 25

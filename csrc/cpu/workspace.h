@@ -1,37 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch memory of one kernel call: one allocation, carved into 64-byte aligned arrays.
-//
-// Small workspaces are kept by the calling thread between calls: returning them to the system
-// would fault every page in again, which costs several percent at N = 512.  Larger ones are freed.
+// Scratch memory of one kernel call: one piece (csrc/memory.h), carved into 64-byte aligned arrays.
 #pragma once
 
 #include <omp.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
+#include "../memory.h"
 #include "isa.h"
 
 SSLK_BEGIN
-
-constexpr int64_t kKeptWorkspaceBytes = int64_t(4) << 20;
-
-struct KeptWorkspace {
-  void* data = nullptr;
-  int64_t bytes = 0;
-  bool in_use = false;
-  ~KeptWorkspace() { std::free(data); }
-};
-
-// A whole loss calls a tile pass, so two workspaces can be open at once.
-inline KeptWorkspace* free_kept_workspace() {
-  static thread_local KeptWorkspace kept[2];
-  for (KeptWorkspace& k : kept) {
-    if (!k.in_use) return &k;
-  }
-  return nullptr;
-}
 
 // An array for every thread, `step` elements apart: see Workspace::plan.
 template <class T>
@@ -53,13 +32,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  ~Workspace() {
-    if (kept_ != nullptr) {
-      kept_->in_use = false;
-    } else {
-      std::free(base_);
-    }
-  }
+  ~Workspace() { give_back(memory_); }
 
   template <class T>
   void plan(T** slot, int64_t count) {
@@ -79,23 +52,8 @@ class Workspace {
   }
 
   bool allocate() {
-    KeptWorkspace* kept = total_ - gaps_ <= kKeptWorkspaceBytes ? free_kept_workspace() : nullptr;
-    if (kept != nullptr) {
-      if (kept->bytes < total_) {
-        std::free(kept->data);
-        kept->bytes = 0;
-        kept->data = std::aligned_alloc(64, size_t(total_));
-        if (kept->data == nullptr) return false;
-        kept->bytes = total_;
-      }
-      kept->in_use = true;
-      kept_ = kept;
-      base_ = kept->data;
-    } else {
-      base_ = std::aligned_alloc(64, size_t(total_ > 0 ? total_ : 64));
-      if (base_ == nullptr) return false;
-    }
-    for (int s = 0; s < n_slots_; ++s) *slots_[s] = static_cast<char*>(base_) + offsets_[s];
+    if (!take_memory(total_, gaps_, &memory_)) return false;
+    for (int s = 0; s < n_slots_; ++s) *slots_[s] = static_cast<char*>(memory_.data) + offsets_[s];
     return true;
   }
 
@@ -105,8 +63,7 @@ class Workspace {
   int64_t offsets_[kMaxSlots] = {};
   int n_slots_ = 0;
   int64_t total_ = 0, gaps_ = 0;
-  void* base_ = nullptr;
-  KeptWorkspace* kept_ = nullptr;
+  Memory memory_;
 };
 
 SSLK_END

@@ -279,22 +279,19 @@ def contrastive_backward(
     return da, db, torch.scalar_tensor(dscale, dtype=state.dtype) if wanted.dscale else None
 
 
-def _regression(
-    prediction: Tensor, target: Tensor, reduction: str, state: Tensor
-) -> dict[str, Any]:
-    """Fields of ``RegressionArgs``, of dense rows."""
-    return {
-        "reduction": reduction,
-        "dtype": DTYPES[prediction.dtype],
-        "d": prediction.shape[1],
-        "n": prediction.shape[0],
-        "prediction": prediction.data_ptr(),
-        "prediction_stride": prediction.stride(0),
-        "target": target.data_ptr(),
-        "target_stride": target.stride(0),
-        "n_threads": torch.get_num_threads(),
-        "state": state.data_ptr(),
-    }
+def _regression(prediction: Tensor, target: Tensor, reduction: str) -> _C._Regression:
+    """Dense rows as the kernels are given them; it holds addresses, not tensors."""
+    return _C.regression(
+        reduction=reduction,
+        dtype=DTYPES[prediction.dtype],
+        d=prediction.shape[1],
+        n=prediction.shape[0],
+        prediction=prediction.data_ptr(),
+        prediction_stride=prediction.stride(0),
+        target=target.data_ptr(),
+        target_stride=target.stride(0),
+        n_threads=torch.get_num_threads(),
+    )
 
 
 def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -303,8 +300,8 @@ def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tu
     n, acc = prediction.shape[0], accumulation_dtype(prediction.dtype)
     state = torch.empty((n, 3), dtype=acc)
     loss = torch.empty((n,) if reduction == "none" else (), dtype=acc)
-    fields = _regression(prediction, target, reduction, state)
-    _C.regression_forward(loss=loss.data_ptr(), **fields)
+    args = _regression(prediction, target, reduction)
+    _C.regression_forward(args, state=state.data_ptr(), loss=loss.data_ptr())
     return loss, state
 
 
@@ -315,10 +312,11 @@ def regression_backward(
     prediction, target = _rows(prediction), _rows(target)
     out = torch.empty(prediction.shape, dtype=prediction.dtype)
     _C.regression_backward(
+        _regression(prediction, target, reduction),
+        state=state.data_ptr(),
         dloss=dloss.data_ptr(),
         dloss_stride=dloss.stride(0) if reduction == "none" else 0,
         dprediction=out.data_ptr(),
-        **_regression(prediction, target, reduction, state),
     )
     return out
 
