@@ -9,13 +9,11 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import available_isas
+from helpers import HANGS_S, available_isas
 
 import sslkernels
 
@@ -28,7 +26,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=HANGS_S,
     )  # fmt: skip
 
 
@@ -113,7 +111,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "-d", folder],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANGS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = folder.glob("sslkernels-*.tar.gz")
@@ -137,16 +135,13 @@ def test_sdist_has_everything(sdist: Path) -> None:
 @pytest.mark.slow
 def test_wheel_builds_in_isolation(sdist: Path, tmp_path: Path) -> None:
     """As ``pip install .`` does: setuptools and pybind11 in an empty environment, no torch."""
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--prefer-binary", "--retries", "5",
          "-w", str(tmp_path / "wheels"), str(sdist)],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
         env={**os.environ, "SSLKERNELS_CUDA": "0"},
     )  # fmt: skip
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stdout + done.stderr
-    print(f"the wheel took {seconds:.0f} s")
     (wheel,) = (tmp_path / "wheels").glob("sslkernels-*.whl")
     held = zipfile.ZipFile(wheel).namelist()
     extension = "_C.abi3.so" if LIMITED_API else f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -165,4 +160,3 @@ def test_wheel_builds_in_isolation(sdist: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert used.stdout.split() == [str(site / "sslkernels/__init__.py"), "True"], used.stderr
-    assert torch.__version__ and seconds < 600

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import HANGS_S
 
 import sslkernels as ssl
 from sslkernels import backends
@@ -266,7 +267,7 @@ print(sslkernels.info())
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=HANGS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     served, why, *facts = done.stdout.splitlines()

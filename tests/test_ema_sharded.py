@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import HANGS_S
 from torch import Tensor, nn
 
 from sslkernels import EMA
@@ -395,7 +396,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=HANGS_S),
     )  # fmt: skip
     found: dict[str, str | None] = {}
     for name, run in SCENARIOS.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import HANGS_S
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
@@ -67,7 +68,7 @@ def test_the_dry_run_ends_and_says_that_nothing_was_measured(tmp_path: Path) -> 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", "--quick", "--out", str(out)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=HANGS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     text = out.read_text()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import copy
 import io
 import os
-import socket
+import sys
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,9 +337,10 @@ def test_sizes_that_make_no_queue(size: int, dim: int, name: str) -> None:
         KeyQueue(4, 4, dtype=torch.int64)
 
 
-def _gathering(rank: int, port: int, results: dict[int, tuple[Tensor, Tensor]]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _gathering(rank: int, folder: str, results: dict[int, tuple[Tensor, Tensor]]) -> None:
+    if sys.platform == "linux":  # a host name that does not resolve must not matter
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     queue = KeyQueue(5, 2, normalize=False, gather=True, labels=True)
     for step in range(2):
         keys = torch.tensor([[10.0 * step + rank, 1.0], [10.0 * step + rank, 2.0]])
@@ -348,13 +350,10 @@ def _gathering(rank: int, port: int, results: dict[int, tuple[Tensor, Tensor]]) 
 
 
 @pytest.mark.slow
-def test_gathered_queues_are_the_same_on_every_rank() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_gathered_queues_are_the_same_on_every_rank(tmp_path: Path) -> None:
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_gathering, (port, results), nprocs=2)
+        mp.spawn(_gathering, (str(tmp_path), results), nprocs=2)
         got = dict(results)
     rows = [[11.0, 1.0], [11.0, 2.0]]  # batches of 4 into 5 rows: rank 0 then rank 1, twice
     want = torch.tensor([[10.0, 2.0], *rows, [1.0, 2.0], [10.0, 1.0]])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
@@ -25,7 +26,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_python_blocks_run_when_pasted(index: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKS[index]],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"},
     )  # fmt: skip
     assert done.returncode == 0, BLOCKS[index] + done.stderr
@@ -50,7 +51,7 @@ def test_the_command_starts_as_pasted(tmp_path: Path) -> None:
     path = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
     done = subprocess.run(
         ["bash", "-c", "ssltrain --help && ssltrain simclr --help && python -m ssltrain --help"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
         env={
             **os.environ,
             "PATH": os.pathsep.join(path),

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -26,7 +27,9 @@ def test_blocks_meet_once_alone_and_in_one_order(tmp_path: Path) -> None:
         f"-I{ROOT / 'csrc'}",
     ]
     subprocess.run(
-        [str(COMPILER), *flags, "-o", str(program), str(source)], check=True, timeout=300
+        [str(COMPILER), *flags, "-o", str(program), str(source)], check=True, timeout=HANGS_S
     )
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [str(program)], capture_output=True, text=True, check=False, timeout=HANGS_S
+    )
     assert done.returncode == 0, done.stdout

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import HANGS_S
 
 pytest.importorskip("kornia", reason="needs the packages of the trainers")
 
@@ -66,7 +67,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
 ) -> None:
     done = subprocess.run(
         [sys.executable, str(TESTS / "ssltrain_killed.py"), str(tmp_path), data, method, *moments],
-        capture_output=True, text=True, check=False, timeout=600,
+        capture_output=True, text=True, check=False, timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

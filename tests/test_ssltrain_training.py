@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import HANGS_S
 from torch import nn
 
 pytest.importorskip("kornia", reason="needs the packages of the trainers")
@@ -478,9 +479,8 @@ def test_other_schedules() -> None:
 @pytest.mark.parametrize("method", ["simclr", "moco", "moco3"])
 def test_two_processes_share_a_run(method: str, digits_file: str, tmp_path: Path) -> None:
     """Two gloo processes train together, with shared negatives, and one writes the run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun does it: whoever chose the port has it open, and the processes are its clients.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder = tmp_path / "run"
     words = ["--run", str(folder), "--data", digits_file, *SMALL, "--epochs", "2", "--threads", "1"]
     processes = []
@@ -489,7 +489,8 @@ def test_two_processes_share_a_run(method: str, digits_file: str, tmp_path: Path
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(PYTHON_FOLDER), str(ROOT), *sys.path]),
             "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         processes.append(
             subprocess.Popen(
@@ -501,7 +502,7 @@ def test_two_processes_share_a_run(method: str, digits_file: str, tmp_path: Path
                 text=True,
             )  # fmt: skip
         )
-    done = [process.communicate(timeout=120) for process in processes]
+    done = [process.communicate(timeout=HANGS_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], done
     assert done[1][0] == ""  # the second process prints nothing
     state = checkpoint(folder)

@@ -56,7 +56,7 @@ class Emulator:
                     pipe.close()
                 except BrokenPipeError:
                     pass
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=3600)
         self._errors.close()
 
     def call(self, command: str, **arguments: Any) -> Any:
@@ -72,7 +72,7 @@ class Emulator:
             stdin.flush()
             fine, answer = pickle.load(stdout)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=3600)
             self._errors.seek(0)
             text = self._errors.read().decode(errors="replace")
             raise EmulationError(

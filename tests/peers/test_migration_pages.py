@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs" / "migration").glob("*.md"))
@@ -22,7 +23,7 @@ def test_code_of_the_page_runs(page: str, tmp_path: Path) -> None:
     assert blocks
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "\n".join(blocks)],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"},
     )  # fmt: skip
     if done.returncode and "ModuleNotFoundError" in done.stderr.splitlines()[-1]:
