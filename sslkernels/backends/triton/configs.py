@@ -174,8 +174,7 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
     _held = 128 if _family == "small" else 256
     TABLE[_family, "forward", "half"] = [
         (_held, Config(128, 64, 128, 8, 3)),
-        # With 3 stages Blackwell's row kernel without ranks spills 44 bytes.
-        (ANY_D, Config(128, 64, 64, 8, 4 if _family == "blackwell" else 3, hold_x=False)),
+        (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
     ]
     TABLE[_family, "extremes", "half"] = TABLE[_family, "forward", "half"]
     if _family == "ampere":
@@ -184,6 +183,14 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
             (128, Config(128, 64, 128, 8, 3)),
             (256, Config(128, 64, 256, 8, 3)),
             (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
+        ]
+    if _family == "blackwell":
+        # With one chunk and 2 stages, or one of 128, the kernel for rows alone spills 52 bytes; with
+        # 3 chunks and 3 stages (D = 96) the one of softplus 36.
+        TABLE[_family, "forward", "half"] = [
+            (64, Config(128, 64, 64, 8, 3)),
+            (256, Config(128, 64, 64, 8, 2)),
+            (ANY_D, Config(128, 64, 64, 8, 4, hold_x=False)),
         ]
     if _family == "hopper":
         # wgmma reads both operands of a tile from shared memory: with 64 columns that takes as long as
@@ -195,16 +202,28 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
             (256, Config(128, 128, 128, 8, 2)),
             (ANY_D, Config(128, 128, 64, 8, 4, hold_x=False)),
         ]
-    TABLE[_family, "forward", "float32"] = _FP32_TILE
+    # 128 rows spill 84 bytes in Blackwell's self mode.
+    TABLE[_family, "forward", "float32"] = (
+        [(ANY_D, Config(64, 64, 16, 8, 2, hold_x=False))] if _family == "blackwell" else _FP32_TILE
+    )
     TABLE[_family, "extremes", "float32"] = _FP32_TILE
     # [128, D] float32 sums: 128 registers a thread at D = 256 with 8 warps.  wgmma and tcgen05 read
     # their operands from shared memory and leave room for that; mma.sync holds them in registers, so
     # it gets 32 columns, and 64 rows at D = 256.  Above 256 panels read less than the narrow tiles that
     # would fit.
     TABLE[_family, "fused", "half"] = {
-        "hopper": [(256, Config(128, 64, 128, 8, 2)), (ANY_D, None)],
-        # With chunks of 128 attend spills 16 bytes where the only chunk is masked (D = 100).
-        "blackwell": [(256, Config(128, 64, 64, 8, 2)), (ANY_D, None)],
+        # Above 192 one chunk: two of 128, the last one masked (D = 200), spill 100 bytes.
+        "hopper": [
+            (192, Config(128, 64, 128, 8, 2)),
+            (256, Config(128, 64, 256, 8, 2)),
+            (ANY_D, None),
+        ],
+        # One masked chunk of 128 (D = 100) spills 48 bytes; four of 64 compile to a kernel without a body.
+        "blackwell": [
+            (128, Config(128, 64, 64, 8, 2)),
+            (256, Config(128, 64, 128, 8, 2)),
+            (ANY_D, None),
+        ],
     }.get(
         _family,
         # One chunk for 129 to 256: three of 64 (D = 192) spill.
@@ -227,7 +246,8 @@ TABLE["cdna", "forward", "half"] = [
     (512, Config(128, 32, 128, 8, 1)),
     (ANY_D, Config(128, 32, 64, 8, 1, hold_x=False)),
 ]
-TABLE["cdna", "forward", "float32"] = [(ANY_D, Config(64, 32, 32, 4, 1, hold_x=False))]
+# In steps of 32 the columns of float32 cost 16 bytes of scratch.
+TABLE["cdna", "forward", "float32"] = [(ANY_D, Config(64, 32, 16, 4, 1, hold_x=False))]
 TABLE["cdna", "extremes", "half"] = [
     (128, Config(64, 32, 128, 4, 1)),
     (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
