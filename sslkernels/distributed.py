@@ -266,20 +266,24 @@ class _GlobalLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
+        saved = ctx.saved_tensors  # once: checkpointing computes them again for each reading
+
         def compute() -> list[Tensor | None]:
-            return list(_GlobalLoss.gradients(ctx, dloss))
+            return list(_GlobalLoss.gradients(ctx, saved, dloss))
 
         return (
-            *once("sslkernels::global_loss", compute, (dloss, *ctx.saved_tensors)),
+            *once("sslkernels::global_loss", compute, (dloss, *saved)),
             None,
             None,
             None,
         )
 
     @staticmethod
-    def gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def gradients(
+        ctx: Any, saved: tuple[Tensor, ...], dloss: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of a, b and scale."""
-        a, b, scale, every, *keys = ctx.saved_tensors
+        a, b, scale, every, *keys = saved
         layout: _Layout = ctx.layout
         views = 2 if ctx.joint else 1
         need_scale = ctx.needs_input_grad[2]

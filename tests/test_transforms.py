@@ -13,6 +13,7 @@ from helpers import engine, engines
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import sslkernels
 from sslkernels import reference
@@ -187,6 +188,19 @@ def test_second_derivatives_raise(case: str) -> None:
         hessian(scalar)(x[0])
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         grad(lambda a: jvp(scalar, (a,), (torch.ones_like(a),))[1])(x[0])  # reverse over forward
+
+
+@on_case
+def test_checkpointed(case: str) -> None:
+    """What was saved is computed again, once for every reading: a second one raises."""
+    function, grads = CASES[case], []
+    for again in (False, True):
+        leaves = [x.requires_grad_() for x in inputs(0)]
+        call = lambda *a: function(sslkernels, *a)  # noqa: E731
+        out = checkpoint(call, *leaves, use_reentrant=False) if again else call(*leaves)
+        grads.append(torch.autograd.grad(out.sum(), leaves))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_tangent_of_the_keys_of_attend_raises() -> None:

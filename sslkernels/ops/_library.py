@@ -294,9 +294,10 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
             given = [grads[i] for i in graded]
             if all(g is None for g in given):
                 return (None,) * len(op.names)
-            saved = _saved(ctx)
+            tensors = ctx.saved_tensors  # once: checkpointing computes them again for each reading
+            saved = _saved(ctx, tensors)
             need = _fold(op.form, ctx.needs_input_grad)
-            sources = [*given, *ctx.saved_tensors]
+            sources = [*given, *tensors]
 
             def compute() -> list[Tensor | None]:
                 with registry.backend(ctx.backend):
@@ -312,9 +313,10 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
 
             def compute() -> list[Tensor | None]:
                 with registry.backend(ctx.backend):
-                    return [*rule.tangent(*_saved(ctx), *_fold(op.form, given))]
+                    return [*rule.tangent(*_saved(ctx, tensors), *_fold(op.form, given))]
 
-            sources = [*ctx.saved_tensors, *given]
+            tensors = ctx.saved_tensors
+            sources = [*tensors, *given]
             found = compute() if rule.twice else once(label, compute, sources)
             if op.results is None:
                 return found[0]
@@ -331,9 +333,8 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
     return Function
 
 
-def _saved(ctx: Any) -> list[Any]:
-    """What ``Gradient.save`` returned."""
-    tensors = ctx.saved_tensors
+def _saved(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What ``Gradient.save`` returned; tensors: ``ctx.saved_tensors``."""
     flat = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
     return _fold(ctx.saved_form, flat)
 
