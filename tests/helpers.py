@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,3 +180,20 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# In a process of its own: who imports pip takes setuptools' distutils away from torch's compiler.
+_IN_PLACE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import in_place
+in_place.install(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+"""
+
+
+def install_in_place(packages: Path, scripts: Path, python: str) -> None:
+    """What the Makefile's set-up does: the .pth file and the commands."""
+    ci = Path(__file__).resolve().parents[1] / ".ci"
+    arguments = [str(ci), str(packages), str(scripts), python]
+    subprocess.run([sys.executable, "-c", _IN_PLACE, *arguments], check=True, timeout=HANGS_S)

@@ -10,13 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import HANGS_S
+from helpers import HANGS_S, install_in_place
+from ssltrain.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / ".ci"))
-
-import in_place  # noqa: E402
-from ssltrain.cli import main  # noqa: E402
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -47,7 +44,7 @@ def shell_commands() -> list[str]:
 
 def test_the_command_starts_as_pasted(tmp_path: Path) -> None:
     """From the folder of scripts that the set-up fills, in any other folder."""
-    in_place.install(tmp_path, tmp_path, sys.executable)
+    install_in_place(tmp_path, tmp_path, sys.executable)
     path = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
     done = subprocess.run(
         ["bash", "-c", "ssltrain --help && ssltrain simclr --help && python -m ssltrain --help"],

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import install_in_place
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
 
-import in_place  # noqa: E402
 import requirements  # noqa: E402
 import resolve  # noqa: E402
 
@@ -155,8 +155,8 @@ def test_the_command_is_there_after_the_set_up(tmp_path: Path) -> None:
     python = scripts / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    in_place.install(packages, scripts, str(python))
-    in_place.install(packages, scripts, str(python))  # again, over the first
+    install_in_place(packages, scripts, str(python))
+    install_in_place(packages, scripts, str(python))  # again, over the first
     assert sorted(p.name for p in scripts.iterdir()) == ["python", "ssltrain"]
     roots = (packages / "sslkernels_in_place.pth").read_text().splitlines()
     assert [Path(root) for root in roots] == [ROOT, ROOT / "python"]
