@@ -124,8 +124,11 @@ def resolve(pip: list[str], report: Path, wanted: list[str], *flags: str) -> dic
     done = subprocess.run(
         command,
         env=bare_environment(os.environ),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         said = "\n".join(done.stdout.splitlines()[-20:])
         raise SystemExit(

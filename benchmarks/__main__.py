@@ -27,16 +27,18 @@ LOSS_SIZES = [128, 512, 2048]
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks", description=__doc__,
+        "python -m benchmarks",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("command", nargs="?", default="run", choices=("run", "readme", "report"))
     p.add_argument("--op", choices=OPS, nargs="+", help="only these ops, at --sizes")
     p.add_argument("--sizes", type=int, nargs="+", help="N, K or number of tensors: see cases.py")
     p.add_argument("--dim", type=int, default=128)
     p.add_argument("--batch", type=int, default=256, help="queries of moco, keys of enqueue")
-    p.add_argument("--dtype", default="float32",
-                   choices=("float32", "float64", "bfloat16", "float16"))  # fmt: skip
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16")
+    )
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--no-bind", action="store_true", help="let the system move threads about")
@@ -62,9 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.sizes and not args.op:
         p.error("--sizes needs --op")
-    base = {
-        "dim": args.dim, "batch": args.batch, "dtype": args.dtype, "device": args.device
-    }  # fmt: skip
+    base = {"dim": args.dim, "batch": args.batch, "dtype": args.dtype, "device": args.device}
     if args.op:
         jobs = []
         for op in args.op:

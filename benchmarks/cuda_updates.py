@@ -205,9 +205,12 @@ def cases(device: str, small: bool) -> list[Callable[[], Case]]:
 def git_sha() -> str:
     """The commit, or "unknown" outside of a repository."""
     done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
         cwd=Path(__file__).parent,
-    )  # fmt: skip
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -252,8 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("cuda_updates: no CUDA device; --dry-run shows that the program works")
         return 2
     device = "cpu" if options.dry_run else "cuda"
-    rows = run(device, min(options.seconds, 0.01) if options.dry_run else options.seconds,
-               options.dry_run)  # fmt: skip
+    rows = run(
+        device, min(options.seconds, 0.01) if options.dry_run else options.seconds, options.dry_run
+    )
     if options.csv is not None:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS)

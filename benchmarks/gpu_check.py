@@ -245,11 +245,13 @@ def benchmark(report: Report, on_gpu: bool, shapes: list[tuple[str, int, int]]) 
         report.say(f"**{NOTHING}**: the lines below show that this part of the program runs.", "")
     report.say(
         "Contenders take turns in one run, with the L2 cache flushed before each call; the error is the "
-        "largest of loss and gradients, by norm, against float64.", "",
-        "% of tensor peak: FLOPs that count over those of a large matrix product in the same run.", "",
+        "largest of loss and gradients, by norm, against float64.",
+        "",
+        "% of tensor peak: FLOPs that count over those of a large matrix product in the same run.",
+        "",
         "| op | shape | dtype | provider | ms (p25, p50, p75) | extra MiB | % of tensor peak | error |",
         "|---|---|---|---|---|---:|---:|---:|",
-    )  # fmt: skip
+    )
     peaks: dict[str, float] = {}
     for op, size, dim in shapes:
         for dtype in ("bfloat16", "float32") if on_gpu else ("float32",):
@@ -339,8 +341,11 @@ def updates(report: Report, on_gpu: bool) -> None:
     arguments = ["--seconds", "1.0"] if on_gpu else ["--dry-run", "--seconds", "0.01"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.cuda_updates", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     # A dry run's times are those of this CPU at sizes that mean nothing.
     lines = done.stdout.strip().splitlines() if on_gpu else []
     lines += done.stderr.strip().splitlines()[-5:]

@@ -153,9 +153,14 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
     for name, seconds in samples.items():
         p25, p50, p75 = statistics.quantiles(seconds, n=4, method="inclusive")
         records.append(
-            {"provider": name, "metric": "time", "values": [p25, p50, p75], "unit": "s",
-             "note": f"{len(seconds)} rounds of {repeats[name]}"}
-        )  # fmt: skip
+            {
+                "provider": name,
+                "metric": "time",
+                "values": [p25, p50, p75],
+                "unit": "s",
+                "note": f"{len(seconds)} rounds of {repeats[name]}",
+            }
+        )
     if round_trips:
         values = statistics.quantiles(round_trips, n=4, method="inclusive")
         records.append(

@@ -236,8 +236,11 @@ def plots(rows: list[Row], folder: Path) -> str:
             ("extra_memory", "extra peak memory", 2**-20, "MiB"),
             ("share", "share of the FMA ceiling", 1.0, "%"),
         ):
-            found = [row for row in _pick(rows, op=op, metric=metric, dtype="float32")
-                     if row["allocator"] in (DEFAULT, KEPT)]  # fmt: skip
+            found = [
+                row
+                for row in _pick(rows, op=op, metric=metric, dtype="float32")
+                if row["allocator"] in (DEFAULT, KEPT)
+            ]
             found = _most_common_shape(found)
             if len({row["size"] for row in found}) < 2:
                 continue
@@ -248,10 +251,14 @@ def plots(rows: list[Row], folder: Path) -> str:
                 )
                 kept = allocator == KEPT
                 axes.plot(
-                    [r["size"] for r in line], [r["p50"] * scale for r in line],
-                    marker="o", ms=4, lw=2.5 if provider == OURS else 1.2,
-                    ls=":" if kept else "-", label=provider + (", pages kept" if kept else ""),
-                )  # fmt: skip
+                    [r["size"] for r in line],
+                    [r["p50"] * scale for r in line],
+                    marker="o",
+                    ms=4,
+                    lw=2.5 if provider == OURS else 1.2,
+                    ls=":" if kept else "-",
+                    label=provider + (", pages kept" if kept else ""),
+                )
             if metric == "time":
                 _ideal(axes, found, rows, op, scale)
             axes.set_xscale("log", base=2)

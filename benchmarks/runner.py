@@ -89,8 +89,10 @@ def headline_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     jobs.append(times(case("moco", 65536), only, {}))
     jobs.append(times(case("enqueue", 65536), only, {}))
     jobs += [times(case("ema", size), only, {}) for size in (40, 161)]
-    jobs += [times(case(op, 2048), only, compiled | slow)
-             for op in ("clip", "siglip", "sup_con", "triplet")]  # fmt: skip
+    jobs += [
+        times(case(op, 2048), only, compiled | slow)
+        for op in ("clip", "siglip", "sup_con", "triplet")
+    ]
     jobs += [Job(case("nt_xent", 8192), [name], "memory") for name in wanted(BIG)]
     moco = (OURS, "eager", "MoCo [D, K]")
     jobs += [Job(case("moco", 65536), [name], "memory") for name in wanted(moco)]
@@ -112,8 +114,9 @@ def full_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
         jobs.append(times(case("nt_xent", size), only, eager_memory if size > 16384 else {}))
     for size, dim in ((2002, 128), (2048, 100), (2048, 129), (2048, 512), (130, 24)):
         jobs.append(times(case("nt_xent", size, dim=dim), only, {}))
-    jobs += [times(case("nt_xent", size), only, {}, allocator=KEPT)
-             for size in (2048, 4096, 8192, 16384)]  # fmt: skip
+    jobs += [
+        times(case("nt_xent", size), only, {}, allocator=KEPT) for size in (2048, 4096, 8192, 16384)
+    ]
     for dtype in ("float64", "bfloat16"):
         jobs.append(times(case("nt_xent", 2048, dtype=dtype), only, {}))
     jobs += [times(case("moco", 4096 << i), only, {}) for i in range(7)]
@@ -123,10 +126,16 @@ def full_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     for op in ("clip", "siglip", "sup_con", "triplet"):
         jobs += [times(case(op, size), only, {}) for size in (256, 1024, 2048, 4096)]
     for size in (512, 1024, 2048, 4096, 8192, 16384):
-        jobs += [Job(case("nt_xent", size), [n], "memory")
-                 for n in CONTENDERS["nt_xent"] if only is None or n in only]  # fmt: skip
-    jobs += [Job(case("moco", 65536), [n], "memory")
-             for n in CONTENDERS["moco"] if only is None or n in only]  # fmt: skip
+        jobs += [
+            Job(case("nt_xent", size), [n], "memory")
+            for n in CONTENDERS["nt_xent"]
+            if only is None or n in only
+        ]
+    jobs += [
+        Job(case("moco", 65536), [n], "memory")
+        for n in CONTENDERS["moco"]
+        if only is None or n in only
+    ]
     return jobs
 
 
@@ -136,8 +145,11 @@ def custom_plan(
     """What the command line asks for; unknown contenders come back as missing."""
     jobs = [times(Case(op, size, **base), only, {}) for size in sizes]
     if memory:
-        jobs += [Job(Case(op, size, **base), [name], "memory")
-                 for size in sizes for name in (only or CONTENDERS[op])]  # fmt: skip
+        jobs += [
+            Job(Case(op, size, **base), [name], "memory")
+            for size in sizes
+            for name in (only or CONTENDERS[op])
+        ]
     return jobs
 
 
@@ -150,14 +162,21 @@ def _run(job: dict[str, Any], threads: int, allocator: str, bind: bool) -> list[
     if allocator == KEPT:
         environment |= KEEP_PAGES
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.measure"], input=json.dumps({**job, "threads": threads}),
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks.measure"],
+        input=json.dumps({**job, "threads": threads}),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         problem = f"the process ended with {done.returncode}: {last[:300]}"
-        return [{"provider": name, "metric": "failed", "note": problem}
-                for name in job.get("names", ["ceilings"])]  # fmt: skip
+        return [
+            {"provider": name, "metric": "failed", "note": problem}
+            for name in job.get("names", ["ceilings"])
+        ]
     result: list[Row] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -172,8 +191,11 @@ def machine(device: str, threads: int) -> Row:
                 break
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "cpu": cpu,
@@ -244,15 +266,24 @@ def run_jobs(
     results = []
     for index, job in enumerate(jobs):
         case = asdict(job.case)
-        records = _run(
-            {"kind": job.kind, "case": case, "names": job.names, "budget": budget},
-            threads, job.allocator, bind,
-        ) if job.names else []  # fmt: skip
-        records += [{"provider": n, "metric": "left out", "note": why}
-                    for n, why in job.left_out.items()]  # fmt: skip
+        records = (
+            _run(
+                {"kind": job.kind, "case": case, "names": job.names, "budget": budget},
+                threads,
+                job.allocator,
+                bind,
+            )
+            if job.names
+            else []
+        )
+        records += [
+            {"provider": n, "metric": "left out", "note": why} for n, why in job.left_out.items()
+        ]
         results.append((job, records))
-        say(f"[{time.monotonic() - start:5.0f} s] {index + 1}/{len(jobs)} {job.case.op} "
-            f"{job.case.shape} {job.kind} ({job.allocator})")  # fmt: skip
+        say(
+            f"[{time.monotonic() - start:5.0f} s] {index + 1}/{len(jobs)} {job.case.op} "
+            f"{job.case.shape} {job.kind} ({job.allocator})"
+        )
         for record in records:
             if record["metric"] in ("wrong", "failed"):
                 say(f"    {record['provider']} {record['metric']}: {record['note']}")

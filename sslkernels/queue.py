@@ -220,9 +220,14 @@ class KeyQueue(AllOrNothing):
                     )
         if not errors and not missing:
             super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
                 error_msgs,
-            )  # fmt: skip
+            )
             return
         error_msgs += errors
         if strict:

@@ -16,9 +16,15 @@ from sslkernels.ops import pairwise as pairwise_op
 
 
 def pairwise(
-    kind: Any, q: Tensor, k: Tensor | None = None, *, want_col: bool = False,
-    threshold_row: Tensor | None = None, threshold_col: Tensor | None = None, **tiles: Any,
-) -> Any:  # fmt: skip
+    kind: Any,
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    want_col: bool = False,
+    threshold_row: Tensor | None = None,
+    threshold_col: Tensor | None = None,
+    **tiles: Any,
+) -> Any:
     above = Thresholds(threshold_row, threshold_col)
     return pairwise_op.pairwise(kind, Tiles(q, k, **tiles), want_col=want_col, above=above)
 
@@ -34,9 +40,14 @@ def extremes(
 
 
 def contrastive(
-    layout: str, a: Tensor, b: Tensor, bank: Tensor | None = None, *, want_rank: bool = False,
+    layout: str,
+    a: Tensor,
+    b: Tensor,
+    bank: Tensor | None = None,
+    *,
+    want_rank: bool = False,
     **problem: Any,
-) -> Contrastive:  # fmt: skip
+) -> Contrastive:
     return contrastive_op.contrastive(Problem(layout, a, b, bank, **problem), want_rank)
 
 

@@ -32,8 +32,13 @@ def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_parts(path: Path, images: np.ndarray, labels: np.ndarray, train: int) -> str:
     """An .npz file whose first ``train`` images are the training part."""
-    np.savez(path, x_train=images[:train], y_train=labels[:train],
-             x_test=images[train:], y_test=labels[train:])  # fmt: skip
+    np.savez(
+        path,
+        x_train=images[:train],
+        y_train=labels[:train],
+        x_test=images[train:],
+        y_test=labels[train:],
+    )
     return str(path)
 
 

@@ -26,8 +26,11 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True, text=True, check=False, timeout=HANGS_S,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
+    )
 
 
 def test_the_extension_is_built() -> None:
@@ -111,8 +114,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "-d", folder],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANGS_S,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = folder.glob("sslkernels-*.tar.gz")
     return archive
@@ -154,9 +161,15 @@ def test_wheel_builds_in_isolation(sdist: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     used = subprocess.run(
-        [sys.executable, "-c",
-         "import sslkernels, torch; print(sslkernels.__file__, sslkernels.info().cpu_extension)"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sslkernels, torch; print(sslkernels.__file__, sslkernels.info().cpu_extension)",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert used.stdout.split() == [str(site / "sslkernels/__init__.py"), "True"], used.stderr

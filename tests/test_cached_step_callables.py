@@ -141,7 +141,7 @@ CALLABLES: dict[str, Callable[[Net], Any]] = {
     "functional_call": lambda net: functools.partial(
         lambda m, p, x: torch.func.functional_call(m, p, (x,)), net, dict(net.named_parameters())
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

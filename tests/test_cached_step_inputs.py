@@ -123,7 +123,7 @@ INPUTS: dict[str, tuple[Callable[[], Net], Callable[[Tensor], Any]]] = {
     "one tuple": (lambda: _of_kind(OneSequence, tuple), lambda x: (x, SCALE)),
     "one list": (lambda: _of_kind(OneSequence, list), lambda x: [x, SCALE]),
     "one named tuple": (lambda: _of_kind(OneSequence, Pair), lambda x: Pair(x, SCALE)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,12 @@ def test_imports_without_a_driver(extension: Path) -> None:
         "assert torch.ones(2).sum() == 2\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=extension.parent, capture_output=True, text=True,
+        [sys.executable, "-c", script],
+        cwd=extension.parent,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "an address must be a multiple of its element size" in done.stdout
     if not torch.cuda.is_available():

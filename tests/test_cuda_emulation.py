@@ -131,9 +131,14 @@ def test_ema_mixed_list_in_one_launch(emulator: Emulator, stochastic: bool, sche
     """All pairs of dtypes at once, with several chunks a block; one launch is asserted inside."""
     sizes = [1 + (i * 577) % 3000 for i in range(30)] + [5 * CHUNK + 1]
     checks.check_ema(
-        emulator, sizes, PAIRS, shifts=[(0, 0), (8, 8), (8, 0)], stochastic=stochastic,
-        device_state=stochastic, schedule=schedule,
-    )  # fmt: skip
+        emulator,
+        sizes,
+        PAIRS,
+        shifts=[(0, 0), (8, 8), (8, 0)],
+        stochastic=stochastic,
+        device_state=stochastic,
+        schedule=schedule,
+    )
 
 
 def test_ema_many_tiny_and_one_huge(emulator: Emulator) -> None:
@@ -169,9 +174,15 @@ def test_ema_does_not_depend_on_the_device(emulator: Emulator) -> None:
             "configure", seed=schedule, multiprocessors=multiprocessors, resident_blocks=3
         )
         targets, *_ = emulator.call(
-            "ema", pairs=pairs, decay=0.99, stochastic=True, seed=1, step=2, rng_state=None,
+            "ema",
+            pairs=pairs,
+            decay=0.99,
+            stochastic=True,
+            seed=1,
+            step=2,
+            rng_state=None,
             repeat=1,
-        )  # fmt: skip
+        )
         results.append(b"".join(t.tobytes() for t in targets))
     assert results[0] == results[1] == results[2]
 
@@ -188,9 +199,15 @@ def test_ema_special_values(emulator: Emulator) -> None:
             target = np.zeros(len(values), twin.STORAGE[dtype])
             emulator.call("configure", seed=2, multiprocessors=1, resident_blocks=2)
             (got,), *_ = emulator.call(
-                "ema", pairs=[(target, dtype, 0, values, 0, 0)], decay=0.0, stochastic=stochastic,
-                seed=9, step=9, rng_state=None, repeat=1,
-            )  # fmt: skip
+                "ema",
+                pairs=[(target, dtype, 0, values, 0, 0)],
+                decay=0.0,
+                stochastic=stochastic,
+                seed=9,
+                step=9,
+                rng_state=None,
+                repeat=1,
+            )
             words = twin.philox_words(len(values), 9, 9, 0) if stochastic else None
             expected = twin.ema(target, dtype, values, 0, 0.0, words)
             ours, truth = twin.widen(got, dtype), twin.widen(expected, dtype)
@@ -205,9 +222,15 @@ def test_ema_step_counter_wraps(emulator: Emulator) -> None:
     pairs = [(target, 2, 0, np.ones(9, np.float32), 0, 0)]
     emulator.call("configure", seed=2, multiprocessors=1, resident_blocks=2)
     *_, state, _ = emulator.call(
-        "ema", pairs=pairs, decay=0.5, stochastic=True, seed=0, step=0,
-        rng_state=np.array([2**64 - 1, 2**32 - 1], np.uint64), repeat=3,
-    )  # fmt: skip
+        "ema",
+        pairs=pairs,
+        decay=0.5,
+        stochastic=True,
+        seed=0,
+        step=0,
+        rng_state=np.array([2**64 - 1, 2**32 - 1], np.uint64),
+        repeat=3,
+    )
     assert state.tolist() == [2**64 - 1, 2]
 
 
@@ -220,13 +243,25 @@ def test_ema_stochastic_moves_as_float32_does(fast: Emulator, dtype: int) -> Non
     pairs = [(start, dtype, 0, np.full(n, 1.5, np.float32), 0, 0)]
     fast.call("configure", seed=2, multiprocessors=1, resident_blocks=2)
     (moved,), _, state, launches = fast.call(
-        "ema", pairs=pairs, decay=decay, stochastic=True, seed=0, step=0,
-        rng_state=np.array([77, 0], np.uint64), repeat=steps,
-    )  # fmt: skip
+        "ema",
+        pairs=pairs,
+        decay=decay,
+        stochastic=True,
+        seed=0,
+        step=0,
+        rng_state=np.array([77, 0], np.uint64),
+        repeat=steps,
+    )
     (still,), *_ = fast.call(
-        "ema", pairs=pairs, decay=decay, stochastic=False, seed=0, step=0, rng_state=None,
+        "ema",
+        pairs=pairs,
+        decay=decay,
+        stochastic=False,
+        seed=0,
+        step=0,
+        rng_state=None,
         repeat=50,
-    )  # fmt: skip
+    )
     truth = 1.5 - 0.5 * decay**steps
     assert launches == steps and state.tolist() == [77, steps]
     assert abs(twin.widen(moved, dtype).mean() - truth) < 0.01 * truth
@@ -241,9 +276,15 @@ def test_ema_stochastic_halfway(fast: Emulator) -> None:
     pairs = [(start, 2, 0, np.full(n, 1.5, np.float32), 0, 0)]
     fast.call("configure", seed=2, multiprocessors=1, resident_blocks=2)
     (moved,), *_ = fast.call(
-        "ema", pairs=pairs, decay=decay, stochastic=True, seed=3, step=0, rng_state=None,
+        "ema",
+        pairs=pairs,
+        decay=decay,
+        stochastic=True,
+        seed=3,
+        step=0,
+        rng_state=None,
         repeat=steps,
-    )  # fmt: skip
+    )
     truth = 1.5 - 0.5 * decay**steps
     # Steps of 2^-8 with probability about .1 each: standard error of the mean below 1e-3.
     assert abs(twin.widen(moved, twin.BFLOAT16).mean() - truth) < 5e-3
@@ -256,9 +297,14 @@ def test_ema_stochastic_halfway(fast: Emulator) -> None:
 def test_enqueue_dtypes(emulator: Emulator, pair: tuple[int, int]) -> None:
     for normalize in (True, False):
         checks.check_enqueue(
-            emulator, 40, 24, [17, 17, 17], key_dtype=pair[0], queue_dtype=pair[1],
+            emulator,
+            40,
+            24,
+            [17, 17, 17],
+            key_dtype=pair[0],
+            queue_dtype=pair[1],
             normalize=normalize,
-        )  # fmt: skip
+        )
     checks.check_enqueue(emulator, 9, 37, [5, 7], key_dtype=pair[0], queue_dtype=pair[1])
 
 
@@ -343,8 +389,10 @@ def test_enqueue_does_not_depend_on_the_schedule(emulator: Emulator) -> None:
 def test_launch_on_device_and_stream(emulator: Emulator, current: int, device: int) -> None:
     """The launch goes to the device and stream asked for, and the caller's device comes back."""
     assert emulator.call("guard", current=current, device=device, stream=0x40) == (
-        device, 0x40, current,
-    )  # fmt: skip
+        device,
+        0x40,
+        current,
+    )
 
 
 def test_launch_error_is_raised(emulator: Emulator) -> None:

@@ -208,9 +208,15 @@ def test_no_triton(machine: Machine, found: devices.Triton | None, reason: str) 
 
 @pytest.mark.parametrize(
     ("arch", "served"),
-    [("gfx942", True), ("gfx90a", True), ("gfx906", False), ("gfx1030", False), ("gfx1100", False),
-     ("gfx1201", False)],
-)  # fmt: skip
+    [
+        ("gfx942", True),
+        ("gfx90a", True),
+        ("gfx906", False),
+        ("gfx1030", False),
+        ("gfx1100", False),
+        ("gfx1201", False),
+    ],
+)
 def test_amd(machine: Machine, arch: str, served: bool) -> None:
     """The tables are for CDNA; RDNA has waves of 32 and no MFMA."""
     machine(("AMD Radeon", arch))
@@ -267,8 +273,11 @@ print(sslkernels.info())
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True, text=True, check=False, timeout=HANGS_S,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
+    )
     assert done.returncode == 0, done.stderr
     served, why, *facts = done.stdout.splitlines()
     assert served == "True" and expected in why

@@ -375,9 +375,13 @@ def test_rounding_to_the_bit(dtype: torch.dtype, name: str) -> None:
     # Decay 0: the mean is the source itself; the first tensor only shifts indices.
     with engine(name):
         ema_update_(
-            [torch.zeros(1), target], [torch.zeros(1), torch.from_numpy(x)], 0.0,
-            stochastic_rounding=True, seed=99, step=4,
-        )  # fmt: skip
+            [torch.zeros(1), target],
+            [torch.zeros(1), torch.from_numpy(x)],
+            0.0,
+            stochastic_rounding=True,
+            seed=99,
+            step=4,
+        )
     assert torch.equal(target.view(torch.int16) & 0x7FFF, want.view(torch.int16) & 0x7FFF)
     twin = round_stochastic(torch.from_numpy(x), philox_words(4096, 99, 4, 1), dtype)
     assert torch.equal(twin.view(torch.int16), target.view(torch.int16))

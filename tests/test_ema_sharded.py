@@ -291,9 +291,11 @@ def networks_that_do_not_fit(rank: int, folder: str) -> None:
 
 def _fsdp1(net: nn.Module, original: bool) -> nn.Module:
     return fsdp2.FullyShardedDataParallel(
-        net, use_orig_params=original, device_id=torch.device("cpu"),
+        net,
+        use_orig_params=original,
+        device_id=torch.device("cpu"),
         auto_wrap_policy=fsdp2.wrap.ModuleWrapPolicy({nn.BatchNorm1d}),
-    )  # fmt: skip
+    )
 
 
 def _summoned(net: nn.Module) -> dict[str, Tensor]:
@@ -395,9 +397,12 @@ def worker(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD,
+        "gloo",
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
         timeout=timedelta(seconds=HANGS_S),
-    )  # fmt: skip
+    )
     found: dict[str, str | None] = {}
     for name, run in SCENARIOS.items():
         try:

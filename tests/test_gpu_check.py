@@ -68,14 +68,25 @@ def test_the_dry_run_ends_and_says_that_nothing_was_measured(tmp_path: Path) -> 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", "--quick", "--out", str(out)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=HANGS_S,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     text = out.read_text()
     assert "no GPU: nothing measured" in text and "0 parts failed" in text
     assert text.splitlines() == done.stdout.splitlines()[:-1]  # the last line names the report
-    for title in ("Environment", "Correctness", "torch.compile, CUDA graphs",
-                  "Losses, forward and backward", "Tuning", "EMA and queue"):  # fmt: skip
+    for title in (
+        "Environment",
+        "Correctness",
+        "torch.compile, CUDA graphs",
+        "Losses, forward and backward",
+        "Tuning",
+        "EMA and queue",
+    ):
         assert f"## {title}" in text
     assert re.search(r"\d+ passed", text)
     assert not re.search(r"\d (ms|us|µs|GB/s)", text)

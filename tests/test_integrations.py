@@ -421,8 +421,10 @@ def test_moco_loss_is_the_cross_entropy_of_its_logits(mlp: bool) -> None:
         loss, metrics = second.loss(x, y, return_metrics=True)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(metrics.top1, (logits.argmax(1) == 0).float().mean())
-        gradients = [torch.autograd.grad(value, list(model.encoder_q.parameters()))
-                     for value, model in ((expected, first), (loss, second))]  # fmt: skip
+        gradients = [
+            torch.autograd.grad(value, list(model.encoder_q.parameters()))
+            for value, model in ((expected, first), (loss, second))
+        ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):

@@ -44,8 +44,11 @@ def files(*patterns: str) -> list[Path]:
     """Files of the working tree that git tracks or would track."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode == 0:
         found = [ROOT / line for line in listed.stdout.splitlines()]
     else:  # an unpacked archive

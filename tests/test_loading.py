@@ -151,7 +151,12 @@ FAILURES: list[tuple[str, Callable[[State], State], str, bool]] = [
     ("KeyQueue", _with("queue", np.ones((8, 4))), "queue must be a tensor, got numpy", True),
     ("KeyQueue", _with("queue_ptr", torch.tensor([1.5])), "queue_ptr must be integer", True),
     ("KeyQueue", _with("queue_ptr", torch.tensor([8])), r"queue_ptr must be in \[0, 7\]", True),
-    ("KeyQueue", _with("queue_ptr", torch.tensor([1, 2])), r"queue_ptr must have shape \[1\]", True),
+    (
+        "KeyQueue",
+        _with("queue_ptr", torch.tensor([1, 2])),
+        r"queue_ptr must have shape \[1\]",
+        True,
+    ),
     ("KeyQueue", _with("fill", torch.tensor([-1])), r"fill must be in \[0, 8\]", True),
     ("KeyQueue", _without("fill"), "fill", True),
     ("KeyQueue", _without("queue"), "queue", True),
@@ -177,7 +182,7 @@ FAILURES: list[tuple[str, Callable[[State], State], str, bool]] = [
     ("EMA", lambda s: _net().state_dict(), "Missing.*step", False),
     ("EMA of a queue", _with("1.fill", torch.tensor([9])), "fill must be in", True),
     ("EMA of a queue", _without("1.fill"), "fill", True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])

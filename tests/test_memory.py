@@ -194,8 +194,10 @@ def test_the_count_is_what_a_process_holds(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, name],
         env={**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if "clear_refs" in done.stderr or "malloc_trim" in done.stderr:
         pytest.skip("the peak can't be reset here")
     assert done.returncode == 0, done.stderr

@@ -15,9 +15,16 @@ from sslkernels import reference
 # (N, M, D): single rows, keys and features; one key more and less than a vector has lanes; no power of 2;
 # 600 features are more than are widened at a time.
 SIZES = [
-    (1, 1, 1), (1, 3, 2), (2, 15, 3), (3, 17, 129), (5, 1, 128), (4, 200, 1), (65, 33, 24), (33, 16, 64),
+    (1, 1, 1),
+    (1, 3, 2),
+    (2, 15, 3),
+    (3, 17, 129),
+    (5, 1, 128),
+    (4, 200, 1),
+    (65, 33, 24),
+    (33, 16, 64),
     (2, 5, 600),
-]  # fmt: skip
+]
 
 
 def inputs(n: int, m: int, d: int, dtype=torch.float32, temperature=0.2) -> list[Tensor]:
@@ -146,10 +153,11 @@ def test_any_layout_gives_the_same(on_engine: str, dtype: torch.dtype) -> None:
         "amid": [amid(query), amid(positive), amid(keys)],
         "keys by number": [query, positive, keys.transpose(0, 1).contiguous().transpose(0, 1)],
         "features first": [
-            query.T.contiguous().T, positive,
+            query.T.contiguous().T,
+            positive,
             keys.permute(2, 0, 1).contiguous().permute(1, 2, 0),
         ],
-    }.items():  # fmt: skip
+    }.items():
         for got, wanted in zip(run(*layout), expected, strict=True):
             assert got.isfinite().all(), name
             torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
@@ -168,9 +176,13 @@ def test_excluded_keys_do_not_count(on_engine: str) -> None:
     keys[own == 1] = torch.nan
     leaves = [x.requires_grad_() for x in (query, positive, keys)]
     rows, metrics = loss(
-        sslkernels, *leaves, reduction="none", return_metrics=True,
-        query_ids=torch.ones(4, dtype=torch.int64), negative_ids=own,
-    )  # fmt: skip
+        sslkernels,
+        *leaves,
+        reduction="none",
+        return_metrics=True,
+        query_ids=torch.ones(4, dtype=torch.int64),
+        negative_ids=own,
+    )
     expected = loss(reference, query[1:2], positive[1:2], keys[1:2, :3], reduction="none")
     torch.testing.assert_close(rows[1:2], expected)
     assert rows[0] == 0 and all(bool(x.isfinite()) for x in metrics)

@@ -23,9 +23,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_python_blocks_run_when_pasted(index: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKS[index]],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, BLOCKS[index] + done.stderr
 
 
@@ -48,13 +52,17 @@ def test_the_command_starts_as_pasted(tmp_path: Path) -> None:
     path = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
     done = subprocess.run(
         ["bash", "-c", "ssltrain --help && ssltrain simclr --help && python -m ssltrain --help"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
         env={
             **os.environ,
             "PATH": os.pathsep.join(path),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and done.stdout.count("usage: ssltrain") == 3, done.stderr
 
 

@@ -47,8 +47,12 @@ MARGINS: dict[str, Callable] = {
         f"triplet {mining} {distance} {reduction}": (
             lambda m, z, margin, mining=mining, distance=distance, reduction=reduction: (
                 m.triplet_loss(
-                    z, labels_for(len(z)), margin,
-                    mining=mining, distance=distance, reduction=reduction,
+                    z,
+                    labels_for(len(z)),
+                    margin,
+                    mining=mining,
+                    distance=distance,
+                    reduction=reduction,
                 )
             )
         )
@@ -63,7 +67,7 @@ MARGINS: dict[str, Callable] = {
     "contrastive": lambda m, z, margin: m.contrastive_loss(
         *z.tensor_split(2), torch.arange(len(z) // 2) % 3 == 0, margin * 4
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
@@ -180,7 +184,7 @@ FLAGS: dict[str, Callable] = {
     "KeyQueue labels": lambda x: ssl.KeyQueue(12, 6, labels=x).labels,
     "MoCoLoss": lambda x: _first(ssl.MoCoLoss(12, 6, return_metrics=x)(A, B), x),
     "ema_update_": lambda x: _ema_update(0.99, stochastic_rounding=x, seed=1),
-}  # fmt: skip
+}
 
 
 def _first(result: Tensor | tuple, pair: bool) -> Tensor:
@@ -383,8 +387,11 @@ ARRAYS: list[tuple[Callable, str]] = [
     (lambda: ssl.ema_update_(A, B, 0.5), "ema_update_: targets must be a list of tensors"),
     (lambda: ssl.ema_update_(X, X, 0.5), "ema_update_: targets must be a list of tensors"),
     (lambda: ssl.ema_update_([A], [X], 0.5), r"ema_update_: .*sources\[0\] must be tensors"),
-    (lambda: ssl.cached_step(nn.Linear(6, 2), [A, X], ssl.nt_xent_loss, 4), r"cached_step: views\[1\]"),
-]  # fmt: skip
+    (
+        lambda: ssl.cached_step(nn.Linear(6, 2), [A, X], ssl.nt_xent_loss, 4),
+        r"cached_step: views\[1\]",
+    ),
+]
 
 
 @pytest.mark.parametrize(("call", "message"), ARRAYS, ids=[m for _, m in ARRAYS])

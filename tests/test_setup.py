@@ -163,9 +163,13 @@ def test_the_command_is_there_after_the_set_up(tmp_path: Path) -> None:
     path = os.pathsep.join([str(scripts), os.environ["PATH"]])
     done = subprocess.run(
         "ssltrain --help",
-        shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(roots)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and done.stdout.startswith("usage: ssltrain"), done.stderr
 
 

@@ -154,8 +154,12 @@ def test_module_entry_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(PYTHON_FOLDER)}
     done = subprocess.run(
         [sys.executable, "-m", "ssltrain", "simclr", "--data", "gone"],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 

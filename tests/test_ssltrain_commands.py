@@ -140,8 +140,11 @@ def test_features_as_a_table(trained: Path, capsys: pytest.CaptureFixture[str]) 
 def test_mix_ups_are_counted(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     truth, taken = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 2, 0])
     assert confusion(truth, taken, 4).tolist() == [
-        [1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0],
-    ]  # fmt: skip
+        [1, 1, 0, 0],
+        [0, 1, 0, 0],
+        [1, 0, 2, 0],
+        [0, 0, 0, 0],
+    ]
     said(capsys, "eval", trained / "a")
     results = json.loads((trained / "a" / "results.json").read_text())
     counts = np.array(results["confusion"])
@@ -182,9 +185,12 @@ def test_an_exported_encoder_gives_the_same_features(
 
 @pytest.mark.parametrize(("form", "package"), [("safetensors", "safetensors"), ("onnx", "onnx")])
 def test_a_missing_package_is_asked_for(
-    form: str, package: str, trained: Path, capsys: pytest.CaptureFixture[str],
+    form: str,
+    package: str,
+    trained: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for name in (package, f"{package}.torch"):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["export", str(trained / "a"), "--format", form]) == 2
@@ -272,9 +278,12 @@ def test_a_page_about_a_run_that_has_only_begun(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing(
-    method: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    method: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--data", trained / "some.npz", *SMALL, "--epochs", "7", "--dry-run"]
     text = said(capsys, method, *words)

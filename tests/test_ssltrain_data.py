@@ -227,8 +227,9 @@ def test_resizing_keeps_the_mean(tmp_path: Path) -> None:
 def test_classes_are_the_values_that_occur(
     tmp_path: Path, labels: np.ndarray, names: list[str]
 ) -> None:
-    np.savez(tmp_path / "a.npz", x_train=IMAGES, y_train=labels, x_test=IMAGES[:3],
-             y_test=labels[:3])  # fmt: skip
+    np.savez(
+        tmp_path / "a.npz", x_train=IMAGES, y_train=labels, x_test=IMAGES[:3], y_test=labels[:3]
+    )
     data = load(str(tmp_path / "a.npz"))
     assert data.class_names == names
     _, found = everything(data)
@@ -239,8 +240,13 @@ def test_classes_are_the_values_that_occur(
 
 
 def test_a_class_of_the_test_part_only_has_a_name(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x_train=IMAGES, y_train=LABELS, x_test=IMAGES[:3],
-             y_test=np.array([0, 1, 900]))  # fmt: skip
+    np.savez(
+        tmp_path / "a.npz",
+        x_train=IMAGES,
+        y_train=LABELS,
+        x_test=IMAGES[:3],
+        y_test=np.array([0, 1, 900]),
+    )
     data = load(str(tmp_path / "a.npz"))
     assert data.class_names == ["0", "1", "900"]
     assert data.test.labels is not None and data.test.labels.tolist() == [0, 1, 2]

@@ -48,11 +48,18 @@ def load_folder(root: Path, **options: object) -> ImageData:
 @pytest.mark.parametrize(
     ("train", "test"),
     [
-        ("train", "valid"), ("train", "val"), ("Train", "Test"), ("TRAIN", "TESTING"),
-        ("training", "validation"), ("train", "eval"), ("train2017", "val2017"),
-        ("training_set", "test_set"), ("train-images", "test-images"), ("Train Data", "dev"),
+        ("train", "valid"),
+        ("train", "val"),
+        ("Train", "Test"),
+        ("TRAIN", "TESTING"),
+        ("training", "validation"),
+        ("train", "eval"),
+        ("train2017", "val2017"),
+        ("training_set", "test_set"),
+        ("train-images", "test-images"),
+        ("Train Data", "dev"),
     ],
-)  # fmt: skip
+)
 def test_parts_are_known_by_their_names(tmp_path: Path, train: str, test: str) -> None:
     classes(tmp_path / train, "cats", "dogs")
     classes(tmp_path / test, "cats", "dogs", count=2)
@@ -174,11 +181,14 @@ def test_unlabelled_folders(tmp_path: Path, shape: str) -> None:
 def test_litter_is_no_data(tmp_path: Path) -> None:
     classes(tmp_path, "cats", "dogs")
     draw(
-        tmp_path / ".ipynb_checkpoints" / "a.png", tmp_path / "__MACOSX" / "cats" / "b.png",
-        tmp_path / "cats" / "._0.png", tmp_path / "cats" / ".hidden.png",
+        tmp_path / ".ipynb_checkpoints" / "a.png",
+        tmp_path / "__MACOSX" / "cats" / "b.png",
+        tmp_path / "cats" / "._0.png",
+        tmp_path / "cats" / ".hidden.png",
         tmp_path / "dogs" / ".ipynb_checkpoints" / "0-checkpoint.png",
-        tmp_path / "cats" / "@eaDir" / "0.png", tmp_path / ".git" / "x.png",
-    )  # fmt: skip
+        tmp_path / "cats" / "@eaDir" / "0.png",
+        tmp_path / ".git" / "x.png",
+    )
     (tmp_path / "dogs" / "x.png").mkdir()  # a folder, and an empty one
     (tmp_path / "empty").mkdir()
     (tmp_path / "cats" / "notes.txt").write_text("mine")
@@ -262,8 +272,9 @@ def test_the_split_follows_pixels_where_there_are_no_names(tmp_path: Path) -> No
     for name, rows in (("a", np.arange(150)), ("b", np.arange(200)[::-1])):
         np.savez(tmp_path / f"{name}.npz", images=images[rows])
         data = load(str(tmp_path / f"{name}.npz"))
-        parts.append({bytes(image.numpy()) for image in data.test.images.read(
-            torch.arange(len(data.test)))})  # fmt: skip
+        parts.append(
+            {bytes(image.numpy()) for image in data.test.images.read(torch.arange(len(data.test)))}
+        )
     first = {bytes(image) for image in images[:150]}
     assert parts[0] == parts[1] & first and 20 <= len(parts[0]) <= 45
 
@@ -320,8 +331,13 @@ def test_what_changed_in_arrays_is_said(tmp_path: Path) -> None:
     labels = np.arange(30) % 3
 
     def written(rows: np.ndarray, classes: np.ndarray) -> ImageData:
-        np.savez(tmp_path / "a.npz", x_train=images[rows], y_train=classes[rows],
-                 x_test=images[:3], y_test=labels[:3])  # fmt: skip
+        np.savez(
+            tmp_path / "a.npz",
+            x_train=images[rows],
+            y_train=classes[rows],
+            x_test=images[:3],
+            y_test=labels[:3],
+        )
         return load(str(tmp_path / "a.npz"))
 
     before = fingerprint(written(np.arange(3, 30), labels))

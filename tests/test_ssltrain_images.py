@@ -86,7 +86,7 @@ MODES = [
     ("I;16L", deep("I;16L", SMALL_ENDIAN), grey(RAMP), 0),
     ("I;16B", deep("I;16B", BIG_ENDIAN), grey(RAMP), 0),
     ("I;16N", deep("I;16N", ramp_of("=u2", 65535)), grey(RAMP), 0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("mode", "image", "expected", "within"), MODES, ids=[m[0] for m in MODES])
@@ -147,9 +147,12 @@ def png(colour_type: int, depth: int, rows: np.ndarray, *more: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
     lines = b"".join(b"\0" + row.tobytes() for row in rows)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(more)
-        + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    )  # fmt: skip
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(more)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
@@ -187,8 +190,11 @@ def test_grey_of_few_bits(tmp_path: Path, depth: int) -> None:
     values = np.arange(256).reshape(16, 16) % levels
     bits = np.unpackbits(values.astype(np.uint8)[:, :, None], axis=2)[:, :, 8 - depth :]
     file = png(0, depth, np.packbits(bits.reshape(16, -1), axis=1))
-    assert close(read(folder_of(tmp_path, a_png=file, b_png=file))["a.png"],
-                 grey(np.rint(values * 255 / (levels - 1))), 0)  # fmt: skip
+    assert close(
+        read(folder_of(tmp_path, a_png=file, b_png=file))["a.png"],
+        grey(np.rint(values * 255 / (levels - 1))),
+        0,
+    )
 
 
 def test_12_bits_in_16_are_seen_over_the_whole_data_set(tmp_path: Path) -> None:
@@ -211,8 +217,14 @@ def test_12_bits_in_16_are_seen_over_the_whole_data_set(tmp_path: Path) -> None:
 
 def test_a_tiff_may_name_12_bits(tmp_path: Path) -> None:
     packed = ramp_of("<u2", 4095).astype(np.int64).reshape(-1, 2)
-    body = np.stack([packed[:, 0] >> 4, (packed[:, 0] & 15) << 4 | packed[:, 1] >> 8,
-                     packed[:, 1] & 255], axis=1).astype(np.uint8).tobytes()  # fmt: skip
+    body = (
+        np.stack(
+            [packed[:, 0] >> 4, (packed[:, 0] & 15) << 4 | packed[:, 1] >> 8, packed[:, 1] & 255],
+            axis=1,
+        )
+        .astype(np.uint8)
+        .tobytes()
+    )
     tags = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16),
             (279, len(body))]  # fmt: skip
     directory = struct.pack("<H", len(tags))
@@ -257,10 +269,15 @@ def test_orientation_is_applied(tmp_path: Path, suffix: str, orientation: int) -
     upright = np.zeros((16, 16, 3), np.uint8)
     upright[:8, :8], upright[:8, 8:] = 255, 128
     stored = {  # what a camera stores, so that the orientation sets it upright
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.swapaxes(0, 1), 6: np.rot90(upright, 1), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).swapaxes(0, 1),
         8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+    }[orientation]
     image = Image.fromarray(np.ascontiguousarray(stored))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -319,9 +336,13 @@ def broken_files() -> dict[str, bytes]:
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 0, 0, 0, 0)
     huge = whole[:8] + chunk(b"IHDR", header) + whole[33:]
     return {
-        "chunk.png": bytes(crc), "cut.png": whole[: len(whole) // 2], "text.png": b"not an image",
-        "empty.jpg": b"", "huge.png": huge, "head.png": whole[:20],
-    }  # fmt: skip
+        "chunk.png": bytes(crc),
+        "cut.png": whole[: len(whole) // 2],
+        "text.png": b"not an image",
+        "empty.jpg": b"",
+        "huge.png": huge,
+        "head.png": whole[:20],
+    }
 
 
 @pytest.mark.parametrize("name", broken_files())

@@ -161,8 +161,13 @@ def test_simsiam_is_its_pseudocode(data: ImageData) -> None:
     # Projector of three layers with batch norm at the end, predictor of a quarter of the width.
     projector, predictor = ours.method.network.projector, online.predictor
     assert [type(m).__name__ for m in projector if not isinstance(m, nn.ReLU)] == [
-        "Linear", "BatchNorm1d", "Linear", "BatchNorm1d", "Linear", "BatchNorm1d",
-    ]  # fmt: skip
+        "Linear",
+        "BatchNorm1d",
+        "Linear",
+        "BatchNorm1d",
+        "Linear",
+        "BatchNorm1d",
+    ]
     assert not projector[-1].affine and predictor[0].out_features == 4
     groups = ours.optimizer.param_groups
     constant = {p for group in groups if group["constant"] for p in group["params"]}

@@ -131,8 +131,12 @@ def test_moved_data_can_be_named(
     config.write_text(yaml.safe_dump(kept))
     moved = a_run.parent / "a.npz"
     monkeypatch.chdir(a_run.parent)
-    for words in (["simclr", "--resume", a_run], ["eval", a_run], ["plot", a_run],
-                  ["embed", a_run]):  # fmt: skip
+    for words in (
+        ["simclr", "--resume", a_run],
+        ["eval", a_run],
+        ["plot", a_run],
+        ["embed", a_run],
+    ):
         assert "no such file or folder" in fails(capsys, *words)
         said = works(capsys, *words, "--data", "a.npz")
         assert "is not the data" not in said, words
@@ -282,8 +286,13 @@ def test_a_damaged_line_of_metrics_is_named_and_repaired(
     if how == "gone":
         (a_run / "metrics.csv").unlink()
     said = works(capsys, "plot", a_run, *data)
-    line = {"cut": "line 3", "words": "line 3", "zeros": "line 3", "header": "line 1",
-            "bytes": "line 1"}.get(how)  # fmt: skip
+    line = {
+        "cut": "line 3",
+        "words": "line 3",
+        "zeros": "line 3",
+        "header": "line 1",
+        "bytes": "line 1",
+    }.get(how)
     assert (f"metrics.csv: {line} cannot be read" in said) == (line is not None)
     works(capsys, "simclr", "--resume", a_run, *data, "--epochs", "3")
     epochs = [int(row["epoch"]) for row in rows(a_run)]

@@ -67,9 +67,12 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
 ) -> None:
     done = subprocess.run(
         [sys.executable, str(TESTS / "ssltrain_killed.py"), str(tmp_path), data, method, *moments],
-        capture_output=True, text=True, check=False, timeout=HANGS_S,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     ended = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     killed = -int(signal.SIGKILL)
@@ -221,9 +224,12 @@ def test_a_line_after_a_cut_one_is_a_line_of_its_own(tmp_path: Path) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_out_of_memory_says_what_helps(
-    error: Exception, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def step(*arguments: Any) -> None:
         raise error
 
@@ -299,8 +305,10 @@ def test_kept_checkpoints_the_best_one_and_the_environment(
     assert run("simclr", data, folder, *words, "--stop-after", "5") == 0
     assert main(["simclr", "--resume", str(folder)]) == 0
     assert sorted(path.name for path in folder.glob("*.pt")) == [
-        "best.pt", "checkpoint.pt", "epoch-0002.pt",
-    ]  # fmt: skip
+        "best.pt",
+        "checkpoint.pt",
+        "epoch-0002.pt",
+    ]
     knn = [row["knn"] for row in rows(folder)]
     assert all(0.3 < value <= 1 for value in knn)
     assert checkpoint(folder)["best_knn"] == pytest.approx(max(knn))

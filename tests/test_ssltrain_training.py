@@ -186,9 +186,15 @@ def test_micro_batches_give_the_gradient_of_the_batch(
     grads = []
     for micro in ("0", "24"):
         method = small_method(
-            method_name, digits_file, "--backbone", "flat_backbone:flat_backbone",
-            "--micro-batch", micro, "--symmetric", symmetric,
-        ).double()  # fmt: skip
+            method_name,
+            digits_file,
+            "--backbone",
+            "flat_backbone:flat_backbone",
+            "--micro-batch",
+            micro,
+            "--symmetric",
+            symmetric,
+        ).double()
         method.eval()  # batch norm by running statistics: images do not see each other in it
         torch.manual_seed(1)
         views = torch.rand(3, 64, 1, 8, 8, dtype=torch.float64)
@@ -306,9 +312,10 @@ def test_labels_of_some_or_one_class(
     monkeypatch.setattr("ssltrain.plots.flat_map", lambda features: features[:, :2])
     images, labels = digits(120)
     labels = {
-        "nothing": np.full(120, -1), "one class": np.full(120, 5),
+        "nothing": np.full(120, -1),
+        "one class": np.full(120, 5),
         "some": np.where(np.arange(120) % 3 == 0, -1, labels % 2),
-    }[kind]  # fmt: skip
+    }[kind]
     data = write_parts(tmp_path / "a.npz", images, labels, train=80)
     folder = tmp_path / "run"
     assert run("simclr", data, folder, "--epochs", "1") == 0
@@ -488,10 +495,15 @@ def test_two_processes_share_a_run(method: str, digits_file: str, tmp_path: Path
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(PYTHON_FOLDER), str(ROOT), *sys.path]),
-            "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        }  # fmt: skip
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "ssltrain", method, *words, "--evaluate", "false"],
@@ -500,7 +512,7 @@ def test_two_processes_share_a_run(method: str, digits_file: str, tmp_path: Path
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-            )  # fmt: skip
+            )
         )
     done = [process.communicate(timeout=HANGS_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], done

@@ -73,8 +73,11 @@ def test_budgets() -> None:
         if r.case.dtype != "float32" and r.case.config is not None:
             families[r.case.arch].add(r.usage.tensor_core)
     assert families == {
-        "sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05"}, "gfx942": {"mfma"},
-    }  # fmt: skip
+        "sm_80": {"mma"},
+        "sm_90": {"wgmma"},
+        "sm_100": {"tcgen05"},
+        "gfx942": {"mfma"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,14 @@ TESTS = Path(__file__).parent
 GROUPS = {
     "engine": ["test_engine.py"],
     "others": [
-        "test_branches.py", "test_order.py", "test_updates.py", "test_losses.py",
-        "test_normalization.py", "test_nothing.py",
+        "test_branches.py",
+        "test_order.py",
+        "test_updates.py",
+        "test_losses.py",
+        "test_normalization.py",
+        "test_nothing.py",
     ],
-}  # fmt: skip
+}
 
 
 def test_every_file_is_in_a_group() -> None:
@@ -43,9 +47,13 @@ def test_kernels_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
         files = [str(TESTS / "triton_interpreter" / name) for name in names]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         running[group] = subprocess.Popen(
-            command, cwd=TESTS.parent, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            cwd=TESTS.parent,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     failed = []
     try:
         for group, process in running.items():

@@ -117,8 +117,11 @@ def _dispatch(words: list[str]) -> int:
 
         return commands.COMMANDS[command](rest)
     own = {
-        "recipes": _recipes, "demo": _demo, "memory": _memory, "completion": _completion,
-    }  # fmt: skip
+        "recipes": _recipes,
+        "demo": _demo,
+        "memory": _memory,
+        "completion": _completion,
+    }
     if command not in own:
         known = ", ".join([*METHODS, *ON_RUNS, *own])
         raise UserError(f"unknown command '{command}'; choose one of {known}")
@@ -286,9 +289,11 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
 def _recipes(arguments: list[str]) -> int:
     """List the recipes, each by the first line of its file, or show one."""
     parser = OneLineParser(
-        prog="ssltrain recipes", description="settings of the papers, for --recipe and --config",
-        allow_abbrev=False, default_env=False,
-    )  # fmt: skip
+        prog="ssltrain recipes",
+        description="settings of the papers, for --recipe and --config",
+        allow_abbrev=False,
+        default_env=False,
+    )
     parser.add_argument("name", type=str, nargs="?", help="recipe to show as a file for --config")
     name = parser.parse_args(arguments).as_dict()["name"]
     if name:
@@ -324,9 +329,11 @@ def _completion(arguments: list[str]) -> int:
     from ssltrain.completion import script
 
     parser = OneLineParser(
-        prog="ssltrain completion", description="print completions; eval or source the output",
-        allow_abbrev=False, default_env=False,
-    )  # fmt: skip
+        prog="ssltrain completion",
+        description="print completions; eval or source the output",
+        allow_abbrev=False,
+        default_env=False,
+    )
     parser.add_argument("shell", type=Literal["bash", "zsh", "fish"], help="bash, zsh or fish")
     shell = parser.parse_args(arguments).as_dict()["shell"]
     commands = [*METHODS, *ON_RUNS, "recipes", "demo", "memory", "completion"]

@@ -177,8 +177,9 @@ def _neighbors(arguments: list[str]) -> int:
     encoder = trained_encoder(opened.state, opened.config, opened.data)
     out = Path(options["out"]).expanduser() if options["out"] else opened.folder.neighbors_plot
     device = choose_device(opened.config.device)
-    draw_neighbours(out, opened.config, opened.data, encoder, device,
-                    options["queries"], options["count"])  # fmt: skip
+    draw_neighbours(
+        out, opened.config, opened.data, encoder, device, options["queries"], options["count"]
+    )
     print(f"wrote {out}")
     return 0
 
@@ -190,9 +191,11 @@ def _export(arguments: list[str]) -> int:
         "--checkpoint", type=str, default="latest", help="latest, best, or a kept epoch"
     )
     parser.add_argument(
-        "--format", type=Literal["torch", "safetensors", "onnx"], default="torch",
+        "--format",
+        type=Literal["torch", "safetensors", "onnx"],
+        default="torch",
         help="a state dict of torch, the same as safetensors, or the network as ONNX",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=str, help="file (default: RUN/encoder.pt or the like)")
     options = parser.parse_args(arguments).as_dict()
     folder = RunFolder.open(options["run_folder"])

@@ -35,10 +35,12 @@ def comparison(folders: list[RunFolder]) -> str:
         ])  # fmt: skip
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     lines = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w)
-                  for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in table
-    ]  # fmt: skip
+    ]
     differing = _differing(folders)
     if differing:
         lines += ["", "settings that differ:"]
@@ -86,13 +88,20 @@ def draw_comparison(out: Path, folders: list[RunFolder]) -> None:
     if not drawn:
         raise UserError("no epoch of these runs has ended yet: there is nothing to draw")
     figure = new_figure(4.4 * len(drawn), 4.2)
-    for axes, (heading, across, up) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn,
-                                           strict=True):  # fmt: skip
+    for axes, (heading, across, up) in zip(
+        figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True
+    ):
         for number, (name, columns) in enumerate(runs):
             known = np.isfinite(columns[up])
             colour, _ = CLASS_STYLES[number % 10]
-            axes.plot(columns[across][known], columns[up][known], color=colour, lw=1.8,
-                      ls=LINES[number % 4], label=plain(name))  # fmt: skip
+            axes.plot(
+                columns[across][known],
+                columns[up][known],
+                color=colour,
+                lw=1.8,
+                ls=LINES[number % 4],
+                label=plain(name),
+            )
         axes.set_title(heading, color=INK, fontsize=11)
         axes.set_xlabel(across, color=INK)
         tidy(axes)

@@ -20,9 +20,13 @@ from ssltrain.errors import UserError
 from ssltrain.presets import preset
 
 TITLES = {
-    "simclr": "SimCLR", "byol": "BYOL", "moco": "MoCo", "moco3": "MoCo v3", "simsiam": "SimSiam",
+    "simclr": "SimCLR",
+    "byol": "BYOL",
+    "moco": "MoCo",
+    "moco3": "MoCo v3",
+    "simsiam": "SimSiam",
     "supcon": "SupCon",
-}  # fmt: skip
+}
 METHODS = tuple(TITLES)
 
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.

@@ -91,9 +91,14 @@ def _write_onnx(
     with warnings.catch_warnings():  # what torch and onnxscript say about themselves
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            encoder.eval(), (example,), input_names=["images"], output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("images_in_batch")},), dynamo=True, verbose=False,
-        )  # fmt: skip
+            encoder.eval(),
+            (example,),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("images_in_batch")},),
+            dynamo=True,
+            verbose=False,
+        )
     with replaced(out) as file:
         file.write(program.model_proto.SerializeToString())  # type: ignore[union-attr]
 
@@ -116,7 +121,9 @@ def _torch_example(read: str, config: TrainConfig, channels: int) -> str:
     loader = ["from safetensors.torch import load_file"] if read.startswith("load_file") else []
     return "\n".join(
         [
-            "import torch", *loader, *lines,
+            "import torch",
+            *loader,
+            *lines,
             f"weights = {read}",
             'own = {k[9:]: v for k, v in weights.items() if k.startswith("backbone.")}',
             "backbone.load_state_dict(own)",
@@ -124,4 +131,4 @@ def _torch_example(read: str, config: TrainConfig, channels: int) -> str:
             f"# images: float32 [N, {channels}, H, W] from 0 to 1",
             'features = backbone((images - weights["mean"]) / weights["std"])',
         ]
-    )  # fmt: skip
+    )

@@ -58,8 +58,9 @@ def draw_neighbours(
         f"{TITLES[config.method]} on {plain(data.name)}: a test image, and the training images "
         "nearest to it by cosine similarity"
         + ("\nanother class is named, and framed in orange" if with_labels else ""),
-        color=INK, fontsize=10,
-    )  # fmt: skip
+        color=INK,
+        fontsize=10,
+    )
     figure.savefig(out)
 
 

@@ -84,9 +84,14 @@ class Progress:
     def __init__(self, title: str, total: int, done: int, steps_per_epoch: int, show: bool) -> None:
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, initial=done, unit="step", desc=title, dynamic_ncols=True,
-            mininterval=0.2, disable=not (show and terminal),
-        )  # fmt: skip
+            total=total,
+            initial=done,
+            unit="step",
+            desc=title,
+            dynamic_ncols=True,
+            mininterval=0.2,
+            disable=not (show and terminal),
+        )
         self._lines = show and not terminal
         self._title, self._total, self._steps_per_epoch = title, total, steps_per_epoch
         self._started, self._first, self._spoke = time.perf_counter(), done, 0.0

@@ -198,8 +198,10 @@ def _repeat(data: ImageData, count: int) -> None:
         data.train = Part(
             Subset(part.images, torch.from_numpy(rows)),
             None if part.labels is None else part.labels[rows],
-            part.names[rows], part.sizes[rows], part.title,
-        )  # fmt: skip
+            part.names[rows],
+            part.sizes[rows],
+            part.title,
+        )
 
 
 def _steps(trainer: Trainer) -> None:
@@ -260,12 +262,17 @@ def measure(config: TrainConfig) -> dict[str, dict[str, Any]]:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, roots)),
             # Large blocks come from the system and go back to it, so that the peak is that of use.
-            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-        }  # fmt: skip
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        }
         done = subprocess.run(
-            [sys.executable, "-m", "ssltrain.memory"], input=json.dumps(dataclasses.asdict(own)),
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "ssltrain.memory"],
+            input=json.dumps(dataclasses.asdict(own)),
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise UserError(f"the run with --loss-backend {backend} could not be measured: {last}")
@@ -302,24 +309,43 @@ def draw(out: Path, config: TrainConfig, data_name: str, found: dict[str, dict[s
         for part in drawn:
             width = own["predicted"][part] / MEBIBYTE
             colour, _ = CLASS_STYLES[PARTS.index(part)]
-            axes.barh(line, width, left=begin, color=colour, height=0.55, lw=0,
-                      label=part if line == 0 else None)  # fmt: skip
+            axes.barh(
+                line,
+                width,
+                left=begin,
+                color=colour,
+                height=0.55,
+                lw=0,
+                label=part if line == 0 else None,
+            )
             begin += width
-        axes.plot([own["step"] / MEBIBYTE] * 2, [line - 0.36, line + 0.36], color=INK, lw=2.4,
-                  label="measured" if line == 0 else None)  # fmt: skip
+        axes.plot(
+            [own["step"] / MEBIBYTE] * 2,
+            [line - 0.36, line + 0.36],
+            color=INK,
+            lw=2.4,
+            label="measured" if line == 0 else None,
+        )
     axes.set_yticks(range(len(found)), [BACKENDS[name] for name in found], color=INK)
     axes.invert_yaxis()
     axes.set_xlabel("MiB at the peak of a step, above the process before it", color=INK)
     micro = f", micro-batches of {config.micro_batch}" if config.micro_batch else ""
     axes.set_title(
         f"{TITLES[config.method]} on {plain(data_name)}, batch {config.batch_size}{micro}",
-        color=INK, fontsize=11,
-    )  # fmt: skip
+        color=INK,
+        fontsize=11,
+    )
     tidy(axes)
     axes.set_axisbelow(True)
     axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside lower center", ncols=len(drawn) + 1, frameon=False, fontsize=8,
-                  columnspacing=1.2, handlelength=1.2)  # fmt: skip
+    figure.legend(
+        loc="outside lower center",
+        ncols=len(drawn) + 1,
+        frameon=False,
+        fontsize=8,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
     figure.savefig(out)
 
 

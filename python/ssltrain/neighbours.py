@@ -52,7 +52,9 @@ def vote(similarities: Tensor, labels: Tensor) -> Tensor:
     # Of neighbours in the same place, rounding must not make one count a thousand times more.
     weights = 1 / (1 - similarities.double()).clamp_min(1e-6)
     votes = torch.zeros(
-        len(labels), int(labels.max()) + 1 if labels.numel() else 1,
-        dtype=torch.float64, device=labels.device,
-    )  # fmt: skip
+        len(labels),
+        int(labels.max()) + 1 if labels.numel() else 1,
+        dtype=torch.float64,
+        device=labels.device,
+    )
     return votes.scatter_add_(1, labels, weights).argmax(dim=1)

@@ -62,8 +62,14 @@ def draw_loss(folder: RunFolder, config: TrainConfig, data_name: str) -> None:
             known = ~np.isnan(column(name))
             if known.any():
                 mark = "." if name == "knn" else ""
-                axes.plot(epochs[known], column(name)[known], mark + "-", color=colour, lw=1.8,
-                          label=title)  # fmt: skip
+                axes.plot(
+                    epochs[known],
+                    column(name)[known],
+                    mark + "-",
+                    color=colour,
+                    lw=1.8,
+                    label=title,
+                )
         axes.set_xlabel("epoch", color=INK)
         tidy(axes)
     right.set_ylim(0, 1)
@@ -147,9 +153,13 @@ def map_figure(
     if labels is not None and few:
         handles, names = axes.get_legend_handles_labels()
         figure.legend(
-            handles, names, loc="outside right center", frameon=False,
-            markerscale=1.8, title="class",
-        )  # fmt: skip
+            handles,
+            names,
+            loc="outside right center",
+            frameon=False,
+            markerscale=1.8,
+            title="class",
+        )
     elif labels is not None:
         title += f", coloured by the number of {len(class_names)} classes"
     figure.suptitle(title, color=INK)
@@ -205,14 +215,16 @@ def draw_confusion(
     axes.set_ylabel("is", color=INK)
     ticks = range(len(names)) if len(names) <= 40 else []
     labels = [short(name) for name in names] if ticks else []
-    axes.set_xticks(ticks, labels, rotation=45 if max(map(len, names)) > 3 else 0, ha="center",
-                    fontsize=8)  # fmt: skip
+    axes.set_xticks(
+        ticks, labels, rotation=45 if max(map(len, names)) > 3 else 0, ha="center", fontsize=8
+    )
     axes.set_yticks(ticks, labels, fontsize=8)
     if len(names) <= 24:
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.5 else INK
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour,
-                      fontsize=8)  # fmt: skip
+            axes.text(
+                column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8
+            )
     figure.colorbar(image, ax=axes, label="share of the images of a class", shrink=0.85)
     figure.savefig(folder.confusion_plot)
 

@@ -21,9 +21,15 @@ _OF_THE_METHOD = (
 # Pen strokes on black. No flips and no crops: a mirrored or cut digit is another sign, or none.
 # The ranges are those within which a person still writes, and sees, the same digit.
 _STROKES: dict[str, Any] = {
-    "crop_min": 1.0, "flip": 0.0, "jitter": 0.5, "rotate": 15.0, "translate": 0.1, "zoom": 0.2,
-    "shear": 15.0, "noise": 0.1,
-}  # fmt: skip
+    "crop_min": 1.0,
+    "flip": 0.0,
+    "jitter": 0.5,
+    "rotate": 15.0,
+    "translate": 0.1,
+    "zoom": 0.2,
+    "shear": 15.0,
+    "noise": 0.1,
+}
 
 # What a kind of data set changes for every method.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -68,7 +74,7 @@ _PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     # A batch of 128 has few negatives: a temperature between those of SimCLR here and the paper's.
     ("moco3", "digits"): {"temperature": 0.5, "ema_decay": 0.98},
     ("supcon", "digits"): {"temperature": 0.2},
-}  # fmt: skip
+}
 
 
 def preset(method: str, kind: str) -> dict[str, Any]:

@@ -95,10 +95,14 @@ def _accuracies(folder: RunFolder) -> str:
         return "<p>The run was not evaluated.</p>"
     results: dict[str, Any] = json.loads(folder.results.read_text())
     body = [
-        [title, f"{scores['knn']:.4f}", f"{scores['linear']:.4f}",
-         f"{scores['linear_few']:.4f} ± {scores['linear_few_std']:.4f}"]
+        [
+            title,
+            f"{scores['knn']:.4f}",
+            f"{scores['linear']:.4f}",
+            f"{scores['linear_few']:.4f} ± {scores['linear_few_std']:.4f}",
+        ]
         for title, scores in ((SOURCES[k], v) for k, v in results["accuracy"].items())
-    ]  # fmt: skip
+    ]
     protocol = "; ".join(f"{k}: {v}" for k, v in results["protocol"].items())
     return (
         "<h2>Test accuracy</h2>"

@@ -271,9 +271,12 @@ class Trainer:
         started = time.perf_counter()
         self.events = None if self.folder is None else Events(self.folder.events, first)
         self.progress = Progress(
-            self.config.method, self.total_steps, first, self.steps_per_epoch,
+            self.config.method,
+            self.total_steps,
+            first,
+            self.steps_per_epoch,
             show=self.config.progress and self.folder is not None,
-        )  # fmt: skip
+        )
         kept = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
         try:
             if first == 0:

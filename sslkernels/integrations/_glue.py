@@ -77,8 +77,9 @@ def temperature_like(value: float | Tensor, like: Tensor) -> float | Tensor:
         return value.reshape(()).to(like.device)
     if value > 0:
         return value
-    return torch.full((), value, dtype=torch.promote_types(like.dtype, torch.float32),
-                      device=like.device)  # fmt: skip
+    return torch.full(
+        (), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+    )
 
 
 def as_peer(loss: Any, *inputs: Tensor) -> Tensor:

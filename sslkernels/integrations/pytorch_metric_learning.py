@@ -202,9 +202,12 @@ class SupConLoss(_PairLoss, losses.SupConLoss):
             return self.zero_losses()
         if rows.same:
             loss = sup_con_loss(
-                q, rows.ids, glue.temperature_like(self.temperature, q), normalize=False,
+                q,
+                rows.ids,
+                glue.temperature_like(self.temperature, q),
+                normalize=False,
                 reduction="none",
-            )  # fmt: skip
+            )
             return self._by_anchor(rows, loss)
         sums = ops.class_sums(k, rows.ref_ids, rows.ids)
         ids_q = ids_k = None
@@ -326,9 +329,14 @@ class TripletMarginLoss(losses.TripletMarginLoss):
         cosine = type(self.distance) in _COSINE
         ids = pairs.integer_ids(labels, labels)[0]
         loss = triplet_loss(
-            embeddings, ids, self.margin, mining="all", normalize=self.distance.normalize_embeddings,
-            distance="cosine" if cosine else "euclidean", reduction=_REDUCTIONS[type(self.reducer)],
-        )  # fmt: skip
+            embeddings,
+            ids,
+            self.margin,
+            mining="all",
+            normalize=self.distance.normalize_embeddings,
+            distance="cosine" if cosine else "euclidean",
+            reduction=_REDUCTIONS[type(self.reducer)],
+        )
         return _losses(glue.as_peer(loss, embeddings), None, "already_reduced")
 
     def _given(self, embeddings: Tensor, triplets: Any, ref_emb: Tensor) -> Any:
@@ -462,9 +470,13 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """
 
     def __init__(
-        self, loss: Any, embedding_size: int, memory_size: int = 1024, miner: Any = None,
+        self,
+        loss: Any,
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner: Any = None,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(loss, embedding_size, memory_size, miner, **kwargs)
 
     def add_to_memory(self, embeddings: Any, labels: Any, batch_size: int) -> None:

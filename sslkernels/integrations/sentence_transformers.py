@@ -195,11 +195,14 @@ class BatchHardTripletLoss(losses.BatchHardTripletLoss):
         )
         near, far = (
             ops.per_pair(
-                ops.one_minus_dot if cosine else ops.euclidean, z, z,
-                torch.arange(len(z), device=z.device), index.clamp(min=0),
+                ops.one_minus_dot if cosine else ops.euclidean,
+                z,
+                z,
+                torch.arange(len(z), device=z.device),
+                index.clamp(min=0),
             )
             for index in (positive, negative)
-        )  # fmt: skip
+        )
         near = torch.where(positive >= 0, near, 0.0)
         far = torch.where(negative >= 0, far, near)
         return (near - far + self.triplet_margin).relu().mean()
@@ -214,9 +217,13 @@ class BatchAllTripletLoss(losses.BatchAllTripletLoss):
         if distance is None:
             return super().batch_all_triplet_loss(labels, embeddings)
         loss = triplet_loss(
-            embeddings, labels.view(-1).long(), self.triplet_margin, mining="all", distance=distance,
+            embeddings,
+            labels.view(-1).long(),
+            self.triplet_margin,
+            mining="all",
+            distance=distance,
             reduction="mean_nonzero",
-        )  # fmt: skip
+        )
         return loss
 
 

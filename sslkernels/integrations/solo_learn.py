@@ -86,9 +86,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: Any = 0.2) -> Tens
         keys = ops.gather_rows(key)
         ids = torch.arange(len(keys), device=key.device)
         own = ids[len(key) * glue.rank() :][: len(key)]
-        loss = info_nce_loss(
-            query, key.detach(), keys, tau, query_ids=own, negative_ids=ids
-        )  # fmt: skip
+        loss = info_nce_loss(query, key.detach(), keys, tau, query_ids=own, negative_ids=ids)
     return glue.as_peer(loss * (2 * temperature), query, key)
 
 

@@ -99,10 +99,13 @@ class ModelEmaV3(nn.Module):
             averages, values = (list(m.state_dict().values()) for m in (self.module, model))
         values = [v.to(a.device) for a, v in zip(averages, values, strict=False)]
         ops.average_(
-            averages[: len(values)], values, decay,
-            stochastic_rounding=self.stochastic_rounding, seed=self.stochastic_rounding_seed,
+            averages[: len(values)],
+            values,
+            decay,
+            stochastic_rounding=self.stochastic_rounding,
+            seed=self.stochastic_rounding_seed,
             step=self.n_updates,
-        )  # fmt: skip
+        )
         self.n_updates += 1
 
     @torch.no_grad()

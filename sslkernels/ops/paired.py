@@ -134,9 +134,13 @@ def _composed_forward(backend: ModuleType, problem: Paired) -> PairedLoss:
 
 
 def _composed_backward(
-    backend: ModuleType, problem: Paired, state: PairedState, dloss: Tensor, want_query: bool,
+    backend: ModuleType,
+    problem: Paired,
+    state: PairedState,
+    dloss: Tensor,
+    want_query: bool,
     want_positive: bool,
-) -> PairedGradients:  # fmt: skip
+) -> PairedGradients:
     query, positive_key, negative_keys = problem.query, problem.positive_key, problem.negative_keys
     scale, normalize, reduction = problem.scale, problem.normalize, problem.reduction
     lse, positive, _, mean_key = state

@@ -92,8 +92,10 @@ def _backward_fake(
 
 BACKWARD = Op(
     "pairwise_backward(str kind, *Tiles, RowState row, RowState? col, Wanted want) -> TileGradients",
-    _backward, _backward_fake, values=(TileGradients,),
-)  # fmt: skip
+    _backward,
+    _backward_fake,
+    values=(TileGradients,),
+)
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -123,9 +125,16 @@ def _save(kind: Kind, tiles: Tiles, want_col: bool, above: Any, out: PairwiseFor
 
 
 def _gradient(
-    kind: Kind, tiles: Tiles, row: Tensor, col: Tensor | None, drow: Tensor | None,
-    dcol: Tensor | None, _: Any, need: Any, *__: Any,
-) -> dict[str, Tensor]:  # fmt: skip
+    kind: Kind,
+    tiles: Tiles,
+    row: Tensor,
+    col: Tensor | None,
+    drow: Tensor | None,
+    dcol: Tensor | None,
+    _: Any,
+    need: Any,
+    *__: Any,
+) -> dict[str, Tensor]:
     columns = None if dcol is None or col is None else RowState(col, dcol)
     drow = torch.zeros_like(row) if drow is None else drow
     want = Wanted(need.q, need.k, need.scale)
@@ -134,9 +143,14 @@ def _gradient(
 
 
 def _tangent(
-    kind: Kind, tiles: Tiles, row: Tensor, col: Tensor | None, _: Any, tangents: Tiles | None,
+    kind: Kind,
+    tiles: Tiles,
+    row: Tensor,
+    col: Tensor | None,
+    _: Any,
+    tangents: Tiles | None,
     *__: Any,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     if tangents is None:  # of the thresholds alone
         return torch.zeros_like(row), row.new_zeros(0 if col is None else tiles.m)
     return tile_tangent(kind, tiles, tangents, row, col)

@@ -97,9 +97,16 @@ def _save(kind: Kind, tiles: Tiles, classes: Tensor | None, out: WithPositives) 
 
 
 def _gradient(
-    kind: Kind, tiles: Tiles, classes: Tensor | None, row: Tensor, drow: Tensor | None,
-    dpositive: Tensor | None, _: Any, need: Any, *__: Any,
-) -> dict[str, Tensor]:  # fmt: skip
+    kind: Kind,
+    tiles: Tiles,
+    classes: Tensor | None,
+    row: Tensor,
+    drow: Tensor | None,
+    dpositive: Tensor | None,
+    _: Any,
+    need: Any,
+    *__: Any,
+) -> dict[str, Tensor]:
     drow, dpositive = (torch.zeros_like(row) if g is None else g for g in (drow, dpositive))
     want = Wanted(need.q, need.k, need.scale)
     found = BACKWARD.below(kind, tiles, classes, RowState(row, drow), dpositive, want)

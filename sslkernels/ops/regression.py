@@ -91,9 +91,13 @@ def _gradient(
 
 
 def _tangent(
-    prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dprediction: Tensor | None,
+    prediction: Tensor,
+    target: Tensor,
+    reduction: str,
+    state: Tensor,
+    dprediction: Tensor | None,
     *_: Any,
-) -> tuple[Tensor]:  # fmt: skip
+) -> tuple[Tensor]:
     # Every row has a loss of its own: the tangent is <gradient, tangent>, row by row.
     acc, n = state.dtype, state.shape[0]
     if dprediction is None:

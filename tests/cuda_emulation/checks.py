@@ -15,8 +15,12 @@ from cuda_emulation.client import Emulator
 CHUNK = 4096  # kEmaChunk of csrc/cuda/launchers.h
 
 # Units in the last place of the stored dtype that the budget leaves beside the eager result.
-_EPSILON = {twin.FLOAT32: 2.0**-23, twin.FLOAT64: 2.0**-52, twin.BFLOAT16: 2.0**-7,
-            twin.FLOAT16: 2.0**-10}  # fmt: skip
+_EPSILON = {
+    twin.FLOAT32: 2.0**-23,
+    twin.FLOAT64: 2.0**-52,
+    twin.BFLOAT16: 2.0**-7,
+    twin.FLOAT16: 2.0**-10,
+}
 
 
 def random_array(
@@ -73,17 +77,27 @@ def check_ema(
         shift = (0, 0) if shifts is None else shifts[i % len(shifts)]
         pairs.append(
             (
-                random_array(generator, n, target_dtype), target_dtype, shift[0],
-                random_array(generator, n, source_dtype), source_dtype, shift[1],
+                random_array(generator, n, target_dtype),
+                target_dtype,
+                shift[0],
+                random_array(generator, n, source_dtype),
+                source_dtype,
+                shift[1],
             )
-        )  # fmt: skip
+        )
     seed, step = 0x1234_5678_9ABC_DEF0, 41
     state = np.array([seed, step], np.uint64) if device_state else None
     emulator.call("configure", seed=schedule, multiprocessors=multiprocessors, resident_blocks=3)
     targets, sources, state_after, launches = emulator.call(
-        "ema", pairs=pairs, decay=decay, stochastic=stochastic, seed=0 if device_state else seed,
-        step=0 if device_state else step, rng_state=state, repeat=1,
-    )  # fmt: skip
+        "ema",
+        pairs=pairs,
+        decay=decay,
+        stochastic=stochastic,
+        seed=0 if device_state else seed,
+        step=0 if device_state else step,
+        rng_state=state,
+        repeat=1,
+    )
     keep = float(decay)
     assert launches == (1 if any(sizes) else 0), f"{launches} launches"
     for i, (target, target_dtype, _, source, source_dtype, _) in enumerate(pairs):
@@ -177,8 +191,11 @@ def check_enqueue(
 
 def check_ema_small(emulator: Emulator) -> None:
     """Edges, alignment, several chunks a block, random state on the device, three schedules."""
-    pairs = [(twin.FLOAT32, twin.FLOAT32), (twin.BFLOAT16, twin.FLOAT32),
-             (twin.FLOAT32, twin.FLOAT16)]  # fmt: skip
+    pairs = [
+        (twin.FLOAT32, twin.FLOAT32),
+        (twin.BFLOAT16, twin.FLOAT32),
+        (twin.FLOAT32, twin.FLOAT16),
+    ]
     sizes = [CHUNK + 5, 0, 1, 3, 17, 1023, CHUNK - 1, 2 * CHUNK + 64, 2, 33]
     # Few elements at every kind of start: alike, a vector apart, and never aligned together.
     starts = [(0, 0), (4, 4), (4, 0), (8, 4), (12, 12)]
@@ -187,9 +204,14 @@ def check_ema_small(emulator: Emulator) -> None:
         check_ema(emulator, sizes, pairs, shifts=[(0, 0), (4, 8)], schedule=schedule)
         check_ema(emulator, few, [(0, 0)], shifts=starts, schedule=schedule)
         check_ema(
-            emulator, [CHUNK * 6, 9], [(twin.BFLOAT16, twin.BFLOAT16)], shifts=[(0, 0), (2, 2)],
-            stochastic=True, device_state=True, schedule=schedule,
-        )  # fmt: skip
+            emulator,
+            [CHUNK * 6, 9],
+            [(twin.BFLOAT16, twin.BFLOAT16)],
+            shifts=[(0, 0), (2, 2)],
+            stochastic=True,
+            device_state=True,
+            schedule=schedule,
+        )
 
 
 def check_enqueue_small(emulator: Emulator) -> None:

@@ -32,8 +32,11 @@ class Emulator:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, str(toolchain.HERE / "worker.py"), str(module)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
 
     def __enter__(self) -> Emulator:
         """The emulator."""

@@ -111,10 +111,14 @@ def build_module(flavour: str, changed: Mapping[str, str] | None = None) -> Path
     flags = FLAVOURS[flavour]
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
     objects = [
-        _compile("bindings_cuda.cpp", (CUDA / "bindings_cuda.cpp").read_bytes(), ["-O1", *python],
-                 as_cpp=True),
+        _compile(
+            "bindings_cuda.cpp",
+            (CUDA / "bindings_cuda.cpp").read_bytes(),
+            ["-O1", *python],
+            as_cpp=True,
+        ),
         _compile("emulator.cpp", (HERE / "emulator.cpp").read_bytes(), flags, as_cpp=True),
-    ]  # fmt: skip
+    ]
     defines = [*flags, *KERNEL_FLAGS, "-DSSLKERNELS_CUDA_EMULATION"]
     for name in KERNELS:
         text = (changed or {}).get(name)
@@ -128,10 +132,11 @@ def build_program(source: Path, flavour: str, defines: Sequence[str] = ()) -> Pa
     """An executable from one .cu file with a main and the emulator."""
     flags = [*FLAVOURS[flavour], *KERNEL_FLAGS, "-DSSLKERNELS_CUDA_EMULATION"]
     objects = [
-        _compile("emulator.cpp", (HERE / "emulator.cpp").read_bytes(), FLAVOURS[flavour],
-                 as_cpp=True),
+        _compile(
+            "emulator.cpp", (HERE / "emulator.cpp").read_bytes(), FLAVOURS[flavour], as_cpp=True
+        ),
         _compile(source.name, source.read_bytes(), [*flags, *defines], as_cpp=False),
-    ]  # fmt: skip
+    ]
     return _link(source.stem, objects, flavour, shared=False)
 
 

@@ -79,9 +79,11 @@ class Worker:
         targets = [Memory(library, p[0], p[2]) for p in pairs]
         sources = [Memory(library, p[3], p[5]) for p in pairs]
         table_bytes, n_chunks, offset = self.module.build_ema_table(
-            [(t.address, s.address, p[0].size, p[1], p[4])
-             for t, s, p in zip(targets, sources, pairs, strict=True)]
-        )  # fmt: skip
+            [
+                (t.address, s.address, p[0].size, p[1], p[4])
+                for t, s, p in zip(targets, sources, pairs, strict=True)
+            ]
+        )
         # Tensors and chunks in memory of their own: reading past either is seen.
         whole = np.frombuffer(table_bytes, np.uint8)
         table = Memory(library, whole[: 40 * len(pairs)]), Memory(library, whole[offset:])

@@ -27,9 +27,15 @@ def test_signatures() -> None:
 @pytest.mark.parametrize("temperature", [0.1, 1, 0.02, -0.5])
 @pytest.mark.parametrize(
     ("mode", "negatives"),
-    [("unpaired", None), ("whatever", None), ("unpaired", (13, 8)), ("paired", (9, 5, 8)),
-     ("unpaired", (1, 8)), ("paired", (9, 1, 8))],
-)  # fmt: skip
+    [
+        ("unpaired", None),
+        ("whatever", None),
+        ("unpaired", (13, 8)),
+        ("paired", (9, 5, 8)),
+        ("unpaired", (1, 8)),
+        ("paired", (9, 1, 8)),
+    ],
+)
 def test_loss(mode: str, negatives: Any, temperature: float, reduction: str) -> None:
     inputs = leaves((9, 8), (9, 8)) + ([] if negatives is None else [torch.randn(negatives)])
     dloss = torch.rand(9) if reduction == "none" else None
@@ -37,16 +43,21 @@ def test_loss(mode: str, negatives: Any, temperature: float, reduction: str) -> 
     slack = 1e-5 if temperature == 0.02 else None  # float32 of logits to 50
     check_same(ours.InfoNCE(**arguments), Theirs(**arguments), inputs, dloss=dloss, slack=slack)
     check_same(
-        partial(ours.info_nce, **arguments), partial(their_function, **arguments), inputs,
-        dloss=dloss, slack=slack,
-    )  # fmt: skip
+        partial(ours.info_nce, **arguments),
+        partial(their_function, **arguments),
+        inputs,
+        dloss=dloss,
+        slack=slack,
+    )
     if negatives is not None:  # a queue: no gradient
         constant = inputs[2]
         check_same(
             lambda q, k: ours.info_nce(q, k, constant.to(q), **arguments),
             lambda q, k: their_function(q, k, constant.to(q), **arguments),
-            inputs[:2], dloss=dloss, slack=slack,
-        )  # fmt: skip
+            inputs[:2],
+            dloss=dloss,
+            slack=slack,
+        )
 
 
 def test_temperature_as_a_tensor() -> None:

@@ -23,9 +23,13 @@ def test_code_of_the_page_runs(page: str, tmp_path: Path) -> None:
     assert blocks
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "\n".join(blocks)],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS_S,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"},
-    )  # fmt: skip
+    )
     if done.returncode and "ModuleNotFoundError" in done.stderr.splitlines()[-1]:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr

@@ -61,8 +61,11 @@ def test_training(mlp: bool, one_process: None) -> None:
         (logits, labels), (logits_, labels_) = mine(x, y), other(x, y)
         torch.testing.assert_close(logits, logits_, rtol=1e-4, atol=1e-5)
         assert torch.equal(labels, labels_)
-        values = [nn.functional.cross_entropy(logits, labels),
-                  nn.functional.cross_entropy(logits_, labels_), fused.loss(x, y)]  # fmt: skip
+        values = [
+            nn.functional.cross_entropy(logits, labels),
+            nn.functional.cross_entropy(logits_, labels_),
+            fused.loss(x, y),
+        ]
         for value, optimizer in zip(values, optimizers, strict=True):
             optimizer.zero_grad()
             value.backward()

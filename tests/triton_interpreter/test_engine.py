@@ -50,9 +50,14 @@ def poisoned_rows(x: Tensor) -> Tensor:
 
 
 def make(
-    N: int, M: int | None, D: int, kind: str = "lse", dtype: torch.dtype = torch.float32,
-    scale: float = 7.0, ids: str = "many",
-) -> Case:  # fmt: skip
+    N: int,
+    M: int | None,
+    D: int,
+    kind: str = "lse",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 7.0,
+    ids: str = "many",
+) -> Case:
     """About unit rows, some keys equal to queries; every operand inside NaN-filled memory.
 
     Where D allows it the rows are aligned, so that the kernels read them (and not a packed copy).
@@ -178,8 +183,10 @@ def test_attend(size, ids: str, panels: bool) -> None:
         got = backend.attend(case.tiles, threshold)
     fused = not panels and has_fused(case)
     assert ("attend_kernel" in {entry.kernel for entry in log}) == fused
-    for ours, of, name in ((got.lse, lambda t: dense.reduce(case, 1, t), "lse"),
-                           (got.mean_key, lambda t: dense.mean_key(case, t), "mean key")):  # fmt: skip
+    for ours, of, name in (
+        (got.lse, lambda t: dense.reduce(case, 1, t), "lse"),
+        (got.mean_key, lambda t: dense.mean_key(case, t), "mean key"),
+    ):
         check_budget(ours, of(torch.float32), of(torch.float64), 2e-6, name, floor=1.0)
     assert torch.equal(got.rank, dense.ranks(case, threshold, 1))
 
@@ -298,11 +305,17 @@ def test_splits_and_folds(size, folded: bool, monkeypatch: pytest.MonkeyPatch) -
                 best = backend.extremes(
                     case.tiles._replace(ids_q=torch.arange(70) % 3, ids_k=torch.arange(100) % 4)
                 )
-            check_budget(attended.mean_key, dense.mean_key(case, torch.float32),
-                         dense.mean_key(case, torch.float64), 2e-6, "mean key")  # fmt: skip
+            check_budget(
+                attended.mean_key,
+                dense.mean_key(case, torch.float32),
+                dense.mean_key(case, torch.float64),
+                2e-6,
+                "mean key",
+            )
             assert torch.equal(attended.rank, dense.ranks(case, thresholds[0], 1))
-            labelled = Case("lse", case.q, case.k, case.scale, None, torch.arange(70) % 3,
-                            torch.arange(100) % 4)  # fmt: skip
+            labelled = Case(
+                "lse", case.q, case.k, case.scale, None, torch.arange(70) % 3, torch.arange(100) % 4
+            )
             for ours, true in zip(best, dense.extremes(labelled, None), strict=True):
                 assert torch.equal(ours, true)
 

@@ -77,9 +77,12 @@ def test_loss(
     with sslkernels.backend("triton"), recorded_launches() as log:
         # Rows that are rounded after normalisation: the loss is as exact as they are.
         check_loss(
-            _loss(sslkernels, name), _loss(reference, name), inputs, name=name,
+            _loss(sslkernels, name),
+            _loss(reference, name),
+            inputs,
+            name=name,
             loss_slack=None if dtype == torch.float32 else SLACK[dtype] / 4,
-        )  # fmt: skip
+        )
     assert kernels <= {entry.kernel for entry in log}
     if name != "triplet_loss":  # distances stay float32: their differences decide who is hardest
         assert {entry.operand for entry in log if entry.kernel in kernels} == {dtype}

@@ -39,7 +39,10 @@ LOSSES: dict[str, tuple[Callable[[object], Loss], int, int, int, int]] = {
     "info_nce, learned bank": (lambda m: lambda *x: m.info_nce_loss(*x, 0.2), 3, 3, 0, 3),
     "info_nce, paired": (
         lambda m: lambda *x: m.info_nce_loss(*x, 0.2, negative_mode="paired"),
-        3, 3, 3, 3,
+        3,
+        3,
+        3,
+        3,
     ),
     "clip": (lambda m: lambda a, b: m.clip_loss(a, b, 5.0, normalize=True), 2, 2, 2, 2),
     "siglip": (lambda m: lambda a, b: m.siglip_loss(a, b, 5.0, -3.0, normalize=True), 2, 2, 0, 2),
@@ -47,12 +50,15 @@ LOSSES: dict[str, tuple[Callable[[object], Loss], int, int, int, int]] = {
     "sup_con": (lambda m: lambda a: m.sup_con_loss(a, _labels(), 0.2), 1, 1, 0, 1),
     "triplet": (
         lambda m: lambda a: m.triplet_loss(a, _labels(), 0.5, mining="hard", normalize=True),
-        1, 1, 0, 1,
+        1,
+        1,
+        0,
+        1,
     ),
     "alignment": (lambda m: lambda a, b: m.alignment_loss(a, b), 2, 2, 0, 2),
     "uniformity": (lambda m: lambda a: m.uniformity_loss(a), 1, 1, 0, 1),
     "simsiam": (lambda m: lambda *x: m.simsiam_loss(*x), 4, 4, 0, 2),
-}  # fmt: skip
+}
 EVERY = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -125,9 +131,12 @@ def test_a_queue_is_normalised_by_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
 )
 @pytest.mark.parametrize("layout", [_in_a_wider_buffer, _column_by_column])
 def test_losses_and_gradients(
-    name: str, dtype: torch.dtype, as_on_a_gpu: bool, layout: Callable[[Tensor], Tensor],
+    name: str,
+    dtype: torch.dtype,
+    as_on_a_gpu: bool,
+    layout: Callable[[Tensor], Tensor],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Within the budget, from strided rows whose norms span four decades.
 
     As on a GPU normalised halves are halves again: the loss is then as exact as they are.
@@ -143,8 +152,10 @@ def test_losses_and_gradients(
             check_loss(
                 lambda *x, at=sized: make(sslkernels)(*(layout(_only(y, at)) for y in x)),
                 lambda *x, at=sized: make(reference)(*(_only(y, at) for y in x)),
-                _inputs(name, dtype), name=name, loss_slack=loss_slack,
-            )  # fmt: skip
+                _inputs(name, dtype),
+                name=name,
+                loss_slack=loss_slack,
+            )
     counted = _counted(log)
     assert counted["normalize_kernel"] and counted["normalize_backward_kernel"]
 

@@ -55,8 +55,12 @@ def _shuffled(seed: int) -> Callable[[list[int]], list[int]]:
     return lambda order: random.Random(seed).sample(order, len(order))
 
 
-ORDERS = {"as is": lambda order: order, "reversed": lambda order: order[::-1],
-          "shuffled": _shuffled(1), "shuffled again": _shuffled(2)}  # fmt: skip
+ORDERS = {
+    "as is": lambda order: order,
+    "reversed": lambda order: order[::-1],
+    "shuffled": _shuffled(1),
+    "shuffled again": _shuffled(2),
+}
 
 
 @triton.jit

@@ -33,9 +33,13 @@ class Raw(NamedTuple):
 
 
 def _assemble(
-    name: str, kind: str, train: Raw, test: Raw | None, options: DataOptions,
+    name: str,
+    kind: str,
+    train: Raw,
+    test: Raw | None,
+    options: DataOptions,
     names: list[str] | None = None,
-) -> ImageData:  # fmt: skip
+) -> ImageData:
     """An ``ImageData`` of arrays [N, H, W], [N, H, W, C] or [N, C, H, W], and labels.
 
     Args:
@@ -306,9 +310,13 @@ _NPZ_SPLIT = (
     ("train_images", "train_labels", "test_images", "test_labels"),
 )
 _NPZ_WHOLE = (
-    ("images", "labels"), ("x", "y"), ("X", "y"), ("data", "labels"),
-    ("x_train", "y_train"), ("train_images", "train_labels"),
-)  # fmt: skip
+    ("images", "labels"),
+    ("x", "y"),
+    ("X", "y"),
+    ("data", "labels"),
+    ("x_train", "y_train"),
+    ("train_images", "train_labels"),
+)
 
 
 def load_npz(path: Path, options: DataOptions) -> ImageData:
@@ -320,8 +328,14 @@ def load_npz(path: Path, options: DataOptions) -> ImageData:
     except UserError:
         raise
     except (
-        OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error
-    ) as error:  # fmt: skip
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 

@@ -98,9 +98,14 @@ def check_files(paths: list[Path], size: int, options: DataOptions) -> Checked:
 
     with _quiet(), ThreadPoolExecutor(DECODE_THREADS) as pool:
         bar = tqdm(
-            pool.map(look, range(len(paths))), "checking images", len(paths), unit="image",
-            delay=SLOW_SCAN_S, disable=not options.progress, leave=False,
-        )  # fmt: skip
+            pool.map(look, range(len(paths))),
+            "checking images",
+            len(paths),
+            unit="image",
+            delay=SLOW_SCAN_S,
+            disable=not options.progress,
+            leave=False,
+        )
         for row, found in enumerate(bar):
             if isinstance(found, UserError):
                 bad[row] = str(found)

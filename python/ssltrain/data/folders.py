@@ -262,9 +262,16 @@ def load_folder(folder: Path, options: DataOptions) -> ImageData:
         images = Subset(checked.images, torch.from_numpy(chosen))
         parts.append(Part(images, labels[chosen], names[chosen], sizes[chosen], own.__getitem__))
     return ImageData(
-        folder.name, "folder", parts[0], parts[1], 3, (size, size), class_names,
-        layout.notes + checked.notes, checked.pixel_range,
-    )  # fmt: skip
+        folder.name,
+        "folder",
+        parts[0],
+        parts[1],
+        3,
+        (size, size),
+        class_names,
+        layout.notes + checked.notes,
+        checked.pixel_range,
+    )
 
 
 def _labels(folder: Path, train: Found, test: Found) -> tuple[list[str], np.ndarray]:

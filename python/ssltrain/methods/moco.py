@@ -117,7 +117,12 @@ class MoCo3(Method):
             keys = self.world.gather_rows(k)
             own = torch.arange(len(q), device=q.device) + self.world.rank * len(q)
             loss, metrics = self.ops.info_nce_loss(
-                q, k, keys, t, return_metrics=True,
-                query_ids=own, negative_ids=torch.arange(len(keys), device=q.device),
-            )  # fmt: skip
+                q,
+                k,
+                keys,
+                t,
+                return_metrics=True,
+                query_ids=own,
+                negative_ids=torch.arange(len(keys), device=q.device),
+            )
         return 2 * t * loss, metrics
