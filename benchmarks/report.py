@@ -27,6 +27,25 @@ TITLES = {
     "sup_con": "SupCon loss, forward + backward",
     "triplet": "Batch-hard triplet loss, forward + backward",
 }
+# One contender has one colour and one marker in every plot.
+STYLES = {
+    "sslkernels": ("#0072b2", "o"),
+    "sslkernels bf16": ("#56b4e9", "o"),
+    "sslkernels EMA module": ("#332288", "o"),
+    "eager": ("#d55e00", "s"),
+    "torch.compile": ("#e69f00", "D"),
+    "chunked": ("#009e73", "^"),
+    "lightly": ("#cc79a7", "v"),
+    "pytorch-metric-learning": ("#882255", "P"),
+    "info-nce-pytorch": ("#999933", "X"),
+    "inf_cl": ("#117733", "<"),
+    "MoCo [D, K]": ("#7f7f7f", ">"),
+    "torch [K, D]": ("#b15928", "h"),
+    "_foreach_lerp_": ("#bfa500", "d"),
+    "timm style": ("#aa4499", "*"),
+    "mul_ add_ loop": ("#44aa99", "p"),
+    "MoCo .data loop": ("#444444", "8"),
+}
 NOT_MEASURED = ("missing", "wrong", "failed", "left out")
 
 
@@ -230,7 +249,8 @@ def plots(rows: list[Row], folder: Path) -> str:
     except ImportError as error:
         return f"No plots: {error}."
     drawn = []
-    for op, size_name in (("nt_xent", "N"), ("moco", "K")):
+    for op in ("nt_xent", "moco", "clip", "siglip", "sup_con", "triplet"):
+        size_name = "K" if op == "moco" else "N"
         for metric, title, scale, unit in (
             ("time", "time", 1e3, "ms"),
             ("extra_memory", "extra peak memory", 2**-20, "MiB"),
@@ -250,16 +270,18 @@ def plots(rows: list[Row], folder: Path) -> str:
                     _pick(found, provider=provider, allocator=allocator), key=lambda r: r["size"]
                 )
                 kept = allocator == KEPT
+                colour, marker = STYLES[provider]
                 axes.plot(
                     [r["size"] for r in line],
                     [r["p50"] * scale for r in line],
-                    marker="o",
+                    color=colour,
+                    marker=marker,
                     ms=4,
                     lw=2.5 if provider == OURS else 1.2,
-                    ls=":" if kept else "-",
+                    ls="--" if kept else "-",
                     label=provider + (", pages kept" if kept else ""),
                 )
-            if metric == "time":
+            if metric == "time" and op in ("nt_xent", "moco"):
                 _ideal(axes, found, rows, op, scale)
             axes.set_xscale("log", base=2)
             axes.set_yscale("linear" if metric == "share" else "log")
@@ -267,7 +289,7 @@ def plots(rows: list[Row], folder: Path) -> str:
                 axes.set_ylim(0, 100)
             axes.set(xlabel=size_name, ylabel=f"{title} [{unit}]", title=f"{TITLES[op]}: {title}")
             axes.grid(True, which="major", alpha=0.3)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, handlelength=4)
             for suffix in ("png", "svg"):
                 figure.savefig(folder / f"{op}_{metric}.{suffix}", dpi=130)
             pyplot.close(figure)
@@ -293,4 +315,4 @@ def _ideal(axes: Any, found: list[Row], rows: list[Row], op: str, scale: float) 
     dim, batch = found[0]["dim"], found[0]["batch"]
     flops = [4.0 * (n * n if op == "nt_xent" else n * batch) * dim for n in sizes]
     label = ("4N²D" if op == "nt_xent" else "4nKD") + " at the ceiling"
-    axes.plot(sizes, [f / ceiling[0]["p50"] * scale for f in flops], "k--", lw=1, label=label)
+    axes.plot(sizes, [f / ceiling[0]["p50"] * scale for f in flops], "k:", lw=1, label=label)

@@ -164,6 +164,39 @@ def test_cases_that_we_lose_are_listed() -> None:
     assert "eager takes 500 ms, ours 1 s" in text and "Nowhere in this run" not in text
 
 
+def test_one_contender_has_one_colour() -> None:
+    names = {name for table in CONTENDERS.values() for name in table}
+    assert names == set(report.STYLES)
+    assert len({colour for colour, _ in report.STYLES.values()}) == len(names)
+
+
+def test_plots_draw_kept_pages_dashed_in_the_same_colour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn: dict[str, tuple[str, str]] = {}
+    plot = axes.Axes.plot
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn[kwargs["label"]] = (kwargs["color"], kwargs["ls"])
+        return plot(self, *args, **kwargs)
+
+    monkeypatch.setattr(axes.Axes, "plot", note)
+    rows = [
+        _row(op="clip", size=size, provider=provider, allocator=allocator)
+        for size in (64, 128)
+        for provider in (OURS, "eager")
+        for allocator in (runner.DEFAULT, runner.KEPT)
+    ]
+    assert "clip_time" in report.plots(rows, tmp_path)
+    assert (tmp_path / "clip_time.svg").stat().st_size > 1000
+    for provider in (OURS, "eager"):
+        colour = report.STYLES[provider][0]
+        assert drawn[provider] == (colour, "-")
+        assert drawn[f"{provider}, pages kept"] == (colour, "--")
+    assert drawn[OURS][0] != drawn["eager"][0]
+
+
 def test_plans_name_only_contenders_that_exist() -> None:
     for plan in (runner.headline_plan, runner.full_plan):
         jobs = plan({}, None)
