@@ -67,3 +67,12 @@ def on_engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each backend and instruction set."""
     with engine(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors are fastest on one thread, and other tests keep their setting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +23,8 @@ from ssltrain.parallel import World
 from ssltrain.trainer import Trainer
 from ssltrain_helpers import SMALL, digits, write_parts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS: dict[str, list[Any]] = {
     "amp": ["none", "bf16", "fp16"],
     "micro_batch": [0, 12],
@@ -34,14 +35,6 @@ CASES = [
     (method, dict(zip(FLAGS, values, strict=True)))
     for method, *values in itertools.product(METHODS, *FLAGS.values())
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,10 @@ from ssltrain.trainer import Trainer
 from ssltrain_helpers import SMALL, assert_same_bits, checkpoint, digits, rows, run, write_parts
 from ssltrain_killed import MOMENTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TESTS = Path(__file__).resolve().parent
 WORDS = ["--epochs", "3", "--evaluate", "false", "--save-every", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

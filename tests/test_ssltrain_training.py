@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +41,10 @@ from ssltrain_helpers import (
     write_parts,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PYTHON_FOLDER = Path(__file__).resolve().parents[1] / "python"
 ROOT = PYTHON_FOLDER.parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are fastest on one thread, and other tests keep their setting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
