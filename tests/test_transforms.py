@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -229,3 +230,31 @@ def test_the_reported_case() -> None:
     _, truth = jvp(lambda x: reference.nt_xent_loss(x, z.flip(0), 0.5), (z,), (v,))
     torch.testing.assert_close(tangent, truth, rtol=1e-5, atol=1e-5)
     assert abs(float(truth)) > 8
+
+
+@on_case
+def test_jit_trace_records_the_op(case: str) -> None:
+    """A trace sees the op, not the numbers that its kernels once wrote into memory."""
+    function = CASES[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: tracing is deprecated, shapes become constants
+        traced = torch.jit.trace(lambda *a: function(sslkernels, *a), inputs(0))
+    close(traced(*inputs(1)), function(sslkernels, *inputs(1)))
+
+
+def test_a_tensor_that_outlives_its_transform_is_an_argument_like_any_other() -> None:
+    left = []
+
+    def leak(a: torch.Tensor) -> torch.Tensor:
+        left.append(a)
+        return a.sum()
+
+    x = torch.eye(4)
+    grad(leak)(x)
+    for loss in (sslkernels.nt_xent_loss, sslkernels.info_nce_loss, sslkernels.dcl_loss):
+        close(loss(left[0], x.flip(0)), loss(x, x.flip(0)))
+    scale, bias = torch.tensor(2.0), torch.tensor(-1.0)
+    close(
+        sslkernels.siglip_loss(left[0], x.flip(0), scale, bias),
+        sslkernels.siglip_loss(x, x.flip(0), scale, bias),
+    )

@@ -73,7 +73,7 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return x if x is None or x.is_contiguous() else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from sslkernels.backends import interface
 from sslkernels.ops import registry
+from sslkernels.ops.eager import are_plain, is_plain_eager
 
 LIB = torch.library.Library("sslkernels", "FRAGMENT")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -73,6 +74,11 @@ def refuse_transforms(op: str) -> None:
         )
 
 
+def _bypasses(flat: Sequence[Any]) -> bool:
+    """Whether the dispatcher may be left out: nobody wants to see the op, all tensors are plain."""
+    return is_plain_eager() and are_plain(*(x for x in flat if isinstance(x, Tensor)))
+
+
 # ------------------------------------------------------------------------------------------- values
 
 
@@ -90,8 +96,11 @@ def _fold(form: Sequence[_Part], flat: Sequence[Any]) -> list[Any]:
         if kind is None:
             values.append(flat[at])
         else:
-            fields = flat[at : at + width]
-            values.append(kind._make(fields) if any(f is not None for f in fields) else None)
+            values.append(None)
+            for i in range(at, at + width):
+                if flat[i] is not None:
+                    values[-1] = kind(*flat[at : at + width])
+                    break
         at += width
     return values
 
@@ -196,7 +205,8 @@ class Op:
         self.names = [a.split(" ")[1] for a in self.schema.split("(")[1].split(")")[0].split(", ")]
         self.gradient = gradient
         LIB.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIB.impl(self.name, self._flat(kernel), "CompositeExplicitAutograd")
+        self.kernel, self.flat_kernel = kernel, self._flat(kernel)
+        LIB.impl(self.name, self.flat_kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sslkernels::{self.name}", self._flat(fake), lib=LIB)
         self.default = getattr(torch.ops.sslkernels, self.name).default
         self.function: type[torch.autograd.Function] | None = None
@@ -210,7 +220,12 @@ class Op:
     def __call__(self, *values: Any) -> Any:
         """The results for values; differentiable where the op is."""
         flat = _unfold(self.form, values)
-        if torch.compiler.is_compiling() or not functorch() or self.function is None:
+        if _bypasses(flat):
+            if self.function is None or not needs_grad(*(flat[i] for i in self._differentiable)):
+                with torch.no_grad():
+                    return self.kernel(*values)
+            out = apply_plain(self.function, *flat)
+        elif torch.compiler.is_compiling() or not functorch() or self.function is None:
             out = self.default(*flat)
         else:
             out = self.function.apply(*flat)
@@ -218,8 +233,12 @@ class Op:
 
     def below(self, *values: Any) -> Any:
         """The same without autograd."""
+        flat = _unfold(self.form, values)
+        if _bypasses(flat):
+            with torch.no_grad():
+                return self.kernel(*values)
         with below_autograd():
-            out = self.default(*_unfold(self.form, values))
+            out = self.default(*flat)
         return out if self.results is None else self.results(*out)
 
     def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -270,6 +289,8 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
+            if _bypasses(flat):
+                return op.flat_kernel(*flat)
             with below_autograd():
                 return op.default(*flat)
 

@@ -214,21 +214,26 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, problem: Problem, want_rank: bool):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        problem: Problem,
+        want_rank: bool,
+        outs: list[Any],
+    ):
         out, tiles = _compute(problem, want_rank, True)
+        outs += out  # all but the loss need no gradient: autograd is spared them
+        loss, state, mean_key, _ = out
         layout, _, _, _, _, ids_q, ids_k, normalize, reduction, bf16 = problem
-        loss, state, mean_key, rank = out
         ctx.plain = (layout, normalize, reduction, bf16, registry.override())
         ids_k = None if layout == "bank" else ids_k
         ctx.save_for_backward(a, b, scale, ids_q, ids_k, state, mean_key, tiles)
-        ctx.mark_non_differentiable(*(x for x in (state, mean_key, rank) if x is not None))
-        ctx.set_materialize_grads(False)
-        return loss, state, mean_key, rank
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
-        if dloss is None:
-            return (None,) * 5
+    def backward(ctx: Any, dloss: Tensor) -> Any:
         layout, normalize, reduction, bf16, backend = ctx.plain
         a, b, scale, ids_q, ids_k, state, mean_key, tiles = ctx.saved_tensors
         problem = Problem(layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, bf16)
@@ -242,7 +247,7 @@ class _Eager(torch.autograd.Function):
                 found = BACKWARD.below(problem, state, key, dloss, want)
                 return [x if w else None for x, w in zip(found, want, strict=True)]
 
-        return *once("sslkernels::contrastive", compute, (dloss, a, b, scale)), None, None
+        return *once("sslkernels::contrastive", compute, (dloss, a, b, scale)), None, None, None
 
 
 def contrastive(problem: Problem, want_rank: bool = False) -> Contrastive:
@@ -256,9 +261,11 @@ def contrastive(problem: Problem, want_rank: bool = False) -> Contrastive:
         want_rank: Whether to count the negatives above each positive.
     """
     _, a, b, bank, scale, *_ = problem
-    if is_plain_eager() and are_plain(a, b, scale) and (bank is None or are_plain(bank)):
+    if is_plain_eager() and are_plain(a, b, bank, scale):
         if needs_grad(a, b, scale):
-            return Contrastive(*apply_plain(_Eager, a, b, scale, problem, want_rank))
+            outs: list[Any] = []
+            loss = apply_plain(_Eager, a, b, scale, problem, want_rank, outs)
+            return Contrastive(loss, *outs[1:])
         return _compute(problem, want_rank, False)[0]
     result: Contrastive = CONTRASTIVE(problem, want_rank)
     return result

@@ -32,6 +32,7 @@ except ImportError:  # the registry reports the missing extension; plans are the
 # Torch 2.4 knows lists of tensors that are written to neither in bump_version nor in functionalization.
 WRITES_LISTS = not torch.__version__.startswith("2.4.")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_plain_eager() -> bool:
@@ -40,13 +41,20 @@ def is_plain_eager() -> bool:
         not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
         and forward_ad._current_level < 0
     )
 
 
 def are_plain(*tensors: Any) -> bool:
-    """Whether all are plain tensors with memory of their own, not subclasses or meta tensors."""
-    return all(type(x) in _PLAIN and not x.is_meta for x in tensors)
+    """Whether all are plain tensors with memory of their own; None is.
+
+    Subclasses, meta tensors and what a transform of torch.func left behind are not.
+    """
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or _is_wrapper(x)):
+            return False
+    return True
 
 
 def bump_versions(tensors: Sequence[Tensor]) -> None:
