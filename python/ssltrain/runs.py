@@ -236,9 +236,10 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and time, as ``environment.json`` keeps them."""
-    packages = ("torch", "numpy", "kornia", "scikit-learn", "pillow", "tensorboardX", "triton")
+    packages = ("numpy", "kornia", "scikit-learn", "pillow", "tensorboardX", "triton")
     info = sslkernels.info()
-    versions: dict[str, str | None] = {}
+    # torch says which build it is ("2.13.0+cu130"), what was installed may not.
+    versions: dict[str, str | None] = {"torch": str(torch.__version__)}
     for name in packages:
         try:
             versions[name] = metadata.version(name)
