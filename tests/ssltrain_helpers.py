@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from ssltrain.cli import main
+from ssltrain.text import tokenize
 
 # 256 training images of 8 x 8 in batches of 64: four steps an epoch, milliseconds each.
 SMALL = [
@@ -19,6 +20,7 @@ SMALL = [
     "--translate", "0.1", "--noise", "0.05", "--flip", "0", "--crop-min", "1", "--jitter", "0.5",
     "--progress", "false", "--device", "cpu", "--knn-every", "1",
 ]  # fmt: skip
+NAMES = "zero one two three four five six seven eight nine".split()
 TIMES = ("images_per_s", "seconds")
 
 
@@ -31,15 +33,23 @@ def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_parts(path: Path, images: np.ndarray, labels: np.ndarray, train: int) -> str:
-    """An .npz file whose first ``train`` images are the training part."""
+    """An .npz file whose first ``train`` images are the training part; images have captions."""
+    captions = np.array([f"{NAMES[label]} from hand {i % 5}" for i, label in enumerate(labels)])
     np.savez(
         path,
         x_train=images[:train],
         y_train=labels[:train],
         x_test=images[train:],
         y_test=labels[train:],
+        captions_train=captions[:train],
+        captions_test=captions[train:],
     )
     return str(path)
+
+
+def tokens(count: int) -> torch.Tensor:
+    """Captions of the first ``count`` of so many images, as a batch has them."""
+    return tokenize(f"{NAMES[i % 10]} from hand {i % 7}" for i in range(count))
 
 
 def run(method: str, data: str, folder: Path, *words: str) -> int:

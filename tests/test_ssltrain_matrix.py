@@ -21,7 +21,7 @@ from ssltrain.errors import UserError
 from ssltrain.methods import Batch
 from ssltrain.parallel import World
 from ssltrain.trainer import Trainer
-from ssltrain_helpers import SMALL, digits, write_parts
+from ssltrain_helpers import SMALL, digits, tokens, write_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,7 +94,7 @@ def test_autocast_changes_the_loss_by_its_precision(
         torch.manual_seed(0)
         views = torch.rand(3, 32, 1, 8, 8)
         ours.method.prime([views[2]])
-        batch = Batch(views[0], views[1], labels=torch.arange(32) % 10)
+        batch = Batch(views[0], views[1], labels=torch.arange(32) % 10, tokens=tokens(32))
         losses.append(ours.method.train_step(batch).loss.item())
     assert losses[0] != losses[1]
     assert math.isclose(*losses, rel_tol=0.05 if dtype == "bf16" else 0.01, abs_tol=0.01)

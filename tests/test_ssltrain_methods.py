@@ -28,7 +28,16 @@ from ssltrain.methods.simclr import classes
 from ssltrain.parallel import World
 from ssltrain.presets import recipe, recipe_names
 from ssltrain.trainer import Trainer
-from ssltrain_helpers import SMALL, assert_same_bits, checkpoint, digits, rows, run, write_parts
+from ssltrain_helpers import (
+    SMALL,
+    assert_same_bits,
+    checkpoint,
+    digits,
+    rows,
+    run,
+    tokens,
+    write_parts,
+)
 
 import sslkernels
 
@@ -58,6 +67,7 @@ def trainer(method: str, data: ImageData, **settings: Any) -> Trainer:
 def batch(**more: Any) -> Batch:
     torch.manual_seed(0)
     labels = torch.arange(64) % 10
+    more.setdefault("tokens", tokens(64))
     return Batch(torch.rand(64, 1, 8, 8), torch.rand(64, 1, 8, 8), labels=labels, **more)
 
 
@@ -242,7 +252,9 @@ def test_micro_batches_give_the_gradient_of_the_batch(
         views = torch.rand(4, 64, 1, 8, 8, dtype=torch.float64)
         ours.prime([views[2]])
         crops = (views[3],) if method in ("simclr", "byol", "supcon") else ()
-        metrics = ours.train_step(Batch(views[0], views[1], crops, torch.arange(64) % 10))
+        metrics = ours.train_step(
+            Batch(views[0], views[1], crops, torch.arange(64) % 10, tokens(64))
+        )
         grads.append([p.grad for p in ours.online.parameters()] + [metrics.loss])
     assert any(grad.abs().max() > 1e-3 for grad in grads[0][:-1])
     for whole, parts in zip(*grads, strict=True):
@@ -353,7 +365,7 @@ def test_flags_beat_a_recipe_beats_the_preset(capsys: pytest.CaptureFixture[str]
     assert main(["simclr", "--recipe", "moco"]) == 2
     assert "use 'ssltrain moco'" in capsys.readouterr().err
     assert main(["simclr", "--recipe", "resnet"]) == 2
-    assert "--recipe must be one of byol, moco" in capsys.readouterr().err
+    assert "--recipe must be one of byol, clip" in capsys.readouterr().err
 
 
 def test_recipes_can_be_listed_and_saved(

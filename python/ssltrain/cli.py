@@ -48,7 +48,7 @@ usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
        ssltrain report RUN                     one HTML page with everything about a run
        ssltrain completion SHELL               a script that completes commands and flags
 
-METHOD is simclr, byol, moco, moco3, simsiam or supcon. Every run has a folder (the default is
+METHOD is simclr, byol, moco, moco3, simsiam, supcon or clip. Every run has a folder (the default is
 runs/METHOD-DATA-seedN). 'ssltrain simclr --help' lists the flags; docs/training.md explains them.
 """
 
@@ -240,7 +240,7 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
         data = load(config.data, DataOptions.of(config))
         for sentence in data.notes:
             note(sentence)
-        if data.unlabelled:
+        if data.unlabelled and config.method != "clip":
             note(f"{data.name} {data.unlabelled}: the run is not evaluated by probes")
         config = dataclasses.replace(config, pixel_range=data.pixel_range)
         trainer = Trainer(config, data, processes, None)
@@ -282,7 +282,7 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
         from ssltrain.commands import Opened, evaluate_and_draw
 
         opened = Opened(folder, config, folder.read_checkpoint(), data)
-        evaluate_and_draw(opened, scores=data.has_labels)
+        evaluate_and_draw(opened, scores=data.has_labels or config.method == "clip")
     return 0, folder.path
 
 
@@ -310,6 +310,8 @@ def _memory(arguments: list[str]) -> int:
     """Print and draw what a run takes, with the losses of ``sslkernels`` and with plain ones."""
     if not arguments or arguments[0] not in METHODS:
         raise UserError(f"ssltrain memory METHOD [flags]: METHOD is one of {', '.join(METHODS)}")
+    if arguments[0] == "clip":
+        raise UserError("ssltrain memory knows the methods that train on images alone, not clip")
     config, resume = read_arguments(arguments[0], arguments[1:])
     if resume is not None:
         raise UserError("ssltrain memory takes the settings of a new run: drop --resume")

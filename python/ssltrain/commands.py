@@ -78,8 +78,14 @@ def open_run(options: dict[str, Any], scores: bool = False) -> Opened:
 def evaluate_and_draw(opened: Opened, scores: bool) -> None:
     """Evaluate (where asked), draw the plots, and print where everything is."""
     folder, config, state, data = opened
-    features = all_features(state, config, data, choose_device(config.device))
+    device = choose_device(config.device)
+    features = all_features(state, config, data, device)
     written = []
+    if scores and config.method == "clip":
+        from ssltrain.retrieval import evaluate_pairs
+
+        written += evaluate_pairs(folder, state, config, data, device)
+        scores = data.has_labels
     if scores:
         results = score_all(folder, config, data, features)
         print(table(results))
@@ -87,7 +93,7 @@ def evaluate_and_draw(opened: Opened, scores: bool) -> None:
         if results["confusion"] is not None:
             draw_confusion(folder, config, data.name, results)
             written.append(folder.confusion_plot)
-    elif not data.has_labels:
+    elif not data.has_labels and not written:
         print(f"{data.name} {data.unlabelled}: no probes, only the plots")
     if folder.read_metrics():
         draw_loss(folder, config, data.name)
@@ -100,7 +106,7 @@ def evaluate_and_draw(opened: Opened, scores: bool) -> None:
 def _eval(arguments: list[str]) -> int:
     parser = _run_parser("eval", "evaluate a checkpoint of a run, and draw it")
     opened = open_run(parser.parse_args(arguments).as_dict(), scores=True)
-    if opened.data.unlabelled:
+    if opened.data.unlabelled and opened.config.method != "clip":
         raise UserError(
             f"{opened.data.name} {opened.data.unlabelled}; the evaluation needs two classes"
         )

@@ -26,6 +26,7 @@ TITLES = {
     "moco3": "MoCo v3",
     "simsiam": "SimSiam",
     "supcon": "SupCon",
+    "clip": "CLIP",
 }
 METHODS = tuple(TITLES)
 
@@ -55,7 +56,7 @@ class TrainConfig:
     (``ssltrain.presets``), then by ``--config FILE``, then by flags.
     """
 
-    method: Literal["simclr", "byol", "moco", "moco3", "simsiam", "supcon"] = _option(
+    method: Literal["simclr", "byol", "moco", "moco3", "simsiam", "supcon", "clip"] = _option(
         "simclr", "run", "training method"
     )
     data: str = _option(
@@ -110,7 +111,9 @@ class TrainConfig:
         "the output (simsiam)",
     )
 
-    temperature: float = _option(0.1, "loss", "softmax temperature (not byol, simsiam)")
+    temperature: float = _option(
+        0.1, "loss", "softmax temperature (not byol, simsiam); clip learns it from there on"
+    )
     queue_size: int = _option(4096, "loss", "negatives kept in the queue (moco)")
     queue_dtype: Literal["float32", "bf16"] = _option(
         "float32", "loss", "precision of the queue (moco)"

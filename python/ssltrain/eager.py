@@ -21,6 +21,7 @@ __all__ = [
     "EMA",
     "KeyQueue",
     "byol_loss",
+    "clip_loss",
     "cosine_decay",
     "info_nce_loss",
     "nt_xent_loss",
@@ -82,16 +83,41 @@ def info_nce_loss(
         return loss, _metrics(logits, partner, temperature, whole, logits.numel())
 
 
+def clip_loss(
+    images: Tensor,
+    captions: Tensor,
+    logit_scale: Tensor,
+    *,
+    normalize: bool = False,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
+    """CLIP's loss of images [N, D] and their captions [N, D]; metrics of both directions together."""
+    x, y = images.float(), captions.float()
+    if normalize:
+        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    logits = logit_scale * (x @ y.T)
+    partner = torch.arange(len(x), device=x.device)
+    loss = (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)) / 2
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        t = 1 / float(logit_scale)
+        whole, pairs = logits.sum() * t, logits.numel()
+        both = [_metrics(way, partner, t, whole, pairs) for way in (logits, logits.T)]
+        return loss, ContrastiveMetrics(*((a + b) / 2 for a, b in zip(*both, strict=True)))
+
+
 def _metrics(
     logits: Tensor, partner: Tensor, temperature: float, whole: Tensor, pairs: int
 ) -> ContrastiveMetrics:
     """What trainers log of logits [N, K] whose similarities add up to ``whole`` over ``pairs``."""
     rows = len(logits)
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == partner[:, None]
-    positive = logits.gather(1, partner[:, None]).sum() * temperature
+    own = logits.gather(1, partner[:, None])
+    rank = (logits > own).sum(dim=1)
+    positive = own.sum() * temperature
     return ContrastiveMetrics(
-        top1=best[:, 0].float().mean(),
-        top5=best.any(dim=1).float().mean(),
+        top1=(rank < 1).float().mean(),
+        top5=(rank < 5).float().mean(),
         positive_similarity=positive / rows,
         negative_similarity=(whole - positive) / max(pairs - rows, 1),
     )

@@ -75,12 +75,12 @@ def trained_encoder(state: dict[str, Any], config: TrainConfig, data: ImageData)
         UserError: the checkpoint does not fit the configuration or the images.
     """
     weights = online_weights(state["method"])
-    encoder = fresh_encoder(config, data, _statistics(weights, data))
+    encoder = fresh_encoder(config, data, trained_statistics(weights, data))
     load_encoder(encoder, weights)
     return encoder
 
 
-def _statistics(weights: dict[str, Tensor], data: ImageData) -> tuple[Tensor, Tensor]:
+def trained_statistics(weights: dict[str, Tensor], data: ImageData) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the channels of the images that a run was trained on."""
     mean, std = weights["encoder.mean"].flatten(), weights["encoder.std"].flatten()
     if mean.numel() != data.channels:
@@ -96,7 +96,7 @@ def all_features(
 ) -> dict[str, Features]:
     """Features of raw pixels, the untrained encoder and the trained one, by key of SOURCES."""
     trained = trained_encoder(state, config, data)
-    statistics = _statistics(online_weights(state["method"]), data)
+    statistics = trained_statistics(online_weights(state["method"]), data)
     untrained = fresh_encoder(config, data, statistics)
     parts = data.train.images, data.test.images
     return {

@@ -46,13 +46,13 @@ def draw_neighbours(
     panels = figure.subplots(len(rows), count + 1, squeeze=False)
     for line, row in enumerate(rows.tolist()):
         own = _class(data, data.test, row)
-        _show(panels[line, 0], data.test, row, f"test: {own}" if own else "test", INK)
+        show(panels[line, 0], data.test, row, f"test: {own}" if own else "test", INK)
         for place in range(count):
             other = int(found[line, place])
             name = _class(data, data.train, other)
             wrong = bool(own) and bool(name) and name != own
             text = f"{similarities[line, place]:.2f}" + (f"  {name}" if wrong else "")
-            _show(panels[line, place + 1], data.train, other, text, ORANGE if wrong else MUTED)
+            show(panels[line, place + 1], data.train, other, text, ORANGE if wrong else MUTED)
     with_labels = data.test.labels is not None and data.train.labels is not None
     figure.suptitle(
         f"{TITLES[config.method]} on {plain(data.name)}: a test image, and the training images "
@@ -69,7 +69,10 @@ def _class(data: ImageData, part: Part, row: int) -> str:
     return "" if label == UNLABELLED else short(data.class_names[label], 11)
 
 
-def _show(axes: object, part: Part, row: int, text: str, colour: str) -> None:
+def show(
+    axes: object, part: Part, row: int, text: str, colour: str, framed: bool | None = None
+) -> None:
+    """An image with a title, framed where asked (without a word: where its colour is orange)."""
     image = part.images.read(torch.tensor([row]))[0].permute(1, 2, 0).numpy()
     pixels = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
     axes.imshow(pixels, interpolation="nearest")  # type: ignore[attr-defined]
@@ -78,4 +81,4 @@ def _show(axes: object, part: Part, row: int, text: str, colour: str) -> None:
     axes.set_title(text, fontsize=8, color=colour, pad=3)  # type: ignore[attr-defined]
     for spine in axes.spines.values():  # type: ignore[attr-defined]
         spine.set_color(colour)
-        spine.set_linewidth(2.2 if colour == ORANGE else 0.8)
+        spine.set_linewidth(2.2 if (colour == ORANGE if framed is None else framed) else 0.8)

@@ -43,6 +43,7 @@ def write_report(folder: RunFolder) -> Path:
     ]
     for heading, path, text in (
         ("Training", folder.loss_plot, "loss, contrastive accuracy and spread by epoch"),
+        ("Captions and images", folder.retrieval_plot, "held-out captions and the images found"),
         ("Map of the test images", folder.map_plot, "t-SNE of pixels, untrained, trained"),
         ("Mix-ups", folder.confusion_plot, "confusion matrix of the linear probe"),
         ("Neighbours", folder.neighbors_plot, "test images and the nearest training images"),

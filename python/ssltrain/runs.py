@@ -51,6 +51,8 @@ class RunFolder:
         self.confusion_plot = path / "confusion.png"
         self.neighbors_plot = path / "neighbors.png"
         self.embeddings = path / "embeddings.npz"
+        self.retrieval = path / "retrieval.json"
+        self.retrieval_plot = path / "retrieval.png"
         self.report = path / "report.html"
 
     @classmethod

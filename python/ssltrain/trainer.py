@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ssltrain.augment import TwoViews
 from ssltrain.config import TrainConfig
-from ssltrain.data import ImageData, Images, check_resumed, fingerprint
+from ssltrain.data import ImageData, Images, check_captions, check_resumed, fingerprint
 from ssltrain.diagnostics import COLLAPSED_EPOCHS, WHAT_HELPS, collapse, has_collapsed
 from ssltrain.errors import UserError, note
 from ssltrain.logs import Events, Progress
@@ -33,6 +33,7 @@ from ssltrain.runs import (
     seed_everything,
     set_random_state,
 )
+from ssltrain.text import tokenize
 
 STATISTICS_IMAGES = 4096  # images that the channel means are taken over
 DIAGNOSTIC_IMAGES = 512  # images that the collapse diagnostics are taken over
@@ -123,6 +124,9 @@ class Trainer:
         self.method.train()
         if self.method.needs_labels and data.train.labels is None:
             raise UserError(f"{config.method} trains on labels, and {data.name} {data.unlabelled}")
+        self.tokens = None
+        if self.method.needs_captions:
+            self.tokens = tokenize(check_captions(data.train, data.name))
         self.optimizer = build_optimizer(config, self.method.online, self.method.fixed_rate())
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.views = TwoViews(config, data.channels, data.size)
@@ -361,7 +365,8 @@ class Trainer:
         labels = None
         if self.method.needs_labels and self.data.train.labels is not None:
             labels = torch.from_numpy(self.data.train.labels)[rows].to(self.world.device)
-        return Batch(view_1, view_2, self.views.small_views(images), labels)
+        tokens = None if self.tokens is None else self.tokens[rows].to(self.world.device)
+        return Batch(view_1, view_2, self.views.small_views(images), labels, tokens)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         """The first signal stops after the step, with a checkpoint; the second at once."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssltrain.data.arrays import load_cifar10, load_digits, load_idx_folder, load_npz, read_idx
+from ssltrain.data.captions import check_captions
 from ssltrain.data.fingerprint import check_evaluated, check_resumed, fingerprint
 from ssltrain.data.folders import Tree, load_folder
 from ssltrain.data.types import (
@@ -35,6 +36,7 @@ __all__ = [
     "Part",
     "Subset",
     "absolute",
+    "check_captions",
     "check_evaluated",
     "check_resumed",
     "fingerprint",

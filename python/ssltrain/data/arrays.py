@@ -26,10 +26,11 @@ BLOCK = 256  # images that are scaled at a time
 
 
 class Raw(NamedTuple):
-    """What a file holds of one part: images in any layout, and labels if there are any."""
+    """What a file holds of one part: images in any layout; labels and captions if there are any."""
 
     images: np.ndarray
     labels: np.ndarray | None
+    captions: np.ndarray | None = None
 
 
 def _assemble(
@@ -56,19 +57,32 @@ def _assemble(
         raise UserError(f"{name}: the test images have another size than the training images")
     given = [_labels(raw, name) for raw in raws]
     class_names, labels, more = _classes(given, [len(raw.images) for raw in raws], names)
-    parts = [(array, own, hash_images(array)) for array, own in zip(pixels, labels, strict=True)]
+    parts = [
+        (array, own, hash_images(array), _captions(raw, name))
+        for array, own, raw in zip(pixels, labels, raws, strict=True)
+    ]
     if test is None:
-        array, own, hashes = parts[0]
+        array, own, hashes, texts = parts[0]
         how = "stratified" if kind == "digits" else options.split  # digits never change
-        parts = [(array[r], own[r], hashes[r]) for r in split(hashes, own, how)]
+        parts = [
+            (array[r], own[r], hashes[r], None if texts is None else texts[r])
+            for r in split(hashes, own, how)
+        ]
     channels, height, width = pixels[0].shape[1:]
     size = (height, width)
     if options.image_size and size != (options.image_size,) * 2:
         size = (options.image_size,) * 2
-        parts = [(_resize(array, options.image_size), own, hashes) for array, own, hashes in parts]
+        parts = [(_resize(a, options.image_size), own, h, texts) for a, own, h, texts in parts]
     made = [
-        Part(ArrayImages(array), own, hashes, np.zeros(len(own), np.int64), _title(place))
-        for place, (array, own, hashes) in zip(("training", "test"), parts, strict=True)
+        Part(
+            ArrayImages(array),
+            own,
+            hashes,
+            np.zeros(len(own), np.int64),
+            _title(place),
+            None if texts is None else texts.tolist(),
+        )
+        for place, (array, own, hashes, texts) in zip(("training", "test"), parts, strict=True)
     ]
     return ImageData(
         name, kind, made[0], made[1], channels, size, class_names, notes + more, pixel_range
@@ -167,6 +181,18 @@ def _labels(raw: Raw, name: str) -> np.ndarray | None:
             f"{labels.dtype} for {len(raw.images)} images"
         )
     return labels
+
+
+def _captions(raw: Raw, name: str) -> np.ndarray | None:
+    """The captions of a part, str [N], or None."""
+    if raw.captions is None:
+        return None
+    if raw.captions.dtype.kind != "U" or raw.captions.shape != (len(raw.images),):
+        raise UserError(
+            f"{name}: captions must be one text an image, got {list(raw.captions.shape)} of type "
+            f"{raw.captions.dtype} for {len(raw.images)} images"
+        )
+    return raw.captions
 
 
 def _classes(
@@ -306,16 +332,18 @@ def load_cifar10(folder: Path, options: DataOptions) -> ImageData:
 
 # Names of image and label arrays seen in published .npz files, the usual ones first.
 _NPZ_SPLIT = (
-    ("x_train", "y_train", "x_test", "y_test"),
-    ("train_images", "train_labels", "test_images", "test_labels"),
+    (("x_train", "y_train", "captions_train"), ("x_test", "y_test", "captions_test")),
+    (
+        ("train_images", "train_labels", "train_captions"),
+        ("test_images", "test_labels", "test_captions"),
+    ),
 )
 _NPZ_WHOLE = (
-    ("images", "labels"),
-    ("x", "y"),
-    ("X", "y"),
-    ("data", "labels"),
-    ("x_train", "y_train"),
-    ("train_images", "train_labels"),
+    ("images", "labels", "captions"),
+    ("x", "y", "captions"),
+    ("X", "y", "captions"),
+    ("data", "labels", "captions"),
+    *(train for train, _ in _NPZ_SPLIT),
 )
 
 
@@ -344,17 +372,18 @@ def _read_npz(path: Path, file: Any, options: DataOptions) -> ImageData:
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise UserError(f"{path} holds one array without a name; save it with np.savez(images=...)")
 
-    def part(x: str, y: str) -> Raw:
-        return Raw(archive[x], archive[y] if y in archive else None)
+    def part(names: tuple[str, str, str]) -> Raw:
+        images, *others = names
+        labels, captions = (archive[other] if other in archive else None for other in others)
+        return Raw(archive[images], labels, captions)
 
-    for x_train, y_train, x_test, y_test in _NPZ_SPLIT:
-        if x_train in archive and x_test in archive:
-            train, test = part(x_train, y_train), part(x_test, y_test)
-            return _assemble(path.stem, "npz", train, test, options)
-    for x, y in _NPZ_WHOLE:
-        if x in archive:
-            return _assemble(path.stem, "npz", part(x, y), None, options)
+    for train, test in _NPZ_SPLIT:
+        if train[0] in archive and test[0] in archive:
+            return _assemble(path.stem, "npz", part(train), part(test), options)
+    for whole in _NPZ_WHOLE:
+        if whole[0] in archive:
+            return _assemble(path.stem, "npz", part(whole), None, options)
     raise UserError(
-        f"{path} has the arrays {', '.join(archive.files) or 'none'}; name them images and labels, "
-        "or x_train, y_train, x_test and y_test"
+        f"{path} has the arrays {', '.join(archive.files) or 'none'}; name them images and labels "
+        "(and captions), or x_train, y_train, x_test and y_test"
     )

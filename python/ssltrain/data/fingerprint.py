@@ -30,6 +30,13 @@ def hash_images(images: Tensor) -> np.ndarray:
     return hash_names(row.data for row in flat)
 
 
+def hash_captions(part: Part) -> np.ndarray:
+    """What the captions of a part are known by, int64 [N]; zeros without captions."""
+    if part.captions is None:
+        return np.zeros(len(part), np.int64)
+    return hash_names(caption.encode("utf-8", "surrogatepass") for caption in part.captions)
+
+
 def split(names: np.ndarray, labels: np.ndarray | None, how: str) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of a fixed training and test part of about four to one.
 
@@ -81,6 +88,8 @@ def fingerprint(data: ImageData) -> dict[str, Any]:
     def part(part: Part) -> dict[str, Tensor]:
         labels = np.full(len(part), UNLABELLED) if part.labels is None else part.labels
         columns = {"names": part.names, "sizes": part.sizes, "labels": labels}
+        if part.captions is not None:
+            columns["captions"] = hash_captions(part)
         return {key: torch.from_numpy(np.array(column)) for key, column in columns.items()}
 
     return {
@@ -144,9 +153,11 @@ def _part_changes(
     if not np.array_equal(old, part.names):
         return [f"the {name} images are in another order"]
     labels = np.full(len(part), UNLABELLED) if part.labels is None else part.labels
+    nothing = torch.zeros(len(old), dtype=torch.int64)
     for what, was, now in (
         ("file size", before["sizes"].numpy(), part.sizes),
         ("label", before["labels"].numpy(), labels),
+        ("caption", before.get("captions", nothing).numpy(), hash_captions(part)),
     ):
         other_rows = np.flatnonzero(was != now)
         if other_rows.size:

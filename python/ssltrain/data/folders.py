@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ssltrain.data.captions import CAPTIONS, read_captions
 from ssltrain.data.files import check_files
 from ssltrain.data.fingerprint import hash_names, split
 from ssltrain.data.types import UNLABELLED, DataOptions, ImageData, Part, Subset
@@ -107,7 +108,7 @@ class Tree:
                     folders.append(path)
                 elif path.suffix.lower() in IMAGE_SUFFIXES:
                     images.append(path)
-                else:
+                elif entry.name != CAPTIONS:
                     self.others[path.suffix.lower() or "without a suffix"] += 1
             self._listed[folder] = folders, images
         return self._listed[folder]
@@ -260,7 +261,10 @@ def load_folder(folder: Path, options: DataOptions) -> ImageData:
             raise UserError(f"the {what} part of {folder} has no image that can be read")
         own = [titles[i] for i in chosen]
         images = Subset(checked.images, torch.from_numpy(chosen))
-        parts.append(Part(images, labels[chosen], names[chosen], sizes[chosen], own.__getitem__))
+        captions = read_captions(folder, own)
+        parts.append(
+            Part(images, labels[chosen], names[chosen], sizes[chosen], own.__getitem__, captions)
+        )
     return ImageData(
         folder.name,
         "folder",

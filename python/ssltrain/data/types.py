@@ -84,6 +84,7 @@ class Part:
         names: int64 [N], a hash of what an image is known by (``ssltrain.data.fingerprint``).
         sizes: int64 [N], bytes of its file; zeros for images of an array.
         title: the words that name an image in a message, by its row.
+        captions: a text for each image, where the data set has them (``ssltrain clip``).
     """
 
     images: Images
@@ -91,6 +92,7 @@ class Part:
     names: np.ndarray
     sizes: np.ndarray
     title: Callable[[int], str]
+    captions: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and not np.any(self.labels != UNLABELLED):

@@ -20,6 +20,7 @@ from ssltrain.methods.base import (
     part_of,
 )
 from ssltrain.methods.byol import BYOL
+from ssltrain.methods.clip import CLIP
 from ssltrain.methods.moco import MoCo, MoCo3
 from ssltrain.methods.simclr import SimCLR, SupCon
 from ssltrain.methods.simsiam import SimSiam
@@ -28,6 +29,7 @@ from ssltrain.parallel import World
 
 __all__ = [
     "BYOL",
+    "CLIP",
     "Batch",
     "Method",
     "MoCo",
@@ -49,6 +51,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "moco3": MoCo3,
     "simsiam": SimSiam,
     "supcon": SupCon,
+    "clip": CLIP,
 }
 
 
@@ -62,4 +65,6 @@ def build_method(config: TrainConfig, encoder: Encoder, world: World, total_step
         raise UserError("--loss-backend eager runs in one process; start it without torchrun")
     if world.size > 1 and config.crops and config.method == "simclr":
         raise UserError("--crops of simclr runs in one process; start it without torchrun")
+    if world.size > 1 and config.micro_batch and config.method == "clip":
+        raise UserError("--micro-batch of clip runs in one process; start it without torchrun")
     return _METHODS[config.method](config, encoder, world, total_steps)

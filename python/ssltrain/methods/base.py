@@ -29,12 +29,14 @@ class Batch(NamedTuple):
         view_2: another of the same images.
         crops: more views, smaller ones, where multi-crop is on.
         labels: int64 [N], -1 where an image has none; only for methods that train on labels.
+        tokens: int32 [N, L], the caption of each image; only for methods that train on captions.
     """
 
     view_1: Tensor
     view_2: Tensor
     crops: tuple[Tensor, ...] = ()
     labels: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -57,6 +59,7 @@ class Method(nn.Module, ABC):
     """
 
     needs_labels = False
+    needs_captions = False
     online: nn.Module
 
     def __init__(self, config: TrainConfig, world: World, total_steps: int) -> None:
