@@ -22,7 +22,7 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-inpu
 # The CUDA module is compiled where nvcc is found (10 s on two cores); it needs no GPU to be compiled.
 export SSLKERNELS_CUDA ?= auto
 
-PYTHON_FILES := sslkernels python tests benchmarks setup.py .ci csrc
+PYTHON_FILES := sslkernels python tests benchmarks examples docs/site setup.py .ci csrc
 CPP_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 CPU_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 ifneq ($(SSLKERNELS_CUDA),0)
@@ -52,7 +52,13 @@ test-fast: test-setup ## run the tests that take seconds
 
 .PHONY: test-peers
 test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)
-	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py $(ARGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py \
+		tests/test_examples.py $(ARGS)
+
+.PHONY: docs
+docs: $(VENV)/.docs ## build the documentation into build/site; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo "documentation: $(CURDIR)/build/site/index.html"
 
 .PHONY: build
 build: $(VENV)/.build ## compile the C++ extension in place (SSLKERNELS_WERROR=1, DEBUG=1, SSLKERNELS_CUDA=1)
@@ -128,11 +134,17 @@ $(VENV)/.test: $(VENV)/.tools
 	@$(INSTALL) -r $(VENV)/test.txt
 	@touch $@ $(VENV)/.train
 
+$(VENV)/.docs: $(VENV)/.tools
+	@echo "installing the packages of the documentation"
+	@$(BIN)/python .ci/requirements.py docs > $(VENV)/docs.txt
+	@$(INSTALL) -r $(VENV)/docs.txt
+	@touch $@
+
 $(PEERS)/.ready: constraints-peers.txt pyproject.toml $(VENV)/.tools
 	@echo "setting up $(PEERS): torch, torchvision and the libraries to compare with"
 	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
 	@$(BIN)/python .ci/requirements.py lightly pytorch_metric_learning open_clip sentence_transformers \
-		info_nce timm > $(PEERS)/requirements.txt
+		info_nce timm examples examples_text > $(PEERS)/requirements.txt
 	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input --prefer-binary \
 		--retries 5 --timeout 60 -c constraints-peers.txt $(PIP_FLAGS) torch torchvision pytest \
 		pytest-benchmark -r $(PEERS)/requirements.txt

@@ -28,7 +28,7 @@ from typing import Any
 
 from requirements import ROOT, requirements
 
-EXTRAS = ("train", "gpu", "bench", "dev")
+EXTRAS = ("train", "gpu", "bench", "docs", "dev")
 # Installed by the Makefile and by this script, by name; lightly without its dependencies.
 BY_NAME = ("lightly", "pip", "setuptools", "wheel")
 CONSTRAINTS = ROOT / "constraints.txt"

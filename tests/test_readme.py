@@ -101,7 +101,7 @@ def test_there_is_a_ten_line_example() -> None:
 
 
 def test_linked_files_exist() -> None:
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.rglob("docs/**/*.md")]:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links {target}"
 
