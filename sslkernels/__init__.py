@@ -38,6 +38,7 @@ from sslkernels.losses import (
 )
 from sslkernels.ops.registry import Info, backend, info, set_backend
 from sslkernels.queue import KeyQueue
+from sslkernels.sampling import StratifiedSampler, k_means
 
 __all__ = [
     "EMA",
@@ -53,6 +54,7 @@ __all__ = [
     "NTXentLoss",
     "SigLIPLoss",
     "SimSiamLoss",
+    "StratifiedSampler",
     "SupConLoss",
     "TripletLoss",
     "__version__",
@@ -69,6 +71,7 @@ __all__ = [
     "functional",
     "info",
     "info_nce_loss",
+    "k_means",
     "margin_loss",
     "metrics",
     "nt_xent_loss",

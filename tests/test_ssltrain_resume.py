@@ -14,8 +14,11 @@ import yaml
 
 pytest.importorskip("kornia", reason="needs the packages of the trainers")
 
-from ssltrain.cli import main
+from ssltrain.cli import main, read_arguments
+from ssltrain.data import load
+from ssltrain.parallel import World
 from ssltrain.runs import METRICS, RunFolder
+from ssltrain.trainer import Trainer
 from ssltrain_helpers import SMALL, assert_same_bits, checkpoint, digits, rows, run, write_parts
 
 WORDS = ["--epochs", "2", "--evaluate", "false"]
@@ -309,3 +312,30 @@ def test_metrics_of_fewer_columns_are_read(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == ",".join(METRICS)
     (row,) = folder.read_metrics()
     assert (row["loss"], row["top1"]) == ("1.5", "nan")
+
+
+def test_stratified_batches_hold_every_class_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nine in ten images are of one class; runs resume bit for bit with this order too."""
+    images, labels = digits(140)
+    common = np.flatnonzero(labels != 3)[:108]
+    chosen = np.concatenate([np.flatnonzero(labels == 3)[:12], common])
+    classes = (labels[chosen] == 3).astype(np.int64)
+    path = write_parts(tmp_path / "a.npz", images[chosen], classes, train=100)
+    options = ["--sampler", "stratified", "--evaluate", "false", "--epochs", "2"]
+    config, _ = read_arguments("simclr", ["--data", path, *SMALL, *options, "--batch-size", "40"])
+    trainer = Trainer(config, load(path), World(0, 1, torch.device("cpu")), None)
+    drawn = torch.cat([trainer._order(epoch) for epoch in range(20)])
+    assert torch.from_numpy(classes[:100])[drawn].double().mean().item() == pytest.approx(
+        0.5, abs=0.05
+    )
+    assert not torch.equal(trainer._order(0), trainer._order(1))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run("simclr", path, whole, *options, "--batch-size", "40") == 0
+    assert run("simclr", path, halves, *options, "--batch-size", "40", "--stop-after", "4") == 0
+    assert main(["simclr", "--resume", str(halves)]) == 0
+    assert_same_bits(checkpoint(halves), checkpoint(whole))
+    np.savez(tmp_path / "none.npz", images=images)
+    assert run("simclr", str(tmp_path / "none.npz"), tmp_path / "r", *options) == 2
+    assert "--sampler stratified needs classes, and none has no labels" in capsys.readouterr().err

@@ -148,6 +148,11 @@ class TrainConfig:
     crop_size: int = _option(0, "augmentation", "pixels a side of small views; 0 is half the image")
     crop_max: float = _option(0.4, "augmentation", "largest area of small views")
 
+    sampler: Literal["shuffle", "stratified"] = _option(
+        "shuffle",
+        "optimisation",
+        "shuffle: every image once an epoch; stratified: drawn with replacement, each class alike",
+    )
     epochs: int = _option(100, "optimisation", "passes over the training images")
     batch_size: int = _option(256, "optimisation", "images a step, over all processes")
     micro_batch: int = _option(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ _COLOURS = (
 )  # fmt: skip
 CLASS_STYLES = [(colour, marker) for marker in "o^" for colour in _COLOURS]
 INK, MUTED, BLUE, ORANGE, GREEN = "#222222", "#777777", "#2563a8", "#d9772b", "#44aa99"
+# A name in a script that the font lacks is drawn as boxes; that is no news to who chose the name.
+warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
 
 
 def new_figure(width: float, height: float) -> Figure:

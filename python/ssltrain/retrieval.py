@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,8 +108,7 @@ def _draw(out: Path, config: TrainConfig, data: ImageData, similarity: Tensor) -
     captions = data.test.captions or []
     for line, row in enumerate(rows.tolist()):
         panels[line, 0].axis("off")
-        words = np.array_split(plain(short(captions[row], 75)).split(), 3)
-        text = "\n".join(" ".join(part) for part in words if len(part))
+        text = textwrap.fill(short(captions[row], 75), 26)
         panels[line, 0].text(1.0, 0.5, text, ha="right", va="center", fontsize=9, color=INK)
         best = similarity[row].topk(count)
         for place, other in enumerate(best.indices.tolist()):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from sslkernels import StratifiedSampler
 from ssltrain.augment import TwoViews
 from ssltrain.config import TrainConfig
 from ssltrain.data import ImageData, Images, check_captions, check_resumed, fingerprint
@@ -124,6 +125,16 @@ class Trainer:
         self.method.train()
         if self.method.needs_labels and data.train.labels is None:
             raise UserError(f"{config.method} trains on labels, and {data.name} {data.unlabelled}")
+        self.sampler = None
+        if config.sampler == "stratified":
+            if data.train.labels is None:
+                raise UserError(
+                    f"--sampler stratified needs classes, and {data.name} has no labels"
+                )
+            # One sequence for all: each process takes its part of each batch of it.
+            self.sampler = StratifiedSampler(
+                data.train.labels, seed=config.seed, rank=0, world_size=1
+            )
         self.tokens = None
         if self.method.needs_captions:
             self.tokens = tokenize(check_captions(data.train, data.name))
@@ -158,7 +169,7 @@ class Trainer:
         """Take one step, and say what the run would be."""
         config, data = self.config, self.data
         started = time.perf_counter()
-        order = epoch_order(len(data.train), config.seed, 0)
+        order = self._order(0)
         self.method.prime([self._batch(order, 0).view_1])
         self._step(order, 0)  # the first step also sets up what later ones use again
         started = time.perf_counter()
@@ -286,7 +297,7 @@ class Trainer:
             if first == 0:
                 self._save_on_the_way()  # a run can be resumed from its first moment on
                 # An order that no epoch has; a generator, so that only what is used is read.
-                order = epoch_order(len(self.data.train), self.config.seed, self.config.epochs)
+                order = self._order(self.config.epochs)
                 self.method.prime(self._batch(order, i).view_1 for i in range(self.steps_per_epoch))
             for epoch in range(start_epoch, self.config.epochs):
                 self._epoch(epoch, last)
@@ -313,7 +324,7 @@ class Trainer:
     def _epoch(self, epoch: int, last: int) -> None:
         """The steps of ``epoch`` that are still to do, at most to step ``last``."""
         done = self.method.step - epoch * self.steps_per_epoch
-        order = epoch_order(len(self.data.train), self.config.seed, epoch)
+        order = self._order(epoch)
         clock, marked = time.perf_counter(), self.method.step
         started = clock
         for position in range(done, self.steps_per_epoch):
@@ -340,6 +351,12 @@ class Trainer:
             self._save_on_the_way(*([folder.epoch_checkpoint(epoch + 1)] if folder else []))
         if (epoch + 1) % self.config.save_every == 0 and self.method.step < last:
             self._save_on_the_way()
+
+    def _order(self, epoch: int) -> Tensor:
+        """Row numbers of the images of an epoch, int64 [N]: a function of seed and epoch."""
+        if self.sampler is not None:
+            return self.sampler.draw(epoch)
+        return epoch_order(len(self.data.train), self.config.seed, epoch)
 
     def _step(self, order: Tensor, position: int) -> StepMetrics:
         """One optimiser step on the batch at ``position`` of ``order``."""
