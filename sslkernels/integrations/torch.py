@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's averaged models (``torch.optim.swa_utils``), updated by our op (tested: 2.13.0, 2.14.1).
+"""torch's averaged models (``torch.optim.swa_utils``), updated by our op (tested: 2.13.0, 2.14.1, 2.15.0).
 
 What is better than the original (docs/migration/averages.md): averages are accumulated in float32 and
 rounded once; integer buffers such as ``num_batches_tracked`` are copied, where torch rounds their
@@ -101,7 +101,7 @@ PEER = Peer(
     name="torch",
     package="torch",
     distribution="torch",
-    tested=("2.13.0", "2.14.1"),
+    tested=("2.13.0", "2.14.1", "2.15.0"),
     swaps={
         "torch.optim.swa_utils.AveragedModel": AveragedModel,
         "torch.optim.swa_utils.get_ema_multi_avg_fn": get_ema_multi_avg_fn,
