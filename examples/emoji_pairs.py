@@ -6,7 +6,8 @@
     ssltrain clip --data runs/emoji --recipe clip-emoji
 
 Writes a PNG for each emoji that the font has, and ``metadata.csv`` with its file and its text: the name and
-the keywords of Unicode's CLDR in English, in one line.
+the keywords of Unicode's CLDR in English, in one line.  What to expect: 1846 pairs with the font and names of
+Debian 12; docs/training.md says what a run on them retrieves.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
         image = Image.new("RGB", CANVAS, "white")
         draw = ImageDraw.Draw(image)
         middle = (CANVAS[0] // 2, CANVAS[1] // 2)
-        draw.text(middle, emoji, "white", font, anchor="mm", embedded_color=True)
+        draw.text(middle, emoji, "black", font, anchor="mm", embedded_color=True)
         image = image.resize((options.size, options.size), Image.Resampling.LANCZOS)
         pixels = image.tobytes()
         if pixels in seen or set(pixels) == {255}:  # drawn like another, or not at all

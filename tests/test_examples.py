@@ -63,7 +63,7 @@ def is_there(library: str) -> bool:
 
 def test_every_example_has_a_case() -> None:
     scripts = {path.name for path in FOLDER.glob("*.py")}
-    assert scripts == {*CASES, "ddp_simclr.py"}
+    assert scripts == {*CASES, "ddp_simclr.py", "emoji_pairs.py"}
     page = ROOT.joinpath("docs/examples.md").read_text("utf-8")
     listed = set(re.findall(r"^\| `(\w+\.(?:py|ipynb))`", page, re.MULTILINE))
     assert listed == {*scripts, *(path.name for path in FOLDER.glob("*.ipynb"))}
@@ -99,6 +99,33 @@ def test_the_example_runs(
         sslkernels.unpatch()
     printed = capsys.readouterr().out
     assert re.search(expected, printed), printed
+
+
+def test_pairs_are_drawn_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With names and a font of the test's own: letters in the place of emoji."""
+    image = pytest.importorskip("PIL.Image")
+    fonts = pytest.importorskip("matplotlib.font_manager")
+    line = '<annotation cp="{}"{}>{}</annotation>'
+    found = [("A", "", "letter | first | capital a"), ("A", ' type="tts"', "capital a")]
+    found += [("B", ' type="tts"', "capital b"), (" ", ' type="tts"', "blank")]
+    found += [("B\U0001f3fb", ' type="tts"', "capital b: light skin tone")]
+    for part, items in (("annotations", found[:3]), ("annotationsDerived", found[3:])):
+        (tmp_path / part).mkdir()
+        body = "".join(line.format(*item) for item in items)
+        tmp_path.joinpath(part, "en.xml").write_text(f"<ldml>{body}</ldml>", "utf-8")
+    out = tmp_path / "out"
+    words = ["emoji_pairs.py", str(out), "--cldr", str(tmp_path), "--font"]
+    monkeypatch.setattr(sys, "argv", [*words, fonts.findfont("DejaVu Sans")])
+    runpy.run_path(str(FOLDER / "emoji_pairs.py"), run_name="__main__")
+    table = (out / "metadata.csv").read_text("utf-8").splitlines()
+    named = 'file_name,text|41.png,"capital a, letter, first"|42.png,capital b'
+    assert table == named.split("|")
+    for name in ("41.png", "42.png"):
+        with image.open(out / name) as picture:
+            assert picture.size == (32, 32) and picture.convert("L").getextrema()[0] < 50
+    monkeypatch.setattr(sys, "argv", [*words[:2], "--font", str(tmp_path / "no.ttf")])
+    with pytest.raises(SystemExit, match="Debian's fonts-noto-color-emoji has it"):
+        runpy.run_path(str(FOLDER / "emoji_pairs.py"), run_name="__main__")
 
 
 def test_ddp_equals_one_process() -> None:
