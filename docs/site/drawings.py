@@ -228,7 +228,7 @@ def losses() -> dict[str, str]:
             [("tile", "denominator: every other row"), mirror, ("none", "a row with itself")],
             [
                 ("row", "log-sum-exp of each row"),
-                ("column", "numerators: z_i · (sum of its class − z_i)"),
+                ("column", "numerators: zᵢ · (sum of its class − zᵢ)"),
             ],
         ),
         "dcl": matrix(
@@ -267,7 +267,7 @@ def losses() -> dict[str, str]:
             lambda i, j: "pair" if i == j else "none",
             ("a", "b"),
             [("pair", "one distance a pair"), ("none", "never computed")],
-            [("row", "depends on same_i and margin")],
+            [("row", "depends on sameᵢ and margin")],
             block=None,
         ),
         "uniformity": matrix(
@@ -309,16 +309,16 @@ def engine() -> str:
         (20, 150, ["64 rows of Q,", "64 rows of K", "packed, in cache"]),
         (205, 150, ["S = scale · Q Kᵀ", "8 × 32 at a time,", "in registers"]),
         (390, 150, ["exp(S − max)", "masked at edges", "in registers"]),
-        (575, 190, ["sum of rows and columns", "N numbers each:", "all that is kept"]),
+        (575, 205, ["sum of rows and columns", "N numbers each:", "all that is kept"]),
     ]
     second = [
         (20, 150, ["the same rows", "and the log-sum-exps", "of the forward pass"]),
         (205, 150, ["S again", "recomputed, not", "read from memory"]),
         (390, 150, ["G = a e^(S−row)", "+ b e^(S−column)", "64 × 64 in L1"]),
-        (575, 190, ["dQ += G K,  dK += Gᵀ Q", "dscale += Σ G S / scale", "G is forgotten"]),
+        (575, 205, ["dQ += G K,  dK += Gᵀ Q", "dscale += Σ G S / scale", "G is forgotten"]),
     ]
     return page(
-        785,
+        800,
         270,
         "A tile in the forward and in the backward pass",
         text(20, 26, "forward", font_weight=600),
