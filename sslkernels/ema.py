@@ -297,7 +297,9 @@ class EMA(AllOrNothing):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _COUNTERS:
-            destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64)
+            destination[prefix + name] = torch.tensor(
+                getattr(self, name), dtype=torch.int64, device="cpu"
+            )
 
     def _load_from_state_dict(
         self,

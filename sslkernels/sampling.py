@@ -81,7 +81,7 @@ class StratifiedSampler(Sampler[int]):
         world_size: int | None = None,
     ) -> None:
         """See the class."""
-        given = torch.as_tensor(cells).cpu()
+        given = torch.as_tensor(cells, device="cpu")
         if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"{_OP}: cells must be integers, got {given.dtype}")
         if given.ndim != 1 or not len(given):
@@ -119,9 +119,9 @@ class StratifiedSampler(Sampler[int]):
         epoch = self.epoch if epoch is None else checks.integer(f"{_OP}.draw", "epoch", epoch, 0)
         # Two numbers that differ in one bit must not give sequences that are alike: hashed apart.
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state))
+        generator = torch.Generator("cpu").manual_seed(int(state))
         count = len(self) * self.world_size
-        chances = torch.rand(2, count, dtype=torch.float64, generator=generator)
+        chances = torch.rand(2, count, dtype=torch.float64, generator=generator, device="cpu")
         bounds = self.probabilities.cumsum(0)
         cell = torch.bucketize(chances[0] * bounds[-1], bounds, right=True)
         cell = cell.clamp_(max=len(self.values) - 1)
@@ -154,7 +154,7 @@ def _probabilities(given: Any, values: Tensor) -> Tensor:
     """[C] float64 that add up to 1."""
     cells = values.tolist()
     if given is None:
-        return torch.full((len(cells),), 1 / len(cells), dtype=torch.float64)
+        return torch.full((len(cells),), 1 / len(cells), dtype=torch.float64, device="cpu")
     if isinstance(given, Mapping):
         if set(given) != set(cells):
             different = sorted(set(given) ^ set(cells))
@@ -163,7 +163,7 @@ def _probabilities(given: Any, values: Tensor) -> Tensor:
                 "one of the two only"
             )
         given = [given[cell] for cell in cells]
-    found = torch.as_tensor(given, dtype=torch.float64).cpu()
+    found = torch.as_tensor(given, dtype=torch.float64, device="cpu")
     if found.shape != (len(cells),):
         raise ValueError(
             f"{_OP}: probabilities must have shape [{len(cells)}], one for each cell, "
@@ -226,8 +226,8 @@ def k_means(
         raise ValueError(f"{op}: clusters must be at most the {len(x)} rows of x, got {clusters}")
     rows = heads.unit(x, checks.flag(op, "normalize", normalize))
     rows = rows.to(accumulation_dtype(rows.dtype))
-    generator = torch.Generator().manual_seed(checks.integer(op, "seed", seed, 0))
-    start = torch.randperm(len(x), generator=generator)[:clusters].to(x.device)
+    generator = torch.Generator("cpu").manual_seed(checks.integer(op, "seed", seed, 0))
+    start = torch.randperm(len(x), generator=generator, device="cpu")[:clusters].to(x.device)
     centres = rows[start].clone()
     cells = _nearest(rows, centres)
     ones = rows.new_ones(len(x), 1)

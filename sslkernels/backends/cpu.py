@@ -9,6 +9,7 @@ both.  Only a torch built without OpenMP makes us load libgomp ourselves.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from typing import Any
 
@@ -59,6 +60,10 @@ __all__ = [
     "regression_forward",
     "why_unavailable",
 ]
+
+# Here, whatever device torch.set_default_device or an enclosing torch.device(...) names.
+_empty = functools.partial(torch.empty, device="cpu")
+_scalar = functools.partial(torch.scalar_tensor, device="cpu")
 
 _C.set_isa(os.environ.get("SSLKERNELS_ISA") or "auto")
 
@@ -117,10 +122,10 @@ def pairwise_forward(
     """See :meth:`sslkernels.backends.interface.Backend.pairwise_forward`."""
     tiles, n, m, acc = _dense(tiles), tiles.n, tiles.m, tiles.acc
     above = Thresholds(*(_contiguous(x) for x in thresholds))
-    row = torch.empty(n, dtype=acc)
-    col = torch.empty(m if want_col else 0, dtype=acc)
-    rank_row = torch.empty(0 if above.row is None else n, dtype=torch.int64)
-    rank_col = torch.empty(0 if above.col is None else m, dtype=torch.int64)
+    row = _empty(n, dtype=acc)
+    col = _empty(m if want_col else 0, dtype=acc)
+    rank_row = _empty(0 if above.row is None else n, dtype=torch.int64)
+    rank_col = _empty(0 if above.col is None else m, dtype=torch.int64)
     _C.pairwise_forward(
         _tiles(kind, tiles),
         row=row.data_ptr(),
@@ -142,8 +147,8 @@ def pairwise_backward(
     lse_col, dcol = (None, None) if col is None else (_contiguous(x) for x in col)
     want_dq = wanted.dq or tiles.is_self
     want_dk = wanted.dk and not tiles.is_self
-    dq = torch.empty((tiles.n, d) if want_dq else 0, dtype=acc)
-    dk = torch.empty((tiles.m, d) if want_dk else 0, dtype=acc)
+    dq = _empty((tiles.n, d) if want_dq else 0, dtype=acc)
+    dk = _empty((tiles.m, d) if want_dk else 0, dtype=acc)
     dbias = _C.pairwise_backward(
         _tiles(kind, tiles),
         row=_address(lse),
@@ -153,15 +158,15 @@ def pairwise_backward(
         dq=dq.data_ptr() if want_dq else None,
         dk=dk.data_ptr() if want_dk else None,
     )
-    return PairwiseBackward(dq, dk, torch.scalar_tensor(dbias, dtype=acc))
+    return PairwiseBackward(dq, dk, _scalar(dbias, dtype=acc))
 
 
 def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     """See :meth:`sslkernels.backends.interface.Backend.attend`."""
     tiles, threshold = _dense(tiles), _contiguous(threshold)
-    lse = torch.empty(tiles.n, dtype=tiles.acc)
-    mean_key = torch.empty(tiles.q.shape, dtype=tiles.acc)
-    rank = torch.empty(0 if threshold is None else tiles.n, dtype=torch.int64)
+    lse = _empty(tiles.n, dtype=tiles.acc)
+    mean_key = _empty(tiles.q.shape, dtype=tiles.acc)
+    rank = _empty(0 if threshold is None else tiles.n, dtype=torch.int64)
     _C.attend(
         _tiles("lse", tiles),
         lse=lse.data_ptr(),
@@ -175,8 +180,8 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
 def extremes(tiles: Tiles) -> Extremes:
     """See :meth:`sslkernels.backends.interface.Backend.extremes`."""
     tiles, bias = _dense(tiles), _contiguous(tiles.bias)
-    max_same = torch.empty(tiles.n, dtype=torch.int64)
-    min_other = torch.empty(tiles.n, dtype=torch.int64)
+    max_same = _empty(tiles.n, dtype=torch.int64)
+    min_other = _empty(tiles.n, dtype=torch.int64)
     _C.extremes(
         _tiles("lse", tiles, with_bias=False),
         bias_k=_address(bias),
@@ -232,12 +237,12 @@ def contrastive_forward(
     a, b = _rows(a), _rows(b)
     n, d = a.shape
     acc, rows = problem.acc, problem.softmax_rows
-    loss = torch.empty(problem.loss_shape, dtype=acc)
-    state = torch.empty(rows + 3 * n, dtype=acc)
-    mean_key = None if bank is None else torch.empty((n, d), dtype=acc)
-    rank = torch.empty(rows, dtype=torch.int64) if want_rank else None
+    loss = _empty(problem.loss_shape, dtype=acc)
+    state = _empty(rows + 3 * n, dtype=acc)
+    mean_key = None if bank is None else _empty((n, d), dtype=acc)
+    rank = _empty(rows, dtype=torch.int64) if want_rank else None
     size = _C.kept_tiles(layout=layout, dtype=DTYPES[a.dtype], n=n, d=d) if keep_tiles else 0
-    tiles = torch.empty(size, dtype=acc) if size > 0 else None
+    tiles = _empty(size, dtype=acc) if size > 0 else None
     bank_rows, bank_stride = 0, d
     if bank is not None:
         bank = _rows(bank)
@@ -263,8 +268,8 @@ def contrastive_backward(
     problem, (state, mean_key, tiles) = _dense_ids(problem), kept
     a, b = _rows(problem.a), _rows(problem.b)
     n, d = a.shape
-    da = torch.empty((n, d), dtype=a.dtype) if wanted.dq else None
-    db = torch.empty((n, d), dtype=a.dtype) if wanted.dk else None
+    da = _empty((n, d), dtype=a.dtype) if wanted.dq else None
+    db = _empty((n, d), dtype=a.dtype) if wanted.dk else None
     dscale = _C.contrastive_backward(
         _contrastive(problem, a, b),
         state=state.data_ptr(),
@@ -276,7 +281,7 @@ def contrastive_backward(
         db=_address(db),
         want_dscale=wanted.dscale,
     )
-    return da, db, torch.scalar_tensor(dscale, dtype=state.dtype) if wanted.dscale else None
+    return da, db, _scalar(dscale, dtype=state.dtype) if wanted.dscale else None
 
 
 def _regression(prediction: Tensor, target: Tensor, reduction: str) -> _C._Regression:
@@ -298,8 +303,8 @@ def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tu
     """2 - 2 cos by rows; see :mod:`sslkernels.ops.regression`."""
     prediction, target = _rows(prediction), _rows(target)
     n, acc = prediction.shape[0], accumulation_dtype(prediction.dtype)
-    state = torch.empty((n, 3), dtype=acc)
-    loss = torch.empty((n,) if reduction == "none" else (), dtype=acc)
+    state = _empty((n, 3), dtype=acc)
+    loss = _empty((n,) if reduction == "none" else (), dtype=acc)
     args = _regression(prediction, target, reduction)
     _C.regression_forward(args, state=state.data_ptr(), loss=loss.data_ptr())
     return loss, state
@@ -310,7 +315,7 @@ def regression_backward(
 ) -> Tensor:
     """The gradient of the prediction; see :mod:`sslkernels.ops.regression`."""
     prediction, target = _rows(prediction), _rows(target)
-    out = torch.empty(prediction.shape, dtype=prediction.dtype)
+    out = _empty(prediction.shape, dtype=prediction.dtype)
     _C.regression_backward(
         _regression(prediction, target, reduction),
         state=state.data_ptr(),
@@ -366,18 +371,18 @@ def _state(problem: Paired, state: PairedState) -> dict[str, Any]:
 def paired_forward(problem: Paired) -> tuple[Tensor, PairedState, Tensor, Tensor]:
     """See :meth:`sslkernels.backends.interface.WholeLosses.paired_forward`."""
     problem, n, acc = _dense_paired(problem), problem.n, problem.acc
-    loss = torch.empty((n,) if problem.reduction == "none" else (), dtype=acc)
+    loss = _empty((n,) if problem.reduction == "none" else (), dtype=acc)
     state = PairedState(
-        torch.empty(n, dtype=acc),
-        torch.empty(n, dtype=acc),
-        torch.empty(2 * n, dtype=acc),
-        torch.empty(problem.query.shape, dtype=acc),
+        _empty(n, dtype=acc),
+        _empty(n, dtype=acc),
+        _empty(2 * n, dtype=acc),
+        _empty(problem.query.shape, dtype=acc),
     )
-    rank = torch.empty(n, dtype=torch.int64)
+    rank = _empty(n, dtype=torch.int64)
     similarity = _C.paired_forward(
         _paired(problem), loss=loss.data_ptr(), rank=rank.data_ptr(), **_state(problem, state)
     )
-    return loss, state, rank, torch.scalar_tensor(similarity, dtype=acc)
+    return loss, state, rank, _scalar(similarity, dtype=acc)
 
 
 def paired_backward(
@@ -398,4 +403,4 @@ def paired_backward(
         dnegatives=None if keys is None else dnegatives.data_ptr(),
         **_state(problem, state),
     )
-    return dquery, dpositive, dnegatives, torch.scalar_tensor(dscale, dtype=state.lse.dtype)
+    return dquery, dpositive, dnegatives, _scalar(dscale, dtype=state.lse.dtype)

@@ -132,8 +132,12 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """Made once: nobody writes to it, and a temperature hardly ever changes."""
-    return torch.full((), value, dtype=dtype)
+    """Made once: nobody writes to it, and a temperature hardly ever changes.
+
+    An ordinary tensor, though the first call may be an evaluation: autograd saves no inference tensor.
+    """
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def number_or_scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> float | Tensor:

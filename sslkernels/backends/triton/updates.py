@@ -277,10 +277,12 @@ class EmaPlan:
                 {
                     "device": device,
                     "tables": (
-                        torch.tensor(addresses, dtype=torch.int64).to(device),
-                        torch.tensor([t.numel() for t, _ in pairs], dtype=torch.int64).to(device),
-                        torch.tensor(tensors, dtype=torch.int32).to(device),
-                        torch.tensor(starts, dtype=torch.int64).to(device),
+                        torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device),
+                        torch.tensor(
+                            [t.numel() for t, _ in pairs], dtype=torch.int64, device="cpu"
+                        ).to(device),
+                        torch.tensor(tensors, dtype=torch.int32, device="cpu").to(device),
+                        torch.tensor(starts, dtype=torch.int64, device="cpu").to(device),
                     ),
                     "flags": {
                         "TARGET": _TL_DTYPES[target_dtype],
