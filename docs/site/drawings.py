@@ -328,6 +328,29 @@ def engine() -> str:
     )
 
 
+def register_tile() -> str:
+    """The micro-kernel of the CPU engine with AVX-512."""
+    x, y, cell, step = 150, 80, 20, 9
+    parts = [text(20, 26, "for each feature k:", font_weight=600)]
+    for j in range(32):  # a packed row of K: two registers
+        fill = "#b9ccf3" if j < 16 else "#dbe4f8"
+        parts.append(box(x + j * step, y - 34, step, cell, fill))
+    parts.append(text(x + 16 * step, y - 42, "32 numbers of K: 2 loads", "middle", font_size=12))
+    for i in range(8):
+        parts.append(box(x - 40, y + i * cell, 20, cell, "#f4a742"))
+        for half in range(2):
+            place = (x + half * 16 * step, y + i * cell, 16 * step, cell)
+            parts.append(box(*place, "#eef2fb", "#8fa3c8"))
+    parts.append(text(x - 48, y + 75, "8 numbers of Q:", "end", font_size=12))
+    parts.append(text(x - 48, y + 92, "8 broadcasts", "end", font_size=12))
+    right = x + 32 * step + 16
+    parts.append(text(right, y + 40, "16 registers of sums:"))
+    parts.append(text(right, y + 60, "16 multiply-adds"))
+    parts.append(text(right, y + 96, "after the last k they hold S:"))
+    parts.append(text(right, y + 116, "mask, exp, sums of rows, sums of columns"))
+    return page(730, 256, "A tile in registers", *parts)
+
+
 def rounds(blocks: int = 4) -> list[list[tuple[int, int]]]:
     """The tournament of ``blocks`` groups: first each alone, then rounds of disjoint pairs."""
     seats = list(range(blocks))
@@ -464,7 +487,12 @@ def tree() -> str:
 def drawings() -> dict[str, str]:
     """File name to picture."""
     named = {f"tile_{name}": picture for name, picture in losses().items()}
-    named |= {"engine": engine(), "tournament": tournament(), "queue": queue()}
+    named |= {
+        "register_tile": register_tile(),
+        "engine": engine(),
+        "tournament": tournament(),
+        "queue": queue(),
+    }
     named |= {"grad_cache": grad_cache(), "choose": tree()}
     return {f"{name}.svg": picture for name, picture in named.items()}
 
