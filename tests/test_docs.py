@@ -172,3 +172,47 @@ def test_the_calculator_computes_what_the_table_says() -> None:
     page = DOCS.joinpath("memory.md").read_text("utf-8")
     used = re.findall(r'find\("(\w+)"\)', DOCS.joinpath("assets/calculator.js").read_text("utf-8"))
     assert used and all(f'id="{name}"' in page for name in used)
+
+
+# ---- factors between codes, on the pages of losses ---------------------------------------------
+
+
+def test_factors_to_the_codes_of_papers() -> None:
+    """Their formulas, written out; the libraries themselves are compared in tests/peers."""
+    cross_entropy, unit = torch.nn.functional.cross_entropy, torch.nn.functional.normalize
+    torch.manual_seed(0)
+    n, t = 12, 0.3
+    a, b, c, d = (unit(torch.randn(n, 8, dtype=torch.float64)) for _ in range(4))
+    diagonal, far = torch.arange(n), torch.eye(n) * 1e9
+
+    # SimCLR: cross-entropies of both directions, each over [other view | own view], are added.
+    simclr = sum(
+        cross_entropy(torch.cat([x @ y.T / t, x @ x.T / t - far], 1), diagonal)
+        for x, y in ((a, b), (b, a))
+    )
+    assert torch.allclose(simclr, 2 * sslkernels.nt_xent_loss(a, b, t))
+
+    # MoCo v3: both directions times 2 t.
+    moco3 = sum(cross_entropy(q @ k.T / t, diagonal) * 2 * t for q, k in ((a, b), (c, d)))
+    ours = sslkernels.info_nce_loss(a, b, temperature=t)
+    ours = ours + sslkernels.info_nce_loss(c, d, temperature=t)
+    assert torch.allclose(moco3, ours * 2 * t)
+
+    # SupContrast: the mean log-probability of positives, times t / 0.07.
+    labels = torch.arange(n) % 3
+    logits = (a @ a.T / t).masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf)
+    partners = (labels[:, None] == labels) & ~torch.eye(n, dtype=torch.bool)
+    log_probability = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~partners, 0)
+    sup_contrast = -(t / 0.07) * (log_probability.sum(1) / partners.sum(1)).mean()
+    assert torch.allclose(sup_contrast, sslkernels.sup_con_loss(a, labels, t) * t / 0.07)
+
+    # BYOL: both views added; lightly's negative cosine.
+    cosines = [(p * z).sum(1) for p, z in ((a, b), (c, d))]
+    byol = sum((2 - 2 * cosine).mean() for cosine in cosines)
+    assert torch.allclose(byol, sslkernels.byol_loss_symmetric(a, b, c, d))
+    negative_cosine = -cosines[0].mean()
+    assert torch.allclose(negative_cosine, sslkernels.byol_loss(a, b) / 2 - 1)
+
+    # A temperature is one over CLIP's scale.
+    clip = (cross_entropy(a @ b.T / t, diagonal) + cross_entropy(b @ a.T / t, diagonal)) / 2
+    assert torch.allclose(clip, sslkernels.clip_loss(a, b, 1 / t))

@@ -330,7 +330,7 @@ def engine() -> str:
 
 def register_tile() -> str:
     """The micro-kernel of the CPU engine with AVX-512."""
-    x, y, cell, step = 150, 80, 20, 9
+    x, y, cell, step = 170, 80, 20, 9
     parts = [text(20, 26, "for each feature k:", font_weight=600)]
     for j in range(32):  # a packed row of K: two registers
         fill = "#b9ccf3" if j < 16 else "#dbe4f8"
@@ -348,7 +348,7 @@ def register_tile() -> str:
     parts.append(text(right, y + 60, "16 multiply-adds"))
     parts.append(text(right, y + 96, "after the last k they hold S:"))
     parts.append(text(right, y + 116, "mask, exp, sums of rows, sums of columns"))
-    return page(730, 256, "A tile in registers", *parts)
+    return page(800, 256, "A tile in registers", *parts)
 
 
 def rounds(blocks: int = 4) -> list[list[tuple[int, int]]]:
