@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NT-Xent and CLIP with negatives from every rank of a torch.distributed group.
+"""Losses with negatives from every rank of a torch.distributed group.
 
-A rank computes its own rows against the columns of all ranks, so compute is split W ways and memory
-is O(N_global * D): the gathered embeddings, and no matrix of similarities.
+A rank computes its own rows against the columns of all ranks, so compute is split W ways.  The columns
+come all at once (memory O(N_global * D)) or in blocks round a ring (O(N_local * D) for any W);
+``sslkernels._ranks`` has both.  What is reduced over the columns of all ranks is one autograd function,
+``_GlobalTiles``; what a loss does with its rows is plain torch, as in ``ops/formulas.py``.
 
-Each rank gets embeddings, lse and positive logits of every row in its forward pass (3 gathers: the
-sizes, the embeddings, two or three numbers a row), and those are all that a backward pass over
-its own rows needs: no gradient of an embedding travels.  With x' the positive of x, s the scale and
-w_r = dloss_r * sigmoid(lse_r - p_r), the gradient of softplus(lse_r - p_r) summed over all rows is
+Gradients of remote rows.  Where the columns are the rows (NT-Xent, DCL, SupCon) S is symmetric, and
+with g_i the gradient of lse_i
 
-    dx_r = s * sum_j (w_r exp(S_rj - lse_r) + w_j exp(S_rj - lse_j)) x_j - s * (w_r + w_r') x_r'
+    dx_i = scale * sum_j (g_i exp(S_ij - lse_i) + g_j exp(S_ij - lse_j)) x_j
 
-The sum is the tile engine's backward pass for local rows and global columns.
+so that in the backward pass lse and g go to the other ranks, two numbers a row, and no gradient of a row
+travels.  Elsewhere (InfoNCE, CLIP, SigLIP) each rank computes what its rows contribute to the gradient of
+all columns, and that is summed over the ranks at the owner.
 
 Gradients follow one rule: that of the *average over ranks* of what the ranks compute from their
 results, times W.  DistributedDataParallel averages parameter gradients, which takes the W away.
@@ -19,17 +21,20 @@ results, times W.  DistributedDataParallel averages parameter gradients, which t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslkernels import _ranks
 from sslkernels._types import Reduction
 from sslkernels.backends.arithmetic import fixed_sum
-from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
-from sslkernels.ops import heads, registry
-from sslkernels.ops._library import forward_mode, functorch, no_autocast, once
+from sslkernels.backends.interface import Kind, RowState, Thresholds, Tiles, Wanted
+from sslkernels.ops import heads, registry, rows
+from sslkernels.ops._library import forward_mode, functorch, needs_grad, no_autocast, once
 from sslkernels.ops.pairwise import TINY
 
 if TYPE_CHECKING:
@@ -37,297 +42,406 @@ if TYPE_CHECKING:
 else:  # builds of torch without distributed have no ProcessGroup
     Group = Any
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+P = ParamSpec("P")
 
 
-def global_nt_xent(
-    z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, reduction: Reduction, group: Group
-) -> Tensor:
+class Wide(NamedTuple):
+    """How a loss is taken over the ranks; arguments have been checked by the caller."""
+
+    op: str  # name of the public function
+    group: Group
+    mode: str = "auto"  # "gather", "ring" or "auto"
+    normalize: bool = True
+    reduction: Reduction = "mean"
+
+    def connect(
+        self, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None = None
+    ) -> _ranks.Layout:
+        """Agree with the other ranks on what is computed."""
+        if functorch() or forward_mode():
+            raise RuntimeError(
+                f"{self.op}: group does not work in transforms of torch.func or forward-mode "
+                "differentiation"
+            )
+        ranks = _ranks.connect(self.op, self.group)
+        call = {
+            "the first features require grad": needs_grad(a),
+            "the other features require grad": needs_grad(b),
+            "the scale requires grad": needs_grad(scale),
+            "there is a bias": bias is not None,
+            "the bias requires grad": needs_grad(bias),
+        }
+        return _ranks.agree(self.op, ranks, a, self.mode, [*call.values()], [*call])
+
+
+def _eager(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Compiled code breaks its graph for a function that communicates."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():  # not at import: that would import torch._dynamo for all
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_eager
+def nt_xent(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     """NT-Xent of the batch that all ranks hold together.
 
-    With z = cat(z1, z2) over all ranks, s_ij = scale * <z_i, z_j> and i' the other view of row i,
-
-        loss_i = -log( exp(s_ii') / sum_{j != i} exp(s_ij) )
-
-    Every rank of the group has to call this, in the same order as its other collectives.  Ranks may
-    hold different numbers of rows.  The gradient is W times that of the average over ranks of what
-    they compute from their results: for "mean" and "sum" (where every rank computes the same) W
-    times the gradient of the result, so that DDP's averaging of parameter gradients gives
-    single-process training on the joined batch; for "none" that of the sum over ranks, as with any
-    loss of local rows under DDP.  That goes for the scale too.  The backward pass communicates for
-    "none" only.
-
     Args:
-        z1: [N, D] local rows, N >= 0; shapes and dtypes have been checked by the caller.
+        wide: How it is taken over the ranks.  "mean" and "sum" are over the rows of all ranks, with
+            the same bits on each; "none" gives the [2N] local rows in the order of cat(z1, z2).
+        z1: [N, D] local rows, N >= 0.
         z2: [N, D], same dtype and device.
         scale: 0-d in the accumulation dtype, the same on every rank; may require grad.
-        normalize: Whether to divide rows by max(norm, 1e-12) first.
-        reduction: "mean" or "sum" over the rows of all ranks, the same bits on each; "none": [2N]
-            local rows in the order of cat(z1, z2).
-        group: A ProcessGroup, or True for the default one.
-
-    Returns:
-        The loss in the accumulation dtype.
 
     Raises:
         TypeError: If group is no group.
         ValueError: If torch.distributed is not initialised, this process is not in the group, or
-            ranks differ in D or dtype (raised on every rank).
-
-    Reference:
-        Chen et al., A Simple Framework for Contrastive Learning of Visual Representations,
-        arXiv:2002.05709, section 2.1 (global batch).
+            ranks differ in D, dtype or call (raised on every rank).  So with all losses here.
     """
-    return _global_loss("nt_xent_loss", z1, z2, scale, normalize, reduction, group, joint=True)
+    layout = wide.connect(z1, z2, scale)
+    a, b = (heads.unit(x, wide.normalize) for x in (z1, z2))
+    lse = _tiles("lse", torch.cat((a, b)), None, scale, layout, views=2).row
+    loss = heads.nll(lse, (heads.dots(a, b) * scale).repeat(2))
+    return _reduce(loss, layout, wide.reduction, 2 * layout.total)
 
 
-def global_clip(
-    x: Tensor, y: Tensor, scale: Tensor, normalize: bool, reduction: Reduction, group: Group
+@_eager
+def dcl(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor, sigma: float | None) -> Tensor:
+    """DCL, or DCLW with sigma, of the joined batch; "none": [2N] local rows."""
+    layout = wide.connect(z1, z2, scale)
+    a, b = (heads.unit(x, wide.normalize) for x in (z1, z2))
+    lse = _tiles("lse", torch.cat((a, b)), None, scale, layout, views=2).row
+    if layout.total == 1:
+        lse = torch.zeros_like(lse)
+    similarity = heads.dots(a, b)
+    positive = similarity * scale
+    if sigma is not None:
+        with torch.no_grad():  # softmax over the samples of all ranks
+            logits = similarity / sigma
+            total = torch.logsumexp(layout.ranks.stack(torch.logsumexp(logits, 0)), 0)
+            weights = 2 - layout.total * (logits - total).exp()
+        positive = positive * weights
+    return _reduce(lse - positive.repeat(2), layout, wide.reduction, 2 * layout.total)
+
+
+@_eager
+def info_nce(wide: Wide, query: Tensor, key: Tensor, scale: Tensor, ids: Tensor | None) -> Tensor:
+    """InfoNCE in the joined batch; ids: [N] of the queries and their keys; "none": [N] local rows."""
+    layout = wide.connect(query, key, scale)
+    q, k = (heads.unit(x, wide.normalize) for x in (query, key))
+    lse = _tiles("lse", q, k, scale, layout, ids=ids).row
+    return _reduce(heads.nll(lse, heads.dots(q, k) * scale), layout, wide.reduction, layout.total)
+
+
+@_eager
+def clip(wide: Wide, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy over the pairs of all ranks; "none": [N] local pairs."""
+    layout = wide.connect(x, y, scale)
+    x, y = (heads.unit(features, wide.normalize) for features in (x, y))
+    found = _tiles("lse", x, y, scale, layout, want_col=True)
+    positive = heads.dots(x, y) * scale
+    loss = (heads.nll(found.row, positive) + heads.nll(found.col, positive)) / 2
+    return _reduce(loss, layout, wide.reduction, layout.total)
+
+
+@_eager
+def siglip(wide: Wide, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """SigLIP's sigmoid loss over the pairs of all ranks; "none": [N], the rows of local x."""
+    layout = wide.connect(x, y, scale, bias)
+    x, y = (heads.unit(features, wide.normalize) for features in (x, y))
+    negatives = _tiles("softplus", x, y, scale, layout, bias=bias).row
+    positive = heads.dots(x, y) * scale
+    if bias is not None:
+        positive = positive + bias
+    loss = heads.softplus(-positive) + negatives
+    return _reduce(loss, layout, wide.reduction, layout.total)
+
+
+@_eager
+def sup_con(wide: Wide, z: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """SupCon of the joined batch; the mean is over the rows of all ranks that have a positive."""
+    layout = wide.connect(z, None, scale)
+    z = heads.unit(z, wide.normalize)
+    found = _tiles("lse", z, None, scale, layout, labels=labels)
+    used = found.partners > 0
+    loss = found.row - found.positive * scale / found.partners.clamp(min=1)
+    loss = torch.where(used, loss, 0.0)
+    return _reduce(loss, layout, wide.reduction, used.sum())
+
+
+# -------------------------------------------------------------------------------------- reduction
+
+
+def _reduce(
+    loss: Tensor, layout: _ranks.Layout, reduction: Reduction, count: Tensor | int
 ) -> Tensor:
-    """CLIP's symmetric cross-entropy over the pairs that all ranks hold together.
+    """Of local rows [R]: themselves, or sum or mean over all ranks with the same bits on each.
 
-        loss_i = (CE over all y of x_i + CE over all x of y_i) / 2,     logits = scale * <x, y>
+    count: for the mean: rows of all ranks, or a tensor: rows of this one.
+    """
+    if reduction == "none":
+        return loss
+    total = fixed_sum(loss)
+    if reduction == "sum":
+        count = 1
+    result: Tensor = _Total.apply(total, count, layout.ranks)
+    return result
 
-    Collectives, row counts and gradients are as in ``global_nt_xent``.
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks of their sums, divided by a count."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, count: Tensor | int, ranks: _ranks.Ranks) -> Tensor:
+        local = count if isinstance(count, Tensor) else torch.zeros_like(total)
+        both = ranks.stack(torch.stack((total.double(), local.double()))).sum(0)
+        divisor = both[1] if isinstance(count, Tensor) else both.new_full((), float(count))
+        divisor = divisor.clamp(min=1)
+        ctx.factor = (ranks.size / divisor).to(total.dtype)
+        return (both[0] / divisor).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        return dloss * ctx.factor, None, None
+
+
+# ------------------------------------------------------------------------------------------ tiles
+
+
+class _Found(NamedTuple):
+    """What is reduced over the columns of all ranks, for local rows."""
+
+    row: Tensor  # [R] acc: as of ``ops.pairwise``
+    col: Tensor  # [R] acc: the same over the rows of all ranks for local columns; [0] unless wanted
+    positive: (
+        Tensor  # [R] acc: sum of <x_i, x_j> over the other rows of the class; [0] without labels
+    )
+    partners: Tensor  # [R] acc: how many they are
+
+
+class _Task(NamedTuple):
+    """What ``_GlobalTiles`` is asked for."""
+
+    kind: Kind
+    layout: _ranks.Layout
+    exchange: _ranks.Gathered
+    views: int
+    want_col: bool
+    backend: str | None
+
+    def block(
+        self, tiles: Tiles, given: tuple[bool, bool], block: list[Tensor], owner: int | None
+    ) -> _Block:
+        """A block of columns; given: whether ids and labels of columns travel with them."""
+        k, *others = block
+        ids = others.pop(0) if given[0] else None
+        labels = others.pop(0) if given[1] else None
+        if ids is None:
+            ids = self.layout.sample_ids(owner, self.views, k.device)
+        own = owner in (None, self.layout.ranks.rank)
+        return _Block(tiles._replace(k=k, ids_k=ids), labels, own, others)
+
+
+class _Block(NamedTuple):
+    """Local rows against the columns of a block."""
+
+    tiles: Tiles
+    labels: Tensor | None
+    own: bool  # the local rows are among the columns
+    others: list[Tensor]  # what else travelled
+
+
+def _tiles(
+    kind: Kind,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    layout: _ranks.Layout,
+    *,
+    bias: Tensor | None = None,
+    views: int = 1,
+    want_col: bool = False,
+    ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> _Found:
+    """Reductions of local rows over the columns of all ranks.
 
     Args:
-        x: [N, D] local rows, for example of images.
-        y: [N, D], same dtype and device: row i belongs to x_i.
-        scale: 0-d in the accumulation dtype, the same on every rank; may require grad.
-        normalize: Whether to divide rows by max(norm, 1e-12) first.
-        reduction: "mean" or "sum" over the pairs of all ranks, the same bits on each; "none": [N]
-            local pairs.
-        group: A ProcessGroup, or True for the default one.
-
-    Returns:
-        The loss in the accumulation dtype.
-
-    Raises:
-        TypeError: If group is no group.
-        ValueError: If torch.distributed is not initialised, this process is not in the group, or
-            ranks differ in D or dtype (raised on every rank).
-
-    Reference:
-        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
-        arXiv:2103.00020.
+        kind: As in ``ops.pairwise``.
+        q: [R, D] local rows.
+        k: [R, D] local columns; None: the rows, and S is symmetric (kind "lse").
+        scale: 0-d.
+        layout: What the ranks agreed upon.
+        bias: 0-d, kind "softplus" only.
+        views: Rows of a sample; pairs of one sample are left out.
+        want_col: Whether columns are reduced too (k given).
+        ids: [R] int64 in place of the numbers of the samples.
+        labels: [R] int64: classes, whose rows are positives (k None).
     """
-    return _global_loss("clip_loss", x, y, scale, normalize, reduction, group, joint=False)
+    task = _Task(kind, layout, layout.rows(views), views, want_col, registry.override())
+    return _Found(*_GlobalTiles.apply(q, k, scale, bias, ids, labels, task))
 
 
-def _global_loss(
-    op: str,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    normalize: bool,
-    reduction: Reduction,
-    group: Group,
-    *,
-    joint: bool,
-) -> Tensor:
-    if functorch() or forward_mode():
-        raise RuntimeError(
-            f"{op}: group does not work in transforms of torch.func or forward-mode differentiation"
-        )
-    apply = _apply
-    if torch.compiler.is_compiling():  # not a decorator: that would import torch._dynamo for all
-        apply = torch.compiler.disable(_apply)
-    return apply(op, a, b, scale, normalize, reduction, group, joint)
-
-
-def _apply(
-    op: str,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    normalize: bool,
-    reduction: Reduction,
-    group: Group,
-    joint: bool,
-) -> Tensor:
-    process_group = _process_group(op, group)
-    a, b = heads.unit(a, normalize), heads.unit(b, normalize)
-    layout = _agree(op, a, process_group)
-    return _GlobalLoss.apply(a, b, scale, joint, reduction, layout)
-
-
-# -------------------------------------------------------------------------------------- ranks
-
-
-class _Layout(NamedTuple):
-    """Which rows of the joined batch are where."""
-
-    sizes: tuple[int, ...]  # [W] samples of each rank
-    rank: int
-    group: Any  # None: the default group
-
-    @property
-    def first(self) -> int:
-        """Number of this rank's first sample in the joined batch."""
-        return sum(self.sizes[: self.rank])
-
-
-def _process_group(op: str, group: Group) -> Any:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            f"{op}: group needs torch.distributed to be initialised "
-            f"(torch.distributed.init_process_group), got group={group!r} without it"
-        )
-    if group is True:
-        return None
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{op}: group must contain this process (rank {dist.get_rank()})")
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{op}: group must be a torch.distributed ProcessGroup, True or None, got {group!r}"
-        )
-    return group
-
-
-def _agree(op: str, x: Tensor, group: Any) -> _Layout:
-    """Exchange shapes and dtypes: a mismatch raises everywhere, where a gather would hang."""
-    mine = torch.tensor([x.shape[0], x.shape[1], _DTYPES.index(x.dtype)], device=x.device)
-    world = dist.get_world_size(group)
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine, group=group)
-    table = torch.stack(parts).tolist()
-    if any(row[1:] != table[0][1:] for row in table):
-        got = ", ".join(f"rank {r}: [{n}, {d}] {_DTYPES[t]}" for r, (n, d, t) in enumerate(table))
-        raise ValueError(f"{op}: D and dtype must be the same on every rank of group, got {got}")
-    return _Layout(tuple(row[0] for row in table), dist.get_rank(group), group)
-
-
-def _gather(x: Tensor, layout: _Layout, rows_per_sample: int) -> Tensor:
-    """[R_global, ...]: rows of every rank in the order of ranks."""
-    sizes = [n * rows_per_sample for n in layout.sizes]
-    longest = max(sizes)
-    if longest == 0:
-        return x
-    padded = x.contiguous()
-    if len(x) < longest:  # a collective wants equal shapes
-        padded = torch.cat((padded, x.new_zeros(longest - len(x), *x.shape[1:])))
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=layout.group)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
-
-
-def _sample_ids(layout: _Layout, views: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sample numbers of the local rows and of all rows; both views of a sample share one."""
-    first, blocks = 0, []
-    for n in layout.sizes:
-        blocks.append(torch.arange(first, first + n, device=device).repeat(views))
-        first += n
-    return blocks[layout.rank], torch.cat(blocks)
-
-
-# --------------------------------------------------------------------------------------- loss
-
-
-class _GlobalLoss(torch.autograd.Function):
-    """The loss in *directions*: one for NT-Xent (rows cat(a, b) against themselves), two for CLIP.
-
-    Direction d has local ``queries[d]``, their ``positives[d]`` and the gathered ``keys[d]``.  The
-    keys of a direction are the queries of direction ``-1 - d`` over all ranks.
-    """
+class _GlobalTiles(torch.autograd.Function):
+    """Of q, k, scale, bias: the fields of ``_Found``."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        a: Tensor,
-        b: Tensor,
+        q: Tensor,
+        k: Tensor | None,
         scale: Tensor,
-        joint: bool,
-        reduction: Reduction,
-        layout: _Layout,
-    ) -> Tensor:
-        queries, positives = _directions(a, b, joint)
-        views = 2 if joint else 1
-        ids_q, ids_k = _sample_ids(layout, views, a.device)
-        gathered = _gather(torch.cat(queries, 1), layout, views)
-        keys = [k.contiguous() for k in reversed(gathered.chunk(len(queries), 1))]
-        backend = registry.resolve(a.device)
-        with no_autocast(a.device):
-            numbers = [
-                backend.pairwise_forward(
-                    "lse", Tiles(q, k, scale, None, ids_q, ids_k), False, Thresholds()
-                ).row
-                for q, k in zip(queries, keys, strict=True)
-            ]
-            numbers.append(heads.dots(queries[0], positives[0]) * scale)
-            every = _gather(torch.stack(numbers, 1), layout, views)  # [R_global, directions + 1]
-            if reduction == "none":
-                loss = _losses(torch.stack(numbers, 1))
-            else:
-                loss = heads.reduce(_losses(every), reduction)
-        ctx.joint, ctx.reduction, ctx.layout = joint, reduction, layout
-        ctx.backend = registry.override()
-        ctx.save_for_backward(a, b, scale, every, *keys)
-        return loss
+        bias: Tensor | None,
+        ids: Tensor | None,
+        labels: Tensor | None,
+        task: _Task,
+    ) -> tuple[Tensor, ...]:
+        layout = task.layout
+        columns = [q if k is None else k]
+        columns += [x for x in (ids, labels) if x is not None]
+        given = (ids is not None, labels is not None)
+        if ids is None:
+            ids = layout.sample_ids(layout.ranks.rank, task.views, q.device)
+        tiles = Tiles(q, None, scale, bias, ids)
+        lse = task.kind == "lse"
+        row = q.new_full((len(q),), -torch.inf if lse else 0.0, dtype=tiles.acc)
+        positive, count = (row.new_zeros(0 if labels is None else len(q)) for _ in range(2))
+        backend = registry.resolve(q.device)
+
+        def compute(block: list[Tensor], owner: int | None) -> Tensor | None:
+            nonlocal row
+            part = task.block(tiles, given, block, owner)
+            found = backend.pairwise_forward(task.kind, part.tiles, task.want_col, Thresholds())
+            row = torch.logaddexp(row, found.row) if lse else row + found.row
+            if labels is not None:
+                _add_positives_(positive, count, part, labels)
+            return found.col if task.want_col else None
+
+        with no_autocast(q.device):
+            collected = task.exchange.collect(columns)
+            col = task.exchange.visit(collected, [], compute, torch.logaddexp)
+        col = row.new_empty(0) if col is None else col
+        ctx.task, ctx.given, ctx.symmetric = task, given, k is None
+        ctx.save_for_backward(q, scale, bias, ids, labels, row, col, *collected)
+        ctx.mark_non_differentiable(count)
+        return row, col, positive, count
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: checkpointing computes them again for each reading
 
         def compute() -> list[Tensor | None]:
-            return list(_GlobalLoss.gradients(ctx, saved, dloss))
+            with registry.backend(ctx.task.backend), no_autocast(saved[0].device):
+                if ctx.symmetric:
+                    return _GlobalTiles.symmetric(ctx, saved, *gradients[:3:2])
+                return _GlobalTiles.gradients(ctx, saved, *gradients[:2])
 
-        return (
-            *once("sslkernels::global_loss", compute, (dloss, *saved)),
-            None,
-            None,
-            None,
-        )
+        found = once("sslkernels::global_loss", compute, (*gradients[:3], *saved))
+        return (*found, None, None, None)
+
+    @staticmethod
+    def symmetric(
+        ctx: Any, saved: tuple[Tensor, ...], drow: Tensor, dpositive: Tensor
+    ) -> list[Tensor | None]:
+        """Where columns are rows: the state of rows travels, and nothing comes back."""
+        q, scale, _, ids, labels, row, _, *collected = saved
+        task: _Task = ctx.task
+        tiles = Tiles(q, None, _divisor(scale), None, ids)
+        state = RowState(row, drow.contiguous())
+        dq = q.new_zeros(q.shape, dtype=tiles.acc)
+        dpairs = torch.zeros_like(dq if labels is not None else row)  # of the positives: no scale
+        backend = registry.resolve(q.device)
+
+        def compute(block: list[Tensor], owner: int | None) -> None:
+            part = task.block(tiles, ctx.given, block, owner)
+            lse, g, *others = part.others
+            columns = RowState(lse, g)
+            found = backend.pairwise_backward(
+                task.kind, part.tiles, state, columns, Wanted(True, False)
+            )
+            dq.add_(found.dq)
+            if labels is not None:
+                _add_positives_gradient_(dpairs, part, labels, dpositive, others[0])
+
+        more = [row, drow] if labels is None else [row, drow, dpositive]
+        task.exchange.visit(collected, more, compute)
+        dscale = None
+        if ctx.needs_input_grad[2]:  # half: dq has both sides of each pair
+            dscale = fixed_sum(rows.dots(q, dq)) / (2 * tiles.scale)
+        if labels is not None:
+            dq.add_(dpairs)
+        return [dq.to(q.dtype) if ctx.needs_input_grad[0] else None, None, dscale, None]
 
     @staticmethod
     def gradients(
-        ctx: Any, saved: tuple[Tensor, ...], dloss: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of a, b and scale."""
-        a, b, scale, every, *keys = saved
-        layout: _Layout = ctx.layout
-        views = 2 if ctx.joint else 1
-        need_scale = ctx.needs_input_grad[2]
-        if need_scale:  # dscale divides by it; see ops/pairwise.py
-            scale = torch.where(scale == 0, torch.full_like(scale, TINY), scale)
-        queries, positives = _directions(a, b, ctx.joint)
-        ids_q, ids_k = _sample_ids(layout, views, a.device)
-        local = slice(layout.first * views, (layout.first + len(a)) * views)
-        lse, positive = every[:, :-1], every[:, -1:]
-        weight = torch.sigmoid(lse - positive) / len(keys)  # [R_global, directions]
-        if ctx.reduction == "none":
-            weight = weight * _gather(dloss.contiguous(), layout, views)[:, None]
-        else:
-            rows = max(1, len(every)) if ctx.reduction == "mean" else 1
-            weight = weight * (dloss * (len(layout.sizes) / rows))
-        # The weight of each local row as a positive of its positive.
-        partner = weight[local].flip(1) if len(keys) == 2 else weight[local].roll(len(a), 0)
+        ctx: Any, saved: tuple[Tensor, ...], drow: Tensor, dcol: Tensor
+    ) -> list[Tensor | None]:
+        """Each rank's part of the gradient of a column goes to the owner of the column."""
+        q, scale, bias, ids, _, row, col, *collected = saved
+        task: _Task = ctx.task
+        need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
+        tiles = Tiles(q, None, _divisor(scale), bias, ids)
+        state = RowState(row, drow.contiguous())
+        dq = q.new_zeros(q.shape, dtype=tiles.acc)
+        dbias = torch.zeros_like(scale)
+        backend = registry.resolve(q.device)
 
-        gradients, shares = [], []
-        with no_autocast(a.device), registry.backend(ctx.backend):
-            backend = registry.resolve(a.device)
-            for d, (q, p, k) in enumerate(zip(queries, positives, keys, strict=True)):
-                other = len(keys) - 1 - d
-                row = RowState(lse[local, d].contiguous(), weight[local, d].contiguous())
-                col = RowState(lse[:, other].contiguous(), weight[:, other].contiguous())
-                tiles = Tiles(q, k, scale, None, ids_q, ids_k)
-                dq = backend.pairwise_backward("lse", tiles, row, col, Wanted(True, False)).dq
-                dq = dq - (scale * (weight[local, d] + partner[:, d]))[:, None] * p.to(dq.dtype)
-                gradients.append(dq.to(q.dtype))
-                shares.append((q.to(dq.dtype) * dq).sum(1))
-        # The loss is a function of scale * <x, x'>, so sum <x, dx> over all rows of all ranks
-        # counts scale * dscale twice, once for either side.
-        dscale = fixed_sum(torch.cat(shares)) / (2 * scale) if need_scale else None
-        da, db = gradients[0].tensor_split(2) if ctx.joint else gradients
-        return da, db, dscale
+        def compute(block: list[Tensor], owner: int | None) -> Tensor | None:
+            nonlocal dbias
+            part = task.block(tiles, ctx.given, block, owner)
+            columns = RowState(*part.others) if task.want_col else None
+            wanted = Wanted(need_q or need_scale, need_k)
+            found = backend.pairwise_backward(task.kind, part.tiles, state, columns, wanted)
+            if wanted.dq:
+                dq.add_(found.dq)
+            dbias = dbias + found.dbias
+            return found.dk if need_k else None
+
+        dk = task.exchange.visit(collected, [col, dcol] if task.want_col else [], compute)
+        return [
+            dq.to(q.dtype) if need_q else None,
+            None if dk is None else dk.to(q.dtype),
+            fixed_sum(rows.dots(q, dq)) / tiles.scale if need_scale else None,
+            dbias if need_bias else None,
+        ]
 
 
-def _directions(a: Tensor, b: Tensor, joint: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Queries and their positives for each direction."""
-    if joint:
-        return [torch.cat((a, b))], [torch.cat((b, a))]
-    return [a, b], [b, a]
+def _divisor(scale: Tensor) -> Tensor:
+    """The scale, or for 0 what gives the same tiles and can be divided by; see ops/pairwise.py."""
+    return torch.where(scale == 0, torch.full_like(scale, TINY), scale)
 
 
-def _losses(numbers: Tensor) -> Tensor:
-    """[R] from columns lse (one a direction) and positive logit: the mean of -log softmax."""
-    return heads.nll(numbers[:, :-1], numbers[:, -1:]).mean(1)
+def _classes(part: _Block, labels: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """For each local row the sum of ``columns`` [M, C] over the columns of its class."""
+    n = len(labels)
+    segment = rows.segments(torch.cat((labels, part.labels)))  # type: ignore[arg-type]
+    return tuple(
+        rows.accumulate_rows(x, segment[n:], len(segment)).index_select(0, segment[:n])
+        for x in columns
+    )
+
+
+def _add_positives_(positive: Tensor, count: Tensor, part: _Block, labels: Tensor) -> None:
+    """Add what a block has for the positives of local rows, each row itself left out."""
+    q = part.tiles.q.to(positive.dtype)
+    k = part.tiles.k.to(positive.dtype)  # type: ignore[union-attr]
+    sums, counts = _classes(part, labels, k, k.new_ones((len(k), 1)))
+    positive.add_(rows.dots(q, sums - q if part.own else sums))
+    count.add_(counts[:, 0] - 1 if part.own else counts[:, 0])
+
+
+def _add_positives_gradient_(
+    dq: Tensor, part: _Block, labels: Tensor, g: Tensor, g_columns: Tensor
+) -> None:
+    """Add the gradient: a row is in its own sum and in those of its class."""
+    q = part.tiles.q.to(dq.dtype)
+    k = part.tiles.k.to(dq.dtype)  # type: ignore[union-attr]
+    sums, weighted = _classes(part, labels, k, k * g_columns[:, None])
+    g = g[:, None]
+    if part.own:
+        sums, weighted = sums - q, weighted - g * q
+    dq.add_(g * sums).add_(weighted)

@@ -58,6 +58,8 @@ class _Loss(AllOrNothing):
                 arguments[name] = check(op, name, arguments[name])
         if "reduction" in arguments and "mining" not in arguments:
             checks.check_reduction(op, arguments["reduction"])
+        if "group_mode" in arguments:
+            checks.check_group_mode(op, arguments["group_mode"])
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors among the arguments."""
@@ -95,6 +97,7 @@ class NTXentLoss(_Loss):
         normalize: bool = True,
         reduction: str = "mean",
         group: distributed.Group = None,
+        group_mode: str = "auto",
         compute_dtype: torch.dtype | None = None,
         return_metrics: bool = False,
     ) -> None:
@@ -104,6 +107,7 @@ class NTXentLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             group=group,
+            group_mode=group_mode,
             compute_dtype=compute_dtype,
             return_metrics=return_metrics,
         )
@@ -123,6 +127,8 @@ class InfoNCELoss(_Loss):
         negative_mode: str = "unpaired",
         *,
         normalize: bool = True,
+        group: distributed.Group = None,
+        group_mode: str = "auto",
         compute_dtype: torch.dtype | None = None,
         return_metrics: bool = False,
     ) -> None:
@@ -132,6 +138,8 @@ class InfoNCELoss(_Loss):
             reduction=reduction,
             negative_mode=negative_mode,
             normalize=normalize,
+            group=group,
+            group_mode=group_mode,
             compute_dtype=compute_dtype,
             return_metrics=return_metrics,
         )
@@ -165,6 +173,7 @@ class CLIPLoss(_Loss):
         normalize: bool = False,
         reduction: str = "mean",
         group: distributed.Group = None,
+        group_mode: str = "auto",
         compute_dtype: torch.dtype | None = None,
         return_metrics: bool = False,
     ) -> None:
@@ -173,6 +182,7 @@ class CLIPLoss(_Loss):
             normalize=normalize,
             reduction=reduction,
             group=group,
+            group_mode=group_mode,
             compute_dtype=compute_dtype,
             return_metrics=return_metrics,
         )
@@ -187,9 +197,18 @@ class CLIPLoss(_Loss):
 class SigLIPLoss(_Loss):
     """``siglip_loss``: (image_features, text_features, logit_scale, logit_bias) → loss."""
 
-    def __init__(self, *, normalize: bool = False, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        group: distributed.Group = None,
+        group_mode: str = "auto",
+    ) -> None:
         """See ``siglip_loss``."""
-        super().__init__(normalize=normalize, reduction=reduction)
+        super().__init__(
+            normalize=normalize, reduction=reduction, group=group, group_mode=group_mode
+        )
 
     def forward(
         self,
@@ -213,9 +232,17 @@ class SupConLoss(_Loss):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        group: distributed.Group = None,
+        group_mode: str = "auto",
     ) -> None:
         """See ``sup_con_loss``."""
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            group_mode=group_mode,
+        )
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Loss of rows [N, D] or views [N, V, D] with labels [N]."""
@@ -232,12 +259,19 @@ class DCLLoss(_Loss):
         sigma: float | None = None,
         normalize: bool = True,
         reduction: str = "mean",
+        group: distributed.Group = None,
+        group_mode: str = "auto",
     ) -> None:
         """See ``dcl_loss``."""
         if sigma is not None:
             sigma = checks.positive("DCLLoss", "sigma", sigma)
         super().__init__(
-            temperature=temperature, sigma=sigma, normalize=normalize, reduction=reduction
+            temperature=temperature,
+            sigma=sigma,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            group_mode=group_mode,
         )
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslkernels import _ranks
 from sslkernels._loading import AllOrNothing
 from sslkernels._numbers import type_name
 from sslkernels.functional import _checks as checks
@@ -35,7 +37,9 @@ class KeyQueue(AllOrNothing):
         normalize: Store x / max(||x||, 1e-12), accumulated in float32 (float64 for float64 keys or
             queue) and cast afterwards.  With False keys are stored as they are given.
         gather: Under torch.distributed, enqueue the keys of every rank in the order of ranks, so
-            that all ranks hold the same queue.  Every rank must pass the same number of keys.
+            that all ranks hold the same queue, which ``digest`` tells.  Ranks may pass different
+            numbers of keys, also none.  A step is one collective; the first, and one whose largest
+            batch is larger than all before, is two.  The numbers of keys are read on the host.
         labels: Keep an integer label (class or sample id) with each key.
 
     Raises:
@@ -92,6 +96,7 @@ class KeyQueue(AllOrNothing):
         self._n_valid = 0
         self._fill_seen: tuple[Tensor, int] = (self.fill, self.fill._version)
         self._plan: _ops.EnqueuePlan | None = None
+        self._gather_rows = _ranks.PackedGather()
 
     def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
         """Normalise, cast and write a batch of keys; one call, without gradient or host sync.
@@ -105,17 +110,24 @@ class KeyQueue(AllOrNothing):
 
         Raises:
             TypeError, ValueError: If shapes, dtypes or devices do not fit; nothing is written then.
+                With ``gather`` ranks that differ in D or dtype raise everywhere.
         """
         checks.check_tensor("enqueue", "keys", keys)
         if labels is not None:
             checks.check_tensor("enqueue", "labels", labels)
         if self.gather and dist.is_available() and dist.is_initialized():
-            keys = _gather(keys)
-            labels = None if labels is None else _gather(labels)
+            keys, labels = self._of_all_ranks(keys, labels)
         before = len(self)
         if labels is not None or self._plan is None or not self._plan.run(keys, self.normalize):
             self._enqueue(keys, labels)
         self._remember(min(before + keys.shape[0], self.size))
+
+    @torch.no_grad()
+    def _of_all_ranks(self, keys: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        checks.check_matrix("enqueue", "keys", keys)
+        if labels is not None:
+            labels = checks.check_ids("enqueue", "labels", labels, (len(keys),), keys.device)
+        return self._gather_rows("enqueue", _ranks.connect("enqueue", True), keys, labels)
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor, labels: Tensor | None) -> None:
@@ -169,6 +181,18 @@ class KeyQueue(AllOrNothing):
         fill = self.fill
         self.__dict__["_n_valid"] = n_valid
         self.__dict__["_fill_seen"] = (fill, fill._version)
+
+    def digest(self) -> str:
+        """SHA-256 of the state, in hexadecimal: equal for queues that are equal to the last bit.
+
+        The state goes to the host.  With ``gather`` all ranks have the same; compare them, say, with
+        ``torch.distributed.all_gather_object``.
+        """
+        found = hashlib.sha256()
+        for name, buffer in self.named_buffers():
+            found.update(f"{name} {buffer.dtype} {list(buffer.shape)}".encode())
+            found.update(buffer.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -310,13 +334,3 @@ class KeyQueue(AllOrNothing):
             queue.queue_ptr.fill_(pointer)
             queue.fill.fill_(size)
         return queue
-
-
-def _gather(x: Tensor) -> Tensor:
-    """The tensors of all ranks, concatenated along rows in the order of ranks."""
-    world = dist.get_world_size()
-    if world == 1:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)

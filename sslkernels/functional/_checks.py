@@ -17,6 +17,7 @@ from sslkernels._numbers import integer as integer
 from sslkernels._numbers import number as number
 from sslkernels._numbers import positive as positive
 from sslkernels._numbers import type_name
+from sslkernels._ranks import MODES
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.ops.eager import is_plain_eager
 
@@ -85,6 +86,11 @@ def check_reduction(op: str, reduction: str, allowed: tuple[str, ...] = _REDUCTI
     """One of the reductions that the op has."""
     if reduction not in allowed:
         raise ValueError(f"{op}: reduction must be one of {list(allowed)}, got {reduction!r}")
+
+
+def check_group_mode(op: str, mode: str) -> None:
+    """One of the ways to meet the rows of other ranks."""
+    check_choice(op, "group_mode", mode, MODES)
 
 
 def check_ids(

@@ -42,6 +42,7 @@ def nt_xent_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
     group: distributed.Group = None,
+    group_mode: str = "auto",
     compute_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
@@ -67,9 +68,15 @@ def nt_xent_loss(
             grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first; False takes them as they are.
         reduction: "mean" over the V * N rows, "sum", or "none": [V * N] in the order of cat(views).
-        group: A torch.distributed group, or True for the default one: negatives from every rank.  The
-            loss is that of the joined batch and the gradient W times its gradient (W ranks), so that
-            DDP's averaging of parameter gradients gives single-process training on the joined batch.
+        group: A torch.distributed group, or True for the default one: negatives from every rank, which
+            may hold different numbers of rows, also none.  All ranks make the same call.  The loss is
+            that of the joined batch, with the same bits on every rank, and the gradient W times its
+            gradient (W ranks), so that DDP's averaging of parameter gradients gives single-process
+            training on the joined batch; with reduction "none" the rows of this rank, and the
+            gradient of the sum over ranks.  The backward pass communicates: all ranks call it.
+        group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
+            blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
+            rows on.
         compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
             fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
         return_metrics: Whether to return ContrastiveMetrics as well (not with ``group``).
@@ -98,6 +105,7 @@ def nt_xent_loss(
         checks.check_pair(op, names[0], views[0], name, view)
     views = checks.widen(*views)
     checks.check_reduction(op, reduction)
+    checks.check_group_mode(op, group_mode)
     scale = checks.inverse_temperature(op, temperature, views[0])
     bf16 = checks.check_compute_dtype(op, compute_dtype, views[0])
     normalize, return_metrics = _flags(op, normalize, return_metrics)
@@ -111,7 +119,8 @@ def nt_xent_loss(
     if group is not None:
         if return_metrics:
             raise ValueError(f"{op}: return_metrics must be False with group")
-        return distributed.global_nt_xent(a, b, scale, normalize, reduction, group)
+        wide = distributed.Wide(op, group, group_mode, normalize, reduction)
+        return distributed.nt_xent(wide, a, b, scale)
     problem = Problem("joint", a, b, None, scale, None, None, normalize, reduction, bf16)
     return _whole(problem, return_metrics)
 
@@ -153,6 +162,8 @@ def info_nce_loss(
     negative_mode: str = "unpaired",
     *,
     normalize: bool = True,
+    group: distributed.Group = None,
+    group_mode: str = "auto",
     compute_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
     query_ids: Tensor | None = None,
@@ -182,6 +193,16 @@ def info_nce_loss(
         reduction: "mean" over N, "sum", or "none": [N].
         negative_mode: "unpaired" or "paired"; without negative_keys it has no meaning.
         normalize: Whether to divide rows by max(norm, 1e-12) first, negatives included.
+        group: A torch.distributed group, or True for the default one: the positive keys of
+            every rank are negatives (without ``negative_keys``).  Ranks may hold different numbers of
+            rows, also none.  All ranks make the same call.  The loss is
+            that of the joined batch, with the same bits on every rank, and the gradient W times its
+            gradient (W ranks), so that DDP's averaging of parameter gradients gives single-process
+            training on the joined batch; with reduction "none" the rows of this rank, and the
+            gradient of the sum over ranks.  The backward pass communicates: all ranks call it.
+        group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
+            blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
+            rows on.
         compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
             fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
             Not for paired negatives or ones that need a gradient.
@@ -212,6 +233,7 @@ def info_nce_loss(
     op = "info_nce_loss"
     checks.check_pair(op, "query", query, "positive_key", positive_key)
     checks.check_reduction(op, reduction)
+    checks.check_group_mode(op, group_mode)
     _check_negatives(op, query, negative_keys, negative_mode)
     if negative_keys is None:
         query, positive_key = checks.widen(query, positive_key)
@@ -223,6 +245,14 @@ def info_nce_loss(
     normalize, return_metrics = _flags(op, normalize, return_metrics)
     own = (normalize, reduction)
 
+    if group is not None:
+        if bf16 or return_metrics or negative_keys is not None:
+            raise ValueError(
+                f"{op}: group works without negative_keys, compute_dtype and return_metrics "
+                "(a queue of all ranks' keys is KeyQueue(gather=True))"
+            )
+        wide = distributed.Wide(op, group, group_mode, *own)
+        return distributed.info_nce(wide, query, positive_key, scale, ids_q)
     if negative_keys is None:
         problem = Problem("cross", query, positive_key, None, scale, ids_q, None, *own, bf16)
         return _whole(problem, return_metrics)
@@ -294,6 +324,7 @@ def clip_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     group: distributed.Group = None,
+    group_mode: str = "auto",
     compute_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveMetrics]:
@@ -312,9 +343,15 @@ def clip_loss(
             shape [] or [1], which may require grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
-        group: A torch.distributed group, or True for the default one: negatives from every rank.  The
-            loss is that of the joined batch and the gradient W times its gradient (W ranks), so that
-            DDP's averaging of parameter gradients gives single-process training on the joined batch.
+        group: A torch.distributed group, or True for the default one: negatives from every rank, which
+            may hold different numbers of rows, also none.  All ranks make the same call.  The loss is
+            that of the joined batch, with the same bits on every rank, and the gradient W times its
+            gradient (W ranks), so that DDP's averaging of parameter gradients gives single-process
+            training on the joined batch; with reduction "none" the rows of this rank, and the
+            gradient of the sum over ranks.  The backward pass communicates: all ranks call it.
+        group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
+            blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
+            rows on.
         compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
             fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
         return_metrics: Whether to return ContrastiveMetrics of both directions together as well.
@@ -335,6 +372,7 @@ def clip_loss(
     checks.check_pair(op, "image_features", image_features, "text_features", text_features)
     image_features, text_features = checks.widen(image_features, text_features)
     checks.check_reduction(op, reduction)
+    checks.check_group_mode(op, group_mode)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
     bf16 = checks.check_compute_dtype(op, compute_dtype, image_features)
     normalize, return_metrics = _flags(op, normalize, return_metrics)
@@ -343,9 +381,8 @@ def clip_loss(
             raise ValueError(f"{op}: compute_dtype must be None with group")
         if return_metrics:
             raise ValueError(f"{op}: return_metrics must be False with group")
-        return distributed.global_clip(
-            image_features, text_features, scale, normalize, reduction, group
-        )
+        wide = distributed.Wide(op, group, group_mode, normalize, reduction)
+        return distributed.clip(wide, image_features, text_features, scale)
     problem = Problem(
         "both", image_features, text_features, None, scale, None, None, normalize, reduction, bf16
     )
@@ -360,6 +397,8 @@ def dcl_loss(
     sigma: float | None = None,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    group: distributed.Group = None,
+    group_mode: str = "auto",
 ) -> Tensor:
     """Decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
@@ -381,6 +420,15 @@ def dcl_loss(
         sigma: None for DCL; a number > 0 for DCLW (the paper uses 0.5).
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over the 2N rows, "sum", or "none": [2N] in the order of cat(z1, z2).
+        group: A torch.distributed group, or True for the default one: negatives from every rank, which
+            may hold different numbers of rows, also none.  All ranks make the same call.  The loss is
+            that of the joined batch, with the same bits on every rank, and the gradient W times its
+            gradient (W ranks), so that DDP's averaging of parameter gradients gives single-process
+            training on the joined batch; with reduction "none" the rows of this rank, and the
+            gradient of the sum over ranks.  The backward pass communicates: all ranks call it.
+        group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
+            blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
+            rows on.
 
     Returns:
         The loss, which may be negative.
@@ -396,9 +444,13 @@ def dcl_loss(
     op = "dcl_loss"
     checks.check_pair(op, "z1", z1, "z2", z2)
     checks.check_reduction(op, reduction)
+    checks.check_group_mode(op, group_mode)
     z1, z2 = checks.widen(z1, z2)
     scale = checks.inverse_temperature(op, temperature, z1)
     if sigma is not None:
         sigma = checks.positive(op, "sigma", sigma)
     normalize = checks.flag(op, "normalize", normalize)
+    if group is not None:
+        wide = distributed.Wide(op, group, group_mode, normalize, reduction)
+        return distributed.dcl(wide, z1, z2, scale, sigma)
     return heads.reduce(formulas.dcl(z1, z2, scale, sigma, normalize), reduction)

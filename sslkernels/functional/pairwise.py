@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sslkernels import distributed
 from sslkernels._types import Reduction
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import formulas, heads
@@ -18,6 +19,8 @@ def siglip_loss(
     *,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    group: distributed.Group = None,
+    group_mode: str = "auto",
 ) -> Tensor:
     """SigLIP's pairwise sigmoid loss.
 
@@ -36,6 +39,15 @@ def siglip_loss(
         logit_bias: The same, or None for 0.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over N, "sum", or "none": [N].
+        group: A torch.distributed group, or True for the default one: negatives from every rank, which
+            may hold different numbers of rows, also none.  All ranks make the same call.  The loss is
+            that of the joined batch, with the same bits on every rank, and the gradient W times its
+            gradient (W ranks), so that DDP's averaging of parameter gradients gives single-process
+            training on the joined batch; with reduction "none" the rows of this rank, and the
+            gradient of the sum over ranks.  The backward pass communicates: all ranks call it.
+        group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
+            blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
+            rows on.
 
     Returns:
         The loss; no rows give 0.
@@ -51,11 +63,15 @@ def siglip_loss(
     checks.check_pair(op, "image_features", image_features, "text_features", text_features)
     image_features, text_features = checks.widen(image_features, text_features)
     checks.check_reduction(op, reduction)
+    checks.check_group_mode(op, group_mode)
     scale = checks.scalar(op, "logit_scale", logit_scale, image_features)
     bias = None
     if logit_bias is not None:
         bias = checks.scalar(op, "logit_bias", logit_bias, image_features)
     normalize = checks.flag(op, "normalize", normalize)
+    if group is not None:
+        wide = distributed.Wide(op, group, group_mode, normalize, reduction)
+        return distributed.siglip(wide, image_features, text_features, scale, bias)
     rows = formulas.siglip(image_features, text_features, scale, bias, normalize)
     return heads.reduce(rows, reduction)
 
@@ -67,6 +83,8 @@ def sup_con_loss(
     *,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    group: distributed.Group = None,
+    group_mode: str = "auto",
 ) -> Tensor:
     """Supervised contrastive loss: every row of the same class is a positive.
 
@@ -85,6 +103,15 @@ def sup_con_loss(
             grad.
         normalize: Whether to divide rows by max(norm, 1e-12) first.
         reduction: "mean" over the rows that have a positive, "sum", or "none": [N] or [N * V].
+        group: A torch.distributed group, or True for the default one: rows from every rank, which
+            may hold different numbers of rows, also none.  All ranks make the same call.  The loss is
+            that of the joined batch, with the same bits on every rank, and the gradient W times its
+            gradient (W ranks), so that DDP's averaging of parameter gradients gives single-process
+            training on the joined batch; with reduction "none" the rows of this rank, and the
+            gradient of the sum over ranks.  The backward pass communicates: all ranks call it.
+        group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
+            blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
+            rows on.
 
     Returns:
         The loss; 0 when no row has a positive.
@@ -99,12 +126,16 @@ def sup_con_loss(
     op = "sup_con_loss"
     checks.check_matrix(op, "z", z, ndim=3 if isinstance(z, Tensor) and z.ndim == 3 else 2)
     checks.check_reduction(op, reduction)
+    checks.check_group_mode(op, group_mode)
     labels = checks.check_ids(op, "labels", labels, (len(z),), z.device)
     if z.ndim == 3:
         labels = labels.repeat_interleave(z.shape[1])
         z = z.flatten(0, 1)
     scale = checks.inverse_temperature(op, temperature, z)
     normalize = checks.flag(op, "normalize", normalize)
+    if group is not None:
+        wide = distributed.Wide(op, group, group_mode, normalize, reduction)
+        return distributed.sup_con(wide, z, labels, scale)
     loss, used = formulas.sup_con(z, labels, scale, normalize)
     if reduction == "mean":
         return heads.reduce(loss, "sum") / heads.reduce(used.to(loss.dtype), "sum").clamp(min=1)
