@@ -17,6 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Other libraries' classes need torchvision, which needs a torch of its own.
 PEERS := .venv-peers
+# What builds and checks packages, and pyright.
+TOOLS := .venv-tools
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 	--prefer-binary --retries 5 --timeout 60 -c constraints.txt $(PIP_FLAGS)
 # The CUDA module is compiled where nvcc is found (10 s on two cores); it needs no GPU to be compiled.
@@ -55,6 +57,10 @@ test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py \
 		tests/test_examples.py $(ARGS)
 
+.PHONY: test-peers-suites
+test-peers-suites: $(VENV)/.build $(PEERS)/.ready ## run those libraries' own tests, without and with the patch: CHECKOUTS=folder
+	$(PEERS)/bin/python tests/peers/suites.py "$(CHECKOUTS)" $(ARGS)
+
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation into build/site; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
@@ -62,6 +68,10 @@ docs: $(VENV)/.docs ## build the documentation into build/site; warnings are err
 
 .PHONY: build
 build: $(VENV)/.build ## compile the C++ extension in place (SSLKERNELS_WERROR=1, DEBUG=1, SSLKERNELS_CUDA=1)
+
+.PHONY: wheel
+wheel: $(TOOLS)/.ready ## source archive and wheel into dist/, checked, and used where there is no compiler
+	$(TOOLS)/bin/python .ci/wheel.py --pip-flags="$(PIP_FLAGS)" $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.bench ## benchmark against PyTorch and other libraries: the headline table, 2 to 4 minutes
@@ -86,6 +96,10 @@ lint: $(VENV)/.test ## check style and types; changes no file
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
 
+.PHONY: typecheck
+typecheck: test-setup $(TOOLS)/.ready ## check with pyright that every public type is complete
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(TOOLS)/bin/python .ci/typecheck.py
+
 .PHONY: resolve
 resolve: $(VENV)/.tools ## check that the pins can be installed from the public index (metadata only)
 	@$(BIN)/python .ci/resolve.py
@@ -98,7 +112,7 @@ format: $(VENV)/.test ## format Python and C++ files
 
 .PHONY: clean
 clean: ## remove everything that was built, and .venv; runs/ stays
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(PEERS) $(TOOLS) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	rm -f sslkernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -138,6 +152,13 @@ $(VENV)/.docs: $(VENV)/.tools
 	@echo "installing the packages of the documentation"
 	@$(BIN)/python .ci/requirements.py docs > $(VENV)/docs.txt
 	@$(INSTALL) -r $(VENV)/docs.txt
+	@touch $@
+
+$(TOOLS)/.ready: .ci/tools.txt $(VENV)/.tools
+	@echo "setting up $(TOOLS): what builds and checks packages"
+	@test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install -qq --disable-pip-version-check --no-input --retries 5 --timeout 60 \
+		-r .ci/tools.txt
 	@touch $@
 
 $(PEERS)/.ready: constraints-peers.txt pyproject.toml $(VENV)/.tools

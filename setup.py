@@ -64,6 +64,7 @@ def flag(name: str) -> bool:
 def compile_flags() -> list[str]:
     """Flags of every translation unit."""
     flags = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
+    flags += ["-include", "csrc/portable.h"]  # the oldest C library that torch allows
     # -ffp-contract=fast: a * b + c may become one FMA.  No -ffast-math: NaN and inf must survive.
     flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
     flags += ["-O0", "-g"] if flag("DEBUG") else ["-O3", "-g0"]
