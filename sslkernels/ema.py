@@ -205,11 +205,13 @@ class EMA(AllOrNothing):
             )
         self.decay: Decay = decay if callable(decay) else _ops.check_decay("EMA", decay)
         self.buffers_policy = buffers
-        self.stochastic_rounding = checks.flag("EMA", "stochastic_rounding", stochastic_rounding)
+        self.stochastic_rounding: bool = checks.flag(
+            "EMA", "stochastic_rounding", stochastic_rounding
+        )
         self.step = 0
         # Drawn from torch's generator, so that torch.manual_seed decides it.
-        self.seed = int(torch.randint(2**62, ()).item()) if stochastic_rounding else 0
-        self.module = copied(unwrap(online)).requires_grad_(False)
+        self.seed: int = int(torch.randint(2**62, ()).item()) if stochastic_rounding else 0
+        self.module: nn.Module = copied(unwrap(online)).requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype=dtype)
         self._plan: ModulePlan | None = None

@@ -402,8 +402,8 @@ class MoCoLoss(AllOrNothing):
             self.temperature = checks.positive("MoCoLoss", "temperature", temperature)
         checks.check_reduction("MoCoLoss", reduction)
         self.reduction: Reduction = reduction
-        self.return_metrics = checks.flag("MoCoLoss", "return_metrics", return_metrics)
-        self.queue = KeyQueue(queue_size, dim, dtype=dtype, gather=gather)
+        self.return_metrics: bool = checks.flag("MoCoLoss", "return_metrics", return_metrics)
+        self.queue: KeyQueue = KeyQueue(queue_size, dim, dtype=dtype, gather=gather)
 
     def forward(self, query: Tensor, key: Tensor) -> Result:
         """Loss of queries [N, D] and keys [N, D]; the keys then enter the queue."""

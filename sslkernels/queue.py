@@ -81,9 +81,10 @@ class KeyQueue(AllOrNothing):
             raise TypeError(
                 f"KeyQueue: dtype must be float32, float64, bfloat16 or float16, got {dtype}"
             )
-        self.size, self.dim = size, dim
-        self.normalize = checks.flag("KeyQueue", "normalize", normalize)
-        self.gather = checks.flag("KeyQueue", "gather", gather)
+        self.size: int = size
+        self.dim: int = dim
+        self.normalize: bool = checks.flag("KeyQueue", "normalize", normalize)
+        self.gather: bool = checks.flag("KeyQueue", "gather", gather)
         labels = checks.flag("KeyQueue", "labels", labels)
         self.register_buffer("queue", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))

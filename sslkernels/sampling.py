@@ -92,14 +92,16 @@ class StratifiedSampler(Sampler[int]):
             given.long(), return_inverse=True, return_counts=True
         )
         total = len(given)
-        self.num_samples = (
+        self.num_samples: int = (
             total if num_samples is None else checks.integer(_OP, "num_samples", num_samples, 1)
         )
-        self.seed = checks.integer(_OP, "seed", seed, 0)
-        self.rank, self.world_size = _place(rank, world_size)
+        self.seed: int = checks.integer(_OP, "seed", seed, 0)
+        place = _place(rank, world_size)
+        self.rank: int = place[0]
+        self.world_size: int = place[1]
         self.probabilities = _probabilities(probabilities, self.values)
         self.weights = (counts / (total * self.probabilities))[self.cells]
-        self.epoch = 0
+        self.epoch: int = 0
         self._members = self.cells.argsort(
             stable=True
         )  # samples of the first cell, then of the next

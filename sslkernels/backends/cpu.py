@@ -36,8 +36,8 @@ from sslkernels.backends.interface import (
 
 try:
     from sslkernels import _C
-except ImportError as error:
-    if "GOMP" not in str(error) and "omp_get" not in str(error):
+except ImportError as _error:
+    if "GOMP" not in str(_error) and "omp_get" not in str(_error):
         raise
     ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     from sslkernels import _C

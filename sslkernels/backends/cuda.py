@@ -23,10 +23,10 @@ if torch.version.hip is not None:
     raise ImportError("sslkernels._cuda is for NVIDIA GPUs and this torch is built for ROCm")
 try:
     from sslkernels import _cuda
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
-        f"sslkernels._cuda is not usable: {error}; build it with nvcc on PATH and SSLKERNELS_CUDA=1"
-    ) from error
+        f"sslkernels._cuda is not usable: {_error}; build it with nvcc on PATH and SSLKERNELS_CUDA=1"
+    ) from _error
 
 # csrc/cuda/launchers.h: enum Dtype
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -58,12 +58,13 @@ class _Both:
 
     def __init__(self, distance: Any, embeddings: Tensor, ref_emb: Tensor) -> None:
         distance.check_shapes(embeddings, ref_emb)
-        self.inputs = embeddings, ref_emb
+        self.inputs: tuple[Tensor, Tensor] = (embeddings, ref_emb)
         q, k = ops.same_dtype(embeddings, ref_emb)
         if distance.normalize_embeddings:
             q = ops.unit(q)
             k = q if ref_emb is embeddings else ops.unit(k)
-        self.q, self.k = q, k
+        self.q: Tensor = q
+        self.k: Tensor = k
 
     def rounded(self, loss: Tensor) -> Tensor:
         """The loss in the dtype of what was given."""
@@ -87,7 +88,7 @@ class Given(_Both):
         if len(indices) == 3:
             anchor, positive, negative = indices
             indices = anchor, positive, anchor, negative
-        self.indices = tuple(i.to(embeddings.device) for i in indices)
+        self.indices: tuple[Tensor, ...] = tuple(i.to(embeddings.device) for i in indices)
 
     def too_few(self) -> bool:
         """At most one positive and one negative pair, which the library takes for none."""
@@ -116,8 +117,10 @@ class Rows(_Both):
         own: Tensor | None = None,
     ) -> None:
         super().__init__(distance, embeddings, ref_emb)
-        self.same = ref_labels is labels and ref_emb is embeddings and own is None
-        self.ids, self.ref_ids = integer_ids(labels, ref_labels)
+        self.same: bool = ref_labels is labels and ref_emb is embeddings and own is None
+        ids = integer_ids(labels, ref_labels)
+        self.ids: Tensor = ids[0]
+        self.ref_ids: Tensor = ids[1]
         self.own = own
         if own is None and ref_labels is labels:  # pairs of a row with itself are none
             self.own = torch.arange(len(labels), device=labels.device)

@@ -80,7 +80,7 @@ class Patch:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+        self.names: tuple[str, ...] = names
 
     def __enter__(self) -> Patch:
         return self

@@ -189,12 +189,12 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        self.memory_bank = MemoryBankModule(
+        self.memory_bank: MemoryBankModule = MemoryBankModule(
             size=memory_bank_size, gather_distributed=gather_distributed
         )
         self.temperature = temperature
         self.gather_distributed = gather_distributed
-        self.eps = 1e-8
+        self.eps: float = 1e-8
         if abs(self.temperature) < self.eps:
             raise ValueError(f"NTXentLoss: |temperature| must be at least 1e-8, got {temperature}")
         _check_gather("NTXentLoss", gather_distributed)

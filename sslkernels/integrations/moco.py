@@ -52,13 +52,16 @@ class MoCo(nn.Module):
         mlp: bool = False,
     ) -> None:
         super().__init__()
-        self.K, self.m, self.T = K, m, T
+        self.K: int = K
+        self.m: float = m
+        self.T: float = T
         encoders: list[Any] = [base_encoder(num_classes=dim) for _ in range(2)]
         if mlp:
             width = encoders[0].fc.weight.shape[1]
             for encoder in encoders:
                 encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
-        self.encoder_q, self.encoder_k = encoders
+        self.encoder_q: Any = encoders[0]
+        self.encoder_k: Any = encoders[1]
         with torch.no_grad():
             pairs = zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True)
             for param_q, param_k in pairs:

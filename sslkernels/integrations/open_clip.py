@@ -164,7 +164,7 @@ class SigLipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
-        self.dist_impl = dist_impl or "bidir"
+        self.dist_impl: str = dist_impl or "bidir"
         self.chunk_size = chunk_size
         if self.dist_impl not in ("bidir", "shift", "reduce", "gather"):
             raise glue.PeerAssertionError(

@@ -37,12 +37,12 @@ from sslkernels.ops.heads import nll
 try:
     from pytorch_metric_learning import distances, losses, miners, reducers
     from pytorch_metric_learning.utils import common_functions as c_f
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         "sslkernels.integrations.pytorch_metric_learning: the drop-ins are subclasses of the classes "
         "of pytorch-metric-learning, which can't be imported here "
-        f"({error}); pip install 'sslkernels[pytorch_metric_learning]'"
-    ) from error
+        f"({_error}); pip install 'sslkernels[pytorch_metric_learning]'"
+    ) from _error
 
 __all__ = [
     "BatchHardMiner",
@@ -484,7 +484,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if batch_size:
             super().add_to_memory(embeddings, labels, batch_size)
         else:
-            self.curr_batch_idx = torch.arange(0, device=labels.device)
+            self.curr_batch_idx: Tensor = torch.arange(0, device=labels.device)
 
     def create_indices_tuple(
         self,
@@ -517,8 +517,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if prefix + "embedding_memory" in state_dict:
             written = self.embedding_memory.any(1).nonzero()
             filled = int(written[-1]) + 1 if len(written) else 0
-            self.has_been_filled = filled == self.memory_size
-            self.queue_idx = filled % self.memory_size
+            self.has_been_filled: bool = filled == self.memory_size
+            self.queue_idx: int = filled % self.memory_size
 
 
 PEER = Peer(

@@ -24,12 +24,12 @@ from sslkernels.ops.heads import nll, reduce
 try:
     from sentence_transformers import util
     from sentence_transformers.sentence_transformer import losses
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         "sslkernels.integrations.sentence_transformers: the drop-ins are subclasses of the classes of "
-        f"sentence-transformers, which can't be imported here ({error}); "
+        f"sentence-transformers, which can't be imported here ({_error}); "
         "pip install 'sslkernels[sentence_transformers]'"
-    ) from error
+    ) from _error
 
 __all__ = [
     "BatchAllTripletLoss",

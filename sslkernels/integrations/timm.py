@@ -55,7 +55,7 @@ class ModelEmaV3(nn.Module):
         exclude_buffers: bool = False,
     ) -> None:
         super().__init__()
-        self.module = copy.deepcopy(model)
+        self.module: Any = copy.deepcopy(model)
         self.module.eval()
         self.decay = decay
         self.min_decay = min_decay
@@ -69,7 +69,7 @@ class ModelEmaV3(nn.Module):
         self.stochastic_rounding_seed = stochastic_rounding_seed
         self.foreach = foreach
         self.exclude_buffers = exclude_buffers
-        self.n_updates = 0
+        self.n_updates: int = 0
         if device is not None:
             self.module.to(device=device)
         if dtype is not None:

@@ -90,7 +90,7 @@ class AveragedModel(swa_utils.AveragedModel):
         if self.avg_fn is not None or self.multi_avg_fn is not None:
             super().update_parameters(model)
             return
-        self.multi_avg_fn = get_swa_multi_avg_fn()
+        self.multi_avg_fn: Any = get_swa_multi_avg_fn()
         try:
             super().update_parameters(model)
         finally:

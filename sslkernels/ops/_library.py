@@ -201,14 +201,21 @@ class Op:
         """See the class."""
         known = {n: t for n, t in vars(interface).items() if hasattr(t, "_fields")}
         known |= {value.__name__: value for value in values}
-        self.name, self.schema, self.form, self.results = _expand(schema, known)
-        self.names = [a.split(" ")[1] for a in self.schema.split("(")[1].split(")")[0].split(", ")]
+        name, flat, form, results = _expand(schema, known)
+        self.name: str = name
+        self.schema: str = flat
+        self.form: list[_Part] = form
+        self.results: Any = results
+        self.names: list[str] = [
+            a.split(" ")[1] for a in self.schema.split("(")[1].split(")")[0].split(", ")
+        ]
         self.gradient = gradient
         LIB.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        self.kernel, self.flat_kernel = kernel, self._flat(kernel)
+        self.kernel: Callable[..., Any] = kernel
+        self.flat_kernel: Callable[..., Any] = self._flat(kernel)
         LIB.impl(self.name, self.flat_kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sslkernels::{self.name}", self._flat(fake), lib=LIB)
-        self.default = getattr(torch.ops.sslkernels, self.name).default
+        self.default: Any = getattr(torch.ops.sslkernels, self.name).default
         self.function: type[torch.autograd.Function] | None = None
         if gradient is not None:
             self._differentiable = [self.names.index(n) for n in gradient.inputs]

@@ -196,7 +196,7 @@ class Update:
         self._requested = registry.requested()
         self._copied_back: list[tuple[Tensor, Tensor]] = []
         # False: copies were made of strided tensors, which are good for one call.
-        self.reusable = True
+        self.reusable: bool = True
         self._kept: list[Tensor] = []  # those copies: plans hold addresses only
         for device, indices in by_device.items():
             on_device = [targets[i] for i in indices], [sources[i] for i in indices]

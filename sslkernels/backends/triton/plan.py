@@ -123,9 +123,9 @@ class Slots:
 
     def __init__(self, kind: int, has_rank: bool, slots: int, length: int, device: torch.device):
         self.kind = kind
-        self.s = torch.empty(slots, length, dtype=torch.float32, device=device)
-        self.m = torch.empty_like(self.s) if kind == 0 else None
-        self.rank = torch.empty_like(self.s, dtype=torch.int32) if has_rank else None
+        self.s: Tensor = torch.empty(slots, length, dtype=torch.float32, device=device)
+        self.m: Tensor | None = torch.empty_like(self.s) if kind == 0 else None
+        self.rank: Tensor | None = torch.empty_like(self.s, dtype=torch.int32) if has_rank else None
 
     def clear(self, slot: int) -> None:
         """Make one slot the neutral element, to be folded into."""
