@@ -140,7 +140,8 @@ def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
     if normalize:
         # -t ||x - y||^2 = 2t <x, y> - 2t, a constant less than a scaled dot product.
         lse = pairwise("lse", Tiles(z, None, z.new_full((), 2 * t), ids_q=ids)).row
-        offset, missing = 2 * t, _pairs_with_zero(z, t)
+        lse, missing = _with_zero_rows(z, lse, t)
+        offset = 2 * t
     else:
         # The squared norms become two more features; distances do not change with the origin.
         z = z - z.mean(0)
@@ -156,16 +157,19 @@ def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
     return total - offset - math.log(n * (n - 1))
 
 
-def _pairs_with_zero(z: Tensor, t: float) -> Tensor:
-    """Log of what sum exp(2t <x, y>) over i != j lacks where rows are zero: ||x||^2 is not 1 then.
+def _with_zero_rows(z: Tensor, lse: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """The rows' log-sums of exp(2t <x, y>), and the log of what they still lack, where rows are zero.
 
-    The distance to a unit vector is 1, not the square root of 2, and 0 between zeros, which rows without
-    features are too.  -inf when there is no such row.
+    ||x||^2 is not 1 there (nor of rows without features): a zero is at distance 1 from a unit vector, not
+    at the square root of 2, and at 0 from another zero.  A row's sum counts e^t times, in its own place
+    and in those of the others; with that pairs of zeros count 2 e^t - 1 and lack (e^t - 1)^2.
     """
-    zeros = (z == 0).all(1).sum().to(z.dtype)
-    to_others = (2 * zeros * (len(z) - zeros)).log() + (t + math.log(-math.expm1(-t)))
-    among = (zeros * (zeros - 1)).log() + (2 * t + math.log(-math.expm1(-2 * t)))
-    return torch.logaddexp(to_others, among)
+    zero = (z == 0).all(1).to(lse.dtype)
+    count = zero.sum()
+    pairs = (count * (count - 1)).log()
+    return lse + zero * (t + math.log(2 - math.exp(-t))), pairs + 2 * (
+        t + math.log1p(-math.exp(-t))
+    )
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
