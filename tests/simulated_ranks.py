@@ -90,21 +90,25 @@ class LonelyRank(Ranks):
 
     def __init__(self, size: int) -> None:
         self.rank, self.size = 0, size
-        self.sent = 0  # bytes, by shift
+        self.sent = 0  # bytes of rows; sizes and sums are not counted
+        self.shifts = 0
 
     def stack(self, x: Tensor) -> Tensor:
         return x.expand(self.size, *x.shape)
 
     def gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        self.sent += (self.size - 1) * x.nbytes
         return x.repeat(self.size, *[1] * (x.ndim - 1))
 
     def exchange(self, x: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        self.sent += x.nbytes // self.size * (self.size - 1)
         return [part.clone() for part in x.split(list(rows))]
 
     def shift(
         self, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int
     ) -> Callable[[], None]:
         self.sent += sum(x.nbytes for x in send)
+        self.shifts += 1
         held = list(send)  # until they are sent
 
         def wait() -> None:

@@ -14,6 +14,8 @@ from peaks import Training
 from simulated_ranks import LonelyRank, ThreadRank, World
 from torch import Tensor
 
+from benchmarks import distributed_model
+from benchmarks.distributed_model import Step
 from sslkernels import _ranks
 
 RANKS = 64
@@ -60,7 +62,7 @@ def test_auto_takes_the_ring_for_large_batches(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(_ranks, "GATHER_BYTES", limit)
         rank = LonelyRank(4)
         CASES["clip"].ours(z, z, None, torch.tensor(1.0), None, group=rank)
-        assert (rank.sent > 0) == ring
+        assert (rank.shifts > 0) == ring
 
 
 N, D = 256, 32
@@ -95,3 +97,38 @@ def test_memory_of_gathering_grows(tmp_path: Path) -> None:
     """What the test above would see."""
     few, many = (peak("clip", ranks, "gather", tmp_path) for ranks in (3, 9))
     assert many > few + 6 * BLOCK
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "clip"])
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_the_model_counts_what_is_sent(loss: str, mode: str) -> None:
+    for ranks in (3, 8):
+        rank = LonelyRank(ranks)
+        z = torch.randn(N, D)
+        cases.outcome(CASES[loss].ours, (z, z), torch.arange(N), 1.0, group=rank, group_mode=mode)
+        assert rank.sent == Step(loss, ranks, N, D, element=4).sent(mode)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "clip"])
+def test_the_model_of_memory_grows_as_the_code_does(loss: str, tmp_path: Path) -> None:
+    """Per rank, gathered; blocks of the backend and of the loss itself come on top, as of one rank."""
+    model, counted = (
+        [size(ranks) for ranks in (3, 9)]
+        for size in (
+            lambda ranks: Step(loss, ranks, N, D, element=4).held("gather"),
+            lambda ranks: peak(loss, ranks, "gather", tmp_path),
+        )
+    )
+    growth = (counted[1] - counted[0]) / (model[1] - model[0])
+    assert 0.5 < growth < 2, (model, counted)
+    ring = Step(loss, 9, N, D, element=4).held("ring")
+    assert ring < peak(loss, 9, "ring", tmp_path)
+    assert ring == Step(loss, 4096, N, D, element=4).held("ring")
+
+
+def test_the_document_holds_the_generated_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert distributed_model.main(["--check"]) == 0, capsys.readouterr().out
+    monkeypatch.setattr(distributed_model, "LINK", 1e9)
+    assert distributed_model.main(["--check"]) == 1
