@@ -99,6 +99,12 @@ class TrainConfig:
     width: int = _option(32, "model", "channels of the first stage of resnet")
     stages: int = _option(4, "model", "stages of resnet; each after the first halves the image")
     blocks: int = _option(2, "model", "residual blocks a stage of resnet")
+    batch_norm: Literal["auto", "sync", "shuffle", "local"] = _option(
+        "auto",
+        "model",
+        "of several processes: sync (over all of them), shuffle (moco: keys are encoded in a random "
+        "mix of all), local (over each one's share); auto is shuffle for moco and sync elsewhere",
+    )
     projector_hidden: int = _option(512, "model", "hidden width of the projector")
     projector_dim: int = _option(128, "model", "output width of projector and predictor")
     projector_layers: int = _option(
@@ -202,6 +208,13 @@ class TrainConfig:
         """The peak learning rate: ``base_lr`` scaled linearly with the batch."""
         return self.base_lr * self.batch_size / 256
 
+    @property
+    def norms(self) -> str:
+        """What ``batch_norm`` stands for: sync, shuffle or local."""
+        if self.batch_norm != "auto":
+            return self.batch_norm
+        return "shuffle" if self.method == "moco" else "sync"
+
     def validate(self) -> TrainConfig:
         """Return self, or raise a ``UserError`` that names the flag and what must hold."""
         positive = (
@@ -225,6 +238,8 @@ class TrainConfig:
             self._check(name, 0 < getattr(self, name) <= 1, "greater than 0 and at most 1")
         several = self.method in ("simclr", "byol", "supcon")
         self._check("crops", several or not self.crops, f"0, as {self.method} has two views")
+        moco = self.method == "moco"
+        self._check("batch_norm", moco or self.batch_norm != "shuffle", "auto, sync or local")
         self._check("zoom", self.zoom < 1, "less than 1")
         self._check("batch_size", self.batch_size >= 2, "at least 2 (a loss needs negatives)")
         parse_range(self.pixel_range)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssltrain.config import TrainConfig
 from ssltrain.errors import UserError
+from ssltrain.norms import synchronised
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    sync_norms: bool = True  # batch norm has the statistics of all of them
 
     @property
     def is_main(self) -> bool:
@@ -54,15 +56,39 @@ class World:
         dist.all_gather(found, rows.contiguous())
         return torch.cat(found)
 
+    def shuffled(self, rows: Tensor, encode: Callable[[Tensor], Tensor], seed: int) -> Tensor:
+        """``encode(rows)``, computed of batches that are a random mix of all processes' rows.
+
+        MoCo's shuffling: the statistics of batch norm then say nothing about which keys were encoded
+        together with the query's.
+
+        Args:
+            rows: [N, ...], as many on every process.
+            encode: Rows to keys [N, D].
+            seed: Of the order; the same on every process.
+        """
+        if self.size == 1:
+            return encode(rows)
+        everyone = self.gather_rows(rows)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(everyone), generator=generator).to(rows.device)
+        own = slice(self.rank * len(rows), (self.rank + 1) * len(rows))
+        keys = self.gather_rows(encode(everyone[order[own]]))  # keys[i] is of everyone[order[i]]
+        back = torch.empty_like(keys)
+        back[order] = keys
+        return back[own]
+
     def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` under DDP, with batch norm over all processes where torch offers it."""
+        """``module`` under DDP, with batch norm over all processes if it is to be so."""
         module.to(self.device)
         if self.size == 1:
             return module
-        if self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-            return nn.parallel.DistributedDataParallel(module, device_ids=[self.device.index])
-        return nn.parallel.DistributedDataParallel(module)
+        gpu = self.device.type == "cuda"
+        if self.sync_norms:
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm if gpu else synchronised
+            module = convert(module)
+        ids = [self.device.index] if gpu else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
 
 @contextmanager
@@ -80,9 +106,25 @@ def world(config: TrainConfig) -> Iterator[World]:
         raise UserError(f"--batch-size {config.batch_size} must divide by the {size} processes")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, config.norms == "sync")
+    except RuntimeError as error:
+        if not _others_are_gone(error):
+            raise
+        raise UserError(
+            "another process of the run has ended or does not answer, so this one ends too; the last "
+            f"checkpoint is whole, go on with --resume ({str(error).splitlines()[0]})"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _others_are_gone(error: RuntimeError) -> bool:
+    """Whether communication failed; gloo has no exception of its own for that."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        words in text
+        for words in ("gloo/", "Connection closed by peer", "Connection reset by peer")
+    )
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -22,7 +22,7 @@ from ssltrain.data import ImageData, Images, check_captions, check_resumed, fing
 from ssltrain.diagnostics import COLLAPSED_EPOCHS, WHAT_HELPS, collapse, has_collapsed
 from ssltrain.errors import UserError, note
 from ssltrain.logs import Events, Progress
-from ssltrain.methods import Batch, StepMetrics, build_method, online_weights
+from ssltrain.methods import Batch, StepMetrics, build_method, named_for, online_weights
 from ssltrain.models import Encoder, build_encoder
 from ssltrain.neighbours import nearest, vote
 from ssltrain.optim import build_optimizer, build_schedule, set_step
@@ -214,13 +214,14 @@ class Trainer:
             OSError: it cannot be written; older checkpoints are what they were.
         """
         random_states = self.world.gather(random_state(self.world.device))
+        sums = self.world.mean(self.sums)
         if self.folder is None:
             return
         state = self.state() | {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.method.scaler.state_dict(),
-            "sums": self.sums,
+            "sums": sums,
             "best_knn": self.best_knn,
             "random": random_states,
         }
@@ -237,18 +238,23 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint.
 
+        With another number of processes than before, the images of each batch stay what they were
+        to be; their views are drawn anew.
+
         Raises:
-            UserError: it belongs to another network, other data or another number of processes,
-                or has more steps than the run.
+            UserError: it belongs to another network or other data, or has more steps than the run.
         """
         check_resumed(state.get("data"), self.data, self.config.accept_changed_data)
-        if len(state["random"]) != self.world.size:
-            raise UserError(
-                f"the run was made by {len(state['random'])} processes and must be resumed by as "
-                f"many, got {self.world.size}"
+        before, size = len(state["random"]), self.world.size
+        if before != size and self.world.is_main:
+            note(
+                f"the run was made by {before} processes and goes on with {size}: views are drawn "
+                "anew from here on, and batch norm that is not over all processes sees "
+                f"{self.config.batch_size // size} images instead of "
+                f"{self.config.batch_size // before}"
             )
         try:
-            self.method.load_state_dict(state["method"])
+            self.method.load_state_dict(named_for(size, state["method"]))
         except RuntimeError as error:
             raise UserError(
                 f"the checkpoint does not fit the network: {str(error).splitlines()[0]}"
@@ -270,7 +276,10 @@ class Trainer:
         self.best_knn = state.get("best_knn", 0.0)
         if same_epochs:
             self.sums.copy_(state["sums"])
-        set_random_state(state["random"][self.world.rank], self.world.device)
+        if before == size:
+            set_random_state(state["random"][self.world.rank], self.world.device)
+        else:  # what no process has drawn before
+            seed_everything(self.config.seed + 1_000_003 * (self.world.rank + 1 + before * step))
 
     # ---- the loop ----------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from ssltrain.methods.base import (
     Method,
     StepMetrics,
     load_encoder,
+    named_for,
     online_weights,
     part_of,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "SupCon",
     "build_method",
     "load_encoder",
+    "named_for",
     "online_weights",
     "part_of",
 ]

@@ -195,6 +195,17 @@ def online_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def named_for(processes: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a method with the names that it has in so many processes: DDP puts in a word."""
+    plain = {name.replace("online.module.", "online.", 1): value for name, value in state.items()}
+    if processes == 1:
+        return plain
+    return {
+        name.replace("online.", "online.module.", 1) if name.startswith("online.") else name: value
+        for name, value in plain.items()
+    }
+
+
 def part_of(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The weights of encoder, projector or predictor, under their own names."""
     return {k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name + ".")}

@@ -43,6 +43,14 @@ class MoCo(Method):
             if len(self.queue) == self.config.queue_size:
                 return
 
+    def _keys(self, view: Tensor, number: int) -> Tensor:
+        """Keys of a view in micro-batch ``number`` of the step."""
+        if self.config.norms != "shuffle":
+            keys: Tensor = self.target(view)
+            return keys
+        seed = (self.config.seed + 1) * 1_000_003 + self.step * 10_007 + number
+        return self.world.shuffled(view, self.target, seed)
+
     def train_step(self, batch: Batch) -> StepMetrics:
         """Queries of view 1 must find keys of view 2 among the keys of the queue."""
         self.target.update(self.network)
@@ -50,10 +58,10 @@ class MoCo(Method):
             v1, v2 = batch.view_1, batch.view_2
             batch = Batch(torch.cat([v1, v2]), torch.cat([v2, v1]))
         reports, new_keys = [], []
-        for share, part in self.micro_batches(batch):
+        for number, (share, part) in enumerate(self.micro_batches(batch)):
             with self.autocast():
                 with torch.no_grad():
-                    k = self.target(part.view_2)
+                    k = self._keys(part.view_2, number)
                 q = self.online(part.view_1)
             # The negatives are the queue alone, so a micro-batch changes nothing but batch norm.
             loss, metrics = self.ops.info_nce_loss(

@@ -64,24 +64,30 @@ class SimCLR(Method):
 class SupCon(SimCLR):
     """Khosla et al. 2020, arXiv:2004.11362: all views of a class are partners.
 
-    An image without a label has its own views as partners, as in SimCLR. With many processes the
-    batch is that of each process.
+    An image without a label has its own views as partners, as in SimCLR.
     """
 
     needs_labels = True
 
     def loss(self, zs: list[Tensor], batch: Batch) -> tuple[Tensor, ContrastiveMetrics]:
-        """L_out of the paper, and the metrics of SimCLR."""
+        """L_out of the paper over the batch of all processes, and the metrics of SimCLR."""
         z, t = torch.stack(zs, dim=1), self.config.temperature
-        loss = self.ops.sup_con_loss(z, classes(batch), t)
+        labels = classes(batch, self.world.rank * len(z))
+        group = {"group": True} if self.world.size > 1 else {}
+        loss = self.ops.sup_con_loss(z, labels, t, **group)
         with torch.no_grad():
             _, metrics = self.ops.nt_xent_loss(zs[0], zs[1], t, return_metrics=True)
         return loss, metrics
 
 
-def classes(batch: Batch) -> Tensor:
-    """Labels of a batch, int64 [N], with a class of its own for each image that has none."""
+def classes(batch: Batch, first: int = 0) -> Tensor:
+    """Labels of a batch, int64 [N], with a class of its own for each image that has none.
+
+    Args:
+        batch: With labels.
+        first: Number of its first image in the batch of all processes.
+    """
     if batch.labels is None:
         raise ValueError("SupCon: the batch must have labels, got None")
-    own = torch.arange(-1, -1 - len(batch.labels), -1, device=batch.labels.device)
+    own = -1 - torch.arange(first, first + len(batch.labels), device=batch.labels.device)
     return torch.where(batch.labels < 0, own, batch.labels)
