@@ -54,6 +54,13 @@ def test_the_code_of_the_page_runs(
         sslkernels.unpatch()
 
 
+def test_no_code_hides_from_the_tests() -> None:
+    """Python is written as ```python."""
+    for path in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        fences = re.findall(r"^ *```(\S+)$", path.read_text("utf-8"), re.MULTILINE)
+        assert not set(fences) - {"python", "bash", "sh", "yaml", "math"}, path.name
+
+
 def test_every_loss_has_a_page() -> None:
     listed = DOCS.joinpath("losses/index.md").read_text("utf-8")
     code = "".join("".join(blocks(page)) for page in PAGES if page.startswith("losses/"))
