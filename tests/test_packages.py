@@ -189,6 +189,31 @@ def test_incomplete_types_are_reported(ci: None) -> None:
     assert sorted(found) == ["sslkernels.g", other + ".forward", "sslkernels.losses.A"]
 
 
+def test_outcomes_of_other_libraries_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/peers/suites.py: a test that passes with their class must pass with ours."""
+    monkeypatch.syspath_prepend(ROOT / "tests/peers")
+    import suites
+
+    report = """<testsuites><testsuite>
+      <testcase classname="a.B" name="good"/>
+      <testcase classname="a.B" name="parts"/><testcase classname="a.B" name="parts"><failure/></testcase>
+      <testcase classname="a.B" name="odd"><skipped/></testcase>
+      <testcase classname="a.B" name="broken"><error/></testcase>
+    </testsuite></testsuites>"""
+    found = suites.outcomes(report)
+    assert found == {
+        "a.B::good": "passed",
+        "a.B::parts": "failed",
+        "a.B::odd": "skipped",
+        "a.B::broken": "failed",
+    }
+    before = dict.fromkeys(found, "passed") | {"a.B::broken": "failed", "a.B::gone": "passed"}
+    assert suites.broken(before, found) == ["a.B::parts", "a.B::odd", "a.B::gone"]
+    for name in suites.SUITES:
+        assert set(suites.SUITES[name].patch) <= set(sslkernels.integrations._patching.PEERS)
+    assert set(suites.KNOWN) <= set(suites.SUITES)
+
+
 def test_the_version_is_written_once(ci: None) -> None:
     import requirements
 

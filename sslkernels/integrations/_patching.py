@@ -27,6 +27,7 @@ PEERS = {
     "info_nce": "info_nce",
     "lightly": "lightly",
     "moco": "moco",
+    "monai": "monai",
     "open_clip": "open_clip",
     "pytorch_metric_learning": "pytorch_metric_learning",
     "sentence_transformers": "sentence_transformers",
@@ -110,7 +111,7 @@ def patch(*peers: str, force: bool | None = None) -> Patch:
 
     Args:
         peers: Names of libraries: "lightly", "pytorch_metric_learning", "open_clip",
-            "sentence_transformers", "solo_learn", "info_nce", "timm", "torch", "moco".
+            "sentence_transformers", "solo_learn", "info_nce", "monai", "timm", "torch", "moco".
         force: Try a version that has not been tested; None asks the environment variable
             ``SSLKERNELS_PATCH_FORCE``.  Classes that such a version lacks are left out.
 
