@@ -11,7 +11,7 @@ on nothing else, so results have the same bits run to run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -318,7 +318,7 @@ class Layout(NamedTuple):
 
 
 def agree(
-    op: str, ranks: Ranks, x: Tensor, mode: str, call: Sequence[bool], calls: Sequence[str]
+    op: str, ranks: Ranks, x: Tensor, mode: str, views: int, call: Mapping[str, bool]
 ) -> Layout:
     """Exchange sizes, and what must be alike: a mismatch raises everywhere, and nothing hangs.
 
@@ -327,13 +327,14 @@ def agree(
         ranks: Of the group.
         x: [N, D], what the caller gave.
         mode: One of ``MODES``.
-        call: What else must be the same, true or false.
-        calls: What each of them is.
+        views: How many there are.
+        call: What else must be the same, true or false, by what it is.
 
     Raises:
         ValueError: If ranks differ in D, dtype, op, mode or call, on every rank.
     """
-    mine = [*x.shape, DTYPES.index(x.dtype), OPS.index(op), MODES.index(mode), *map(int, call)]
+    facts = [DTYPES.index(x.dtype), OPS.index(op), MODES.index(mode), views]
+    mine = [*x.shape, *facts, *map(int, call.values())]
     table = ranks.stack(torch.tensor(mine, device=x.device)).tolist()
     refuse_different(f"{op}: the loss", [OPS[row[3]] for row in table])
     refuse_different(
@@ -342,8 +343,9 @@ def agree(
         lambda rank: f"{table[rank][:2]} {DTYPES[table[rank][2]]}",
     )
     refuse_different(f"{op}: group_mode", [MODES[row[4]] for row in table])
-    for i, name in enumerate(calls):
-        refuse_different(f"{op}: whether {name}", [str(bool(row[5 + i])) for row in table])
+    refuse_different(f"{op}: the number of views", [row[5] for row in table])
+    for i, name in enumerate(call):
+        refuse_different(f"{op}: whether {name}", [bool(row[6 + i]) for row in table])
     sizes = tuple(row[0] for row in table)
     large = sum(sizes) * x.shape[1] * x.element_size() > GATHER_BYTES
     ring = mode == "ring" or (mode == "auto" and large)

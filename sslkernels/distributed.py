@@ -55,7 +55,12 @@ class Wide(NamedTuple):
     reduction: Reduction = "mean"
 
     def connect(
-        self, a: Tensor, b: Tensor | None, scale: Tensor, bias: Tensor | None = None
+        self,
+        a: Tensor,
+        b: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        views: int = 1,
     ) -> _ranks.Layout:
         """Agree with the other ranks on what is computed."""
         if functorch() or forward_mode():
@@ -71,7 +76,7 @@ class Wide(NamedTuple):
             "there is a bias": bias is not None,
             "the bias requires grad": needs_grad(bias),
         }
-        return _ranks.agree(self.op, ranks, a, self.mode, [*call.values()], [*call])
+        return _ranks.agree(self.op, ranks, a, self.mode, views, call)
 
 
 def _eager(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -87,14 +92,13 @@ def _eager(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 @_eager
-def nt_xent(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+def nt_xent(wide: Wide, views: tuple[Tensor, ...], scale: Tensor) -> Tensor:
     """NT-Xent of the batch that all ranks hold together.
 
     Args:
         wide: How it is taken over the ranks.  "mean" and "sum" are over the rows of all ranks, with
-            the same bits on each; "none" gives the [2N] local rows in the order of cat(z1, z2).
-        z1: [N, D] local rows, N >= 0.
-        z2: [N, D], same dtype and device.
+            the same bits on each; "none" gives the [V * N] local rows in the order of cat(views).
+        views: V >= 2 times [N, D] local rows, N >= 0, of one dtype and device.
         scale: 0-d in the accumulation dtype, the same on every rank; may require grad.
 
     Raises:
@@ -102,11 +106,18 @@ def nt_xent(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
         ValueError: If torch.distributed is not initialised, this process is not in the group, or
             ranks differ in D, dtype or call (raised on every rank).  So with all losses here.
     """
-    layout = wide.connect(z1, z2, scale)
-    a, b = (heads.unit(x, wide.normalize) for x in (z1, z2))
-    lse = _tiles("lse", torch.cat((a, b)), None, scale, layout, views=2).row
-    loss = heads.nll(lse, (heads.dots(a, b) * scale).repeat(2))
-    return _reduce(loss, layout, wide.reduction, 2 * layout.total)
+    v, n = len(views), len(views[0])
+    layout = wide.connect(views[0], views[1], scale, views=v)
+    units = [heads.unit(view, wide.normalize) for view in views]
+    lse = _tiles("lse", torch.cat(units), None, scale, layout, views=v).row.view(v, n)
+    pairs = {
+        (a, b): heads.dots(units[a], units[b]) * scale for a in range(v) for b in range(a + 1, v)
+    }
+    loss = [
+        torch.stack([heads.nll(lse[a], pairs[min(a, b), max(a, b)]) for b in range(v) if b != a])
+        for a in range(v)
+    ]
+    return _reduce(torch.cat([x.mean(0) for x in loss]), layout, wide.reduction, v * layout.total)
 
 
 @_eager

@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     ours: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    halves: bool = False  # rows of "none" are those of cat(z1, z2)
+    blocks: int = 1  # rows of "none" are those of cat(z1, z2): two blocks
     rows: int = 1  # of "none" for a sample
 
 
@@ -50,13 +50,20 @@ def both(call: Callable[..., Tensor], **facts: Any) -> Case:
 
 CASES = {
     "nt_xent": both(
-        lambda m, a, b, y, s, t, **kw: m.nt_xent_loss(a, b, 1 / s, **kw), halves=True, rows=2
+        lambda m, a, b, y, s, t, **kw: m.nt_xent_loss(a, b, 1 / s, **kw), blocks=2, rows=2
     ),
-    "dcl": both(lambda m, a, b, y, s, t, **kw: m.dcl_loss(a, b, 1 / s, **kw), halves=True, rows=2),
+    "dcl": both(lambda m, a, b, y, s, t, **kw: m.dcl_loss(a, b, 1 / s, **kw), blocks=2, rows=2),
     "dclw": both(
         lambda m, a, b, y, s, t, **kw: m.dcl_loss(a, b, 1 / s, sigma=0.5, **kw),
-        halves=True,
+        blocks=2,
         rows=2,
+    ),
+    "three views": both(
+        lambda m, a, b, y, s, t, **kw: m.nt_xent_loss(
+            (a, b, (a - 2 * b).tanh()), None, 1 / s, **kw
+        ),
+        blocks=3,
+        rows=3,
     ),
     "info_nce": both(lambda m, a, b, y, s, t, **kw: m.info_nce_loss(a, b, None, 1 / s, **kw)),
     "info_nce ids": both(
@@ -177,7 +184,7 @@ def worker(rank: int, folder: str) -> None:
     """Everything that the tests look at; then the last rank dies in the middle of a step."""
     with process_group(folder, rank, WORLD):
         groups = {n: dist.new_group(list(range(n))) for n in SIZES if n < WORLD}
-        doomed = dist.new_group(timeout=timedelta(seconds=60))
+        doomed = dist.new_group(timeout=timedelta(seconds=HANGS_S))
         out: dict[Any, Any] = {}
         for world in SIZES:
             group = groups.get(world, True)
@@ -283,6 +290,8 @@ def errors(
         found[name] = said
     one = CASES["nt_xent"].ours
     mode = {"group_mode": "auto" if rank else "ring"}
+    views = (z1, z2) if rank else (z1, z2, z2)
+    found["views"] = [message(lambda: ssl.nt_xent_loss(views, None, 0.1, **keywords))]
     found["group"] = [
         message(one, z1, z2, labels, scale, bias, group=wrong_group)
         if wrong_group == "world" or rank not in dist.get_process_group_ranks(wrong_group)

@@ -57,10 +57,10 @@ def results(request: pytest.FixtureRequest, processes: list[Any]) -> tuple[int, 
 
 def joined(case: cases.Case, parts: list[Tensor]) -> Tensor:
     """Rows of every rank in the order of one process."""
-    if not case.halves:
+    if case.blocks == 1:
         return torch.cat(parts)
-    halves = [r.chunk(2) if len(r) else (r, r) for r in parts]
-    return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
+    blocks = [part.view(case.blocks, -1) for part in parts]
+    return torch.cat(blocks, 1).flatten()
 
 
 def together(case: cases.Case, ranks: list[list[Tensor]], reduction: str) -> list[Tensor]:
@@ -186,6 +186,7 @@ def test_every_rank_raises_and_names_both(results: Any, mode: str) -> None:
     world, ranks = results
     n = SIZES[world]
     functions = {name: name.split()[0].replace("dclw", "dcl") + "_loss" for name in CASES}
+    functions["three views"] = "nt_xent_loss"
     for rank in ranks:
         for name, op in functions.items():
             shapes, dtypes, gradients, losses = rank["errors", mode][name]
@@ -201,6 +202,8 @@ def test_every_rank_raises_and_names_both(results: Any, mode: str) -> None:
                 "every rank of group, got rank 0: True, rank 1: False"
             )
             assert losses.endswith("got rank 0: dcl_loss, rank 1: clip_loss"), losses
+        (views,) = rank["errors", mode]["views"]
+        assert "the number of views must be" in views and views.endswith("rank 0: 3, rank 1: 2")
         group, modes = rank["errors", mode]["group"]
         assert group == "" or "group must " in group
         assert modes.endswith("got rank 0: ring, rank 1: auto")

@@ -82,9 +82,9 @@ def views() -> Batch:
     return Batch(one, two, (), torch.randint(-1, 3, (12,), generator=generator))
 
 
-def first_step(method: str, world: World, micro_batch: int) -> dict[str, Any]:
+def first_step(method: str, world: World, micro_batch: int, crops: int = 0) -> dict[str, Any]:
     """Loss and gradients of the first step, and the names of the state."""
-    config = config_of(method, micro_batch=micro_batch)
+    config = config_of(method, micro_batch=micro_batch, crops=crops)
     torch.manual_seed(4)
     encoder = build_encoder(config, torch.tensor([0.5]), torch.tensor([0.3]), (8, 8))
     found = build_method(config, encoder, world, 10)
@@ -92,7 +92,8 @@ def first_step(method: str, world: World, micro_batch: int) -> dict[str, Any]:
     share = slice(world.rank * 12 // world.size, (world.rank + 1) * 12 // world.size)
     whole = views()
     assert whole.labels is not None
-    batch = Batch(whole.view_1[share], whole.view_2[share], (), whole.labels[share])
+    small = tuple(whole.view_1[share].flip(3) for _ in range(crops))
+    batch = Batch(whole.view_1[share], whole.view_2[share], small, whole.labels[share])
     if method == "moco":
         found.queue.enqueue(torch.ones(4, 4).cumsum(0) if world.rank == 0 else torch.ones(0, 4))
     report = found.train_step(batch)
@@ -122,6 +123,7 @@ def worker(rank: int, folder: str) -> None:
         for method in METHODS:
             for micro_batch in (0, 3) if method == "simclr" else (0,):
                 out[f"{method} {micro_batch}"] = first_step(method, world, micro_batch)
+        out["simclr crops"] = first_step("simclr", world, 0, crops=1)
         torch.save(out, f"{folder}/{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
@@ -168,12 +170,13 @@ def test_shuffled_keys(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("method", ["simclr", "byol", "supcon"])
-def test_a_step_is_that_of_one_process(ranks: list[dict[str, Any]], method: str) -> None:
+@pytest.mark.parametrize("case", ["simclr 0", "simclr crops", "byol 0", "supcon 0"])
+def test_a_step_is_that_of_one_process(ranks: list[dict[str, Any]], case: str) -> None:
     """With batch norm over all: loss and gradients of the joined batch."""
-    alone = first_step(method, World(0, 1, torch.device("cpu")), 0)
+    method, what = case.split()
+    alone = first_step(method, World(0, 1, torch.device("cpu")), 0, crops=int(what == "crops"))
     for rank in ranks:
-        found = rank[f"{method} 0"]
+        found = rank[case]
         torch.testing.assert_close(found["loss"], alone["loss"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found["gradients"], alone["gradients"], rtol=1e-3, atol=1e-5)
 

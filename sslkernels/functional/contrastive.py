@@ -111,16 +111,14 @@ def nt_xent_loss(
     normalize, return_metrics = _flags(op, normalize, return_metrics)
     if bf16 and (len(views) > 2 or group is not None):
         raise ValueError(f"{op}: compute_dtype works with two views and without group")
-    if len(views) > 2:
-        if group is not None:
-            raise ValueError(f"{op}: group works with two views, got {len(views)}")
-        return _reduced(formulas.multiview(views, scale, normalize, return_metrics), reduction)
-    a, b = views
     if group is not None:
         if return_metrics:
             raise ValueError(f"{op}: return_metrics must be False with group")
         wide = distributed.Wide(op, group, group_mode, normalize, reduction)
-        return distributed.nt_xent(wide, a, b, scale)
+        return distributed.nt_xent(wide, views, scale)
+    if len(views) > 2:
+        return _reduced(formulas.multiview(views, scale, normalize, return_metrics), reduction)
+    a, b = views
     problem = Problem("joint", a, b, None, scale, None, None, normalize, reduction, bf16)
     return _whole(problem, return_metrics)
 

@@ -65,8 +65,6 @@ def build_method(config: TrainConfig, encoder: Encoder, world: World, total_step
     """
     if world.size > 1 and config.loss_backend == "eager":
         raise UserError("--loss-backend eager runs in one process; start it without torchrun")
-    if world.size > 1 and config.crops and config.method == "simclr":
-        raise UserError("--crops of simclr runs in one process; start it without torchrun")
     if world.size > 1 and config.micro_batch and config.method == "clip":
         raise UserError("--micro-batch of clip runs in one process; start it without torchrun")
     return _METHODS[config.method](config, encoder, world, total_steps)
