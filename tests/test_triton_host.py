@@ -19,8 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
 
+import triton  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
 from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
-from sslkernels.backends.triton import configs, gradients, launch, plan, updates  # noqa: E402
+from sslkernels.backends.triton import (  # noqa: E402
+    aot,
+    configs,
+    gradients,
+    launch,
+    plan,
+    tuning,
+    updates,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 MULTIPROCESSORS = 132
@@ -46,7 +57,7 @@ def launches(
         monkeypatch.setattr(module, "launch", record)
     monkeypatch.setattr(configs, "arch_of", lambda device: request.param)
     monkeypatch.setattr(configs, "interpreting", lambda: True)
-    monkeypatch.setattr(configs, "target_programs", lambda device: 4 * MULTIPROCESSORS)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: MULTIPROCESSORS)
     with FakeTensorMode(allow_non_fake_inputs=False):
         yield seen
 
@@ -114,6 +125,80 @@ def test_nothing_is_read_on_the_host(size, dtype: torch.dtype, launches) -> None
                 assert value.numel() <= bound, f"{name}: {key} has {value.numel()} elements"
         for key in (key for key in arguments if key.startswith("stride_")):
             assert arguments[key] >= 0, (name, key)
+
+
+def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any, ...]]:
+    """What Triton would compile for sm_90 for every primitive on a batch of n."""
+    backend = triton.compiler.make_backend(aot.target_of("sm_90"))
+    found: set[tuple[Any, ...]] = set()
+
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **flags: Any):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(*args, **flags)
+        found.add((kernel.__name__, repr(specialization), repr(sorted(options.items()))))
+
+    with monkeypatch.context() as patch:
+        for module in (launch, gradients, plan, updates):
+            patch.setattr(module, "launch", record)
+        patch.setattr(configs, "arch_of", lambda device: "sm_90")
+        patch.setattr(configs, "interpreting", lambda: True)
+        patch.setattr(configs, "multiprocessors", lambda device: MULTIPROCESSORS)
+        q, k = (torch.zeros(n, D, dtype=torch.bfloat16) for _ in range(2))
+        scale, ids, row = torch.ones(()), torch.arange(n), torch.zeros(n)
+        state = RowState(row, row)
+        own, cross = Tiles(q, None, scale, None, ids), Tiles(q, k, scale)
+        for tiles, col in ((own, None), (cross, state)):
+            thresholds = Thresholds(row, None if col is None else row)
+            launch.pairwise_forward("lse", tiles, col is not None, Thresholds())
+            launch.pairwise_forward("lse", tiles, col is not None, thresholds)
+            launch.pairwise_backward("lse", tiles, state, col, Wanted(True, col is not None))
+        launch.attend(cross._replace(ids_q=ids, ids_k=ids), row)
+        launch.extremes(own)
+        unit, norm = updates.normalize_rows(q)
+        updates.normalize_rows_backward(torch.zeros_like(unit), q, norm)
+    return found
+
+
+@pytest.mark.parametrize("D", [128, 320])
+def test_a_last_batch_compiles_nothing(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No binary is specialised on a number of rows: not on 1, not on multiples of 16, not on alignment."""
+    whole = _binaries(monkeypatch, 2048, D)
+    assert len(whole) > 10
+    for n in (2047, 2041, 1937):
+        assert _binaries(monkeypatch, n, D) == whole
+    assert _binaries(monkeypatch, 2048, 64) != whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [7, 100, 300])
+def test_tuned_configurations_are_found(D: int, dtype: torch.dtype) -> None:
+    """They are kept for D as it is, and looked up for D as operands are packed."""
+    device, mine = torch.device("cpu"), configs.Config(16, 16, 16, 1, 1)
+    width = configs.packed_width(D, dtype)
+    assert configs.packed_width(width, dtype) == width
+    try:
+        configs.remember("forward", "interpreter", D, dtype, mine)
+        assert configs.choose("forward", device, width, dtype) is mine
+        assert configs.choose("forward", device, 2 * width, dtype) is not mine
+    finally:
+        configs.forget_tuned()
+
+
+@pytest.mark.parametrize("table", configs.TABLES)
+def test_tuning_tries_what_launches_accept(table: str) -> None:
+    """No candidate is refused by a launch: whole blocks, and whole tiles of a triangle."""
+    for D in (64, 128, 512):
+        found = tuning.candidates(table, D, torch.bfloat16)
+        assert found
+        for config in found:
+            assert plan.WHOLE % config.block_n == 0
+            if table in ("forward", "narrow", "panel"):
+                assert plan.ratio_of(config) >= 1
+    with pytest.raises(ValueError, match="block_n must be a multiple of block_m"):
+        plan.ratio_of(configs.Config(32, 64, 64, 4, 1))
+    x = torch.zeros(4, 64)
+    with pytest.raises(ValueError, match="must divide 128, got 256 and 64"):
+        plan.tile_flags(configs.Config(256, 64, 64, 8, 1), x, x)
 
 
 def test_a_host_read_is_noticed(launches) -> None:

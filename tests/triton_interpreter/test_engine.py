@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sslkernels.backends import triton as backend
 from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
-from sslkernels.backends.triton import configs, gradients, launch, plan
+from sslkernels.backends.triton import configs, gradients, launch
 from sslkernels.backends.triton.runtime import recorded_launches
 
 # (N, M or None for self mode, D).  The interpreter's tiles are 64 x 32 x 64: one row, tiles -1, +0, +1
-# and two and a bit, a queue longer than the batch, D below 16, no power of two, and over a chunk.
+# and two and a bit, a queue longer than the batch, D below 16, no power of two, and over a chunk; whole
+# blocks of 128, which are read as they are, from among NaN.
 SIZES = [
     (1, 1, 1),
     (2, 3, 8),
@@ -28,6 +29,7 @@ SIZES = [
     (65, 127, 129),
     (130, 65, 24),
     (5, 33, 768),
+    (128, 256, 60),
     (1, None, 8),
     (2, None, 1),
     (64, None, 64),
@@ -138,7 +140,7 @@ def test_backward(size, kind: str, ids: str, panels: bool) -> None:
     with configs.override(**({"fused": None} if panels else {})), recorded_launches() as log:
         got = backward(case, drow, dcol if cross else None, True, cross)
     fused = not panels and has_fused(case)
-    names = {entry.kernel for entry in log} - {"forward_kernel", "combine_kernel"}
+    names = {entry.kernel for entry in log} & {"backward_kernel", "panel_kernel", "product_kernel"}
     assert names == ({"backward_kernel"} if fused else {"panel_kernel", "product_kernel"})
     wanted = [
         dense.gradients(case, drow, dcol if cross else None, t)
@@ -261,25 +263,26 @@ def test_logits_of_any_size(size, scale: float) -> None:
 
 @pytest.mark.parametrize("folded", [False, True], ids=["one launch", "folds"])
 @pytest.mark.parametrize("size", [(70, 100, 24), (100, None, 24)], ids=str)
-def test_splits_and_folds(size, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many splits, column slots folded several times, panels of one block: the same sums."""
+def test_shared_blocks_and_folds(size, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that share a block, column slots folded several times, panels of one block."""
     case = make(*size)
     cross = case.k is not None
     thresholds = (between(case, 1), between(case, 0) if cross else None)
     drow, dcol = torch.linspace(-1.0, 2.0, size[0]), torch.linspace(-2.0, 1.0, case.M)
     dcol = dcol if cross else None
-    monkeypatch.setattr(plan, "MIN_TILES", 1)
     if folded:
         for module in (launch, gradients):
             monkeypatch.setattr(module, "slot_words", lambda N, M, D: 3 * 100 * 2)
     small = configs.Config(16, 16, 16, 4, 1)
     tables = {name: small for name in configs.TABLES}
-    with configs.override(programs=64, **tables), recorded_launches() as log:
+    # 4 of 7 tiles a program: blocks of the second launch are shared otherwise than those of the first.
+    programs = 6 if folded else 64
+    with configs.override(programs=programs, **tables), recorded_launches() as log:
         got = forward(case, cross, *thresholds)
     launches = [entry for entry in log if entry.kernel == "forward_kernel"]
-    assert len(launches) == 1 if not folded else len(launches) > 2
+    assert len(launches) == 1 if not folded else len(launches) > 1
     assert any(not entry.flags.get("FINAL", True) for entry in log) == folded
-    assert launches[0].grid[1] > 1
+    assert launches[0].grid[0] > launches[0].arguments["blocks"], "no block is shared"
     for ours, dim in ((got.row, 1), (got.col, 0)):
         if dim == 1 or cross:
             eager, truth = (dense.reduce(case, dim, t) for t in (torch.float32, torch.float64))
@@ -296,7 +299,7 @@ def test_splits_and_folds(size, folded: bool, monkeypatch: pytest.MonkeyPatch) -
         if panels:
             assert (sum(entry.kernel == "panel_kernel" for entry in log) > 2) == folded
         elif not folded:
-            assert next(e for e in log if e.kernel == "backward_kernel").grid[1] > 1
+            assert "gather_kernel" in {entry.kernel for entry in log}
         for ours, plain, true in zip(grads[: 1 + cross], eager, truth, strict=False):
             check_budget(ours, plain, true, SLACK[torch.float32], "gradient")
         if cross:
@@ -441,27 +444,30 @@ def test_empty_operands(shape: tuple[int, int]) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the shapes are those of the interpreter's tiles")
 def test_branches_of_a_tile() -> None:
-    """The flags that shapes decide: whole tiles, whole chunks, x held or streamed, self mode."""
+    """The flags that shapes decide: the chunks, what waits in registers, x held or streamed, self mode."""
     seen = {}
-    for size in ((64, 64, 64), (64, 64, 60), (64, 64, 33), (64, 64, 256), (64, None, 64)):
+    for size in ((640, 64, 64), (640, 64, 60), (640, 64, 33), (640, 64, 128), (640, 64, 256),
+                 (640, None, 64)):  # fmt: skip
         with recorded_launches() as log:
             forward(make(*size, dtype=torch.float16, ids="none"))
         flags = log[0].flags
         assert log[0].kernel == "forward_kernel"
-        seen[size] = tuple(flags[key] for key in ("EVEN_D", "ALIGN", "HOLD_X", "TRIANGLE"))
+        keys = ("D", "NUM_D", "PREFETCH", "HOLD_X", "TRIANGLE", "BLOCK_N")
+        seen[size] = tuple(flags[key] for key in keys)
     assert seen == {
-        (64, 64, 64): (True, 16, True, False),
-        (64, 64, 60): (False, 4, True, False),
-        (64, 64, 33): (False, 16, True, False),  # filled up to 48
-        (64, 64, 256): (True, 16, False, False),
-        (64, None, 64): (True, 16, True, True),
+        (640, 64, 64): (64, 1, 0, True, False, 64),
+        (640, 64, 60): (60, 1, 0, True, False, 64),
+        (640, 64, 33): (48, 1, 0, True, False, 64),  # filled up
+        (640, 64, 128): (128, 2, 2, True, False, 64),
+        (640, 64, 256): (256, 1, 0, False, False, 64),
+        (640, None, 64): (64, 1, 0, True, True, 64),
     }
-    labels = torch.zeros(64, dtype=torch.int64)
-    for columns in (64, 63):
+    # Few tiles, and ranks: fewer held rows.
+    for size, ranks in (((64, 64, 64), False), ((640, 64, 64), True)):
+        case = make(*size, ids="none")
         with recorded_launches() as log:
-            case = make(64, columns, 64, ids="none")
-            backend.extremes(case.tiles._replace(ids_q=labels, ids_k=labels[:columns]))
-        assert log[0].flags["EVEN_M"] == (columns == 64)
+            forward(case, False, between(case, 1) if ranks else None, None)
+        assert log[0].flags["BLOCK_N"] == 32
 
 
 def test_float64_goes_to_the_chunked_backend(caplog: pytest.LogCaptureFixture) -> None:
@@ -497,7 +503,8 @@ def test_float32_products_are_exact_unless_asked(monkeypatch: pytest.MonkeyPatch
     def precision() -> str:
         with recorded_launches() as log:
             forward(case)
-        return log[0].flags["PRECISION"]
+        (entry,) = (entry for entry in log if entry.kernel == "forward_kernel")
+        return entry.flags["PRECISION"]
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

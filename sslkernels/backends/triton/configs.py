@@ -9,7 +9,9 @@ configuration, use ``override``.
 
 The kernel tables:
 
-* ``forward``, ``extremes``: one S tile at a time;
+* ``forward``: one S tile at a time, block_n the held rows; ``narrow``: the same with fewer held rows, for
+  ranks, which take as many registers again, and for problems of few tiles;
+* ``extremes``: likewise, for arg-max and arg-min;
 * ``fused``: backward and attend with the [BLOCK_N, D] sums on chip; None where that does not fit, and
   then the gradient goes by panels;
 * ``panel``: writes G of some rows; ``product``: multiplies it with y (block_m is the summed side).
@@ -28,7 +30,7 @@ import triton
 from .. import devices
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-TABLES = ("forward", "extremes", "fused", "panel", "product")
+TABLES = ("forward", "narrow", "extremes", "fused", "panel", "product")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 # The last row of a table: holds for every larger D (verified up to 1024).
 ANY_D = 1 << 31
@@ -44,6 +46,10 @@ class Config:
     num_warps: int
     num_stages: int
     hold_x: bool = True  # keep x on chip (else stream both sides by chunks, as panels always do)
+    prefetch: int = (
+        0  # chunks of y that wait in registers, where shared memory has no room for stages
+    )
+    programs: int = 1  # that share a multiprocessor, by registers and shared memory
 
 
 @dataclass(frozen=True)
@@ -113,19 +119,31 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-# Programs a launch should have at least: four a multiprocessor, so that the last wave, which is on
-# average half empty, costs an eighth.  The interpreter gets enough to exercise the splits.
-_WAVES = 4
+# Programs that run at once in the interpreter: enough to exercise what programs share.
 _INTERPRETER_PROGRAMS = 8
 
 
-def target_programs(device: torch.device) -> int:
-    """How many programs fill the device."""
+def capacity(device: torch.device, config: Config) -> int:
+    """Programs of a kernel that run at once.
+
+    A launch has no more than that: a second wave would leave the device idle at its end, and every program
+    more costs a slot of partial results.
+    """
     if _overrides.programs is not None:
         return _overrides.programs
+    return multiprocessors(device) * config.programs
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
-    return _WAVES * devices.gpu(device).multiprocessors
+    return devices.gpu(device).multiprocessors
+
+
+def folds(arch: str) -> bool:
+    """Whether a thread holds rows r and r + 8 of every 16 of a product: mma.sync and wgmma."""
+    return arch.startswith("sm_") and family(arch) != "blackwell"
 
 
 # D and row strides of tile operands are multiples of this: an asynchronous copy moves 4, 8 or 16 bytes,
@@ -165,109 +183,153 @@ def chunks(config: Config, D: int) -> tuple[int, int]:
 _Rows = list[tuple[int, Config | None]]
 TABLE: dict[tuple[str, str, str], _Rows] = {}
 
+# Where nothing else is said, 16-bit operands: x stays on chip, y comes in stages.  Four warps leave room
+# for a second program on a multiprocessor, which multiplies while the first computes exponentials; 128 x 64
+# with four warps needs about 170 registers a thread.  Beyond what shared memory holds both sides stream by
+# chunks of 64 (128 bytes, a full swizzle row).
+_STREAMED = Config(128, 64, 64, 8, 3, hold_x=False)
+_STREAMED_NARROW = Config(64, 64, 64, 4, 3, hold_x=False, programs=2)
+_PANEL = Config(128, 128, 64, 8, 3, hold_x=False)  # one tile a program
+_PRODUCT = Config(128, 64, 256, 8, 3)  # no epilogue
+_EXTREMES: _Rows = [
+    (128, Config(128, 64, 128, 8, 3)),
+    (256, Config(128, 64, 128, 8, 2)),
+    (ANY_D, _STREAMED),
+]
 # float32 on NVIDIA is FMA, not tensor cores: operands of a step sit in registers, so the step over the
 # summed side is short (16).  128 x 64 with 8 warps is 32 sums a thread, the most that compiles clean.
-_FP32_TILE: _Rows = [(ANY_D, Config(128, 64, 16, 8, 2, hold_x=False))]
+_FP32_TILE = Config(128, 64, 16, 8, 2, hold_x=False)
+_FP32_NARROW = Config(64, 32, 16, 4, 2, hold_x=False, programs=2)
 for _family in ("ampere", "small", "hopper", "blackwell"):
-    # x stays on chip to D = 256, which saves half of the reads; above, both sides stream by chunks of
-    # 64 (128 bytes, a full swizzle row).  The 99 KB of the small family end holding x at D = 128.
-    _held = 128 if _family == "small" else 256
-    TABLE[_family, "forward", "half"] = [
-        (_held, Config(128, 64, 128, 8, 3)),
-        (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
-    ]
-    TABLE[_family, "extremes", "half"] = TABLE[_family, "forward", "half"]
-    if _family == "ampere":
-        # 129 to 256 in one chunk: three of 64 (D = 144) spill.
-        TABLE[_family, "forward", "half"] = [
-            (128, Config(128, 64, 128, 8, 3)),
-            (256, Config(128, 64, 256, 8, 3)),
-            (ANY_D, Config(128, 64, 64, 8, 3, hold_x=False)),
-        ]
-    if _family == "blackwell":
-        # With one chunk and 2 stages, or one of 128, the kernel for rows alone spills 52 bytes; with
-        # 3 chunks and 3 stages (D = 96) the one of softplus 36.
-        TABLE[_family, "forward", "half"] = [
-            (64, Config(128, 64, 64, 8, 3)),
-            (256, Config(128, 64, 64, 8, 2)),
-            (ANY_D, Config(128, 64, 64, 8, 4, hold_x=False)),
-        ]
-    if _family == "hopper":
-        # wgmma reads both operands of a tile from shared memory: with 64 columns that takes as long as
-        # the products, with 128 three quarters.  To D = 64 exponentials take longer than either.
-        # Elsewhere 128 x 128 spills in the epilogue.
-        TABLE[_family, "forward", "half"] = [
-            (64, Config(128, 64, 64, 8, 3)),
-            (128, Config(128, 128, 128, 8, 3)),
-            (256, Config(128, 128, 128, 8, 2)),
-            (ANY_D, Config(128, 128, 64, 8, 4, hold_x=False)),
-        ]
-    # 128 rows spill 84 bytes in Blackwell's self mode.
-    TABLE[_family, "forward", "float32"] = (
-        [(ANY_D, Config(64, 64, 16, 8, 2, hold_x=False))] if _family == "blackwell" else _FP32_TILE
-    )
-    TABLE[_family, "extremes", "float32"] = _FP32_TILE
-    # [128, D] float32 sums: 128 registers a thread at D = 256 with 8 warps.  wgmma and tcgen05 read
-    # their operands from shared memory and leave room for that; mma.sync holds them in registers, so
-    # it gets 32 columns, and 64 rows at D = 256.  Above 256 panels read less than the narrow tiles that
-    # would fit.
-    TABLE[_family, "fused", "half"] = {
-        # Above 192 one chunk: two of 128, the last one masked (D = 200), spill 100 bytes.
-        "hopper": [
-            (192, Config(128, 64, 128, 8, 2)),
-            (256, Config(128, 64, 256, 8, 2)),
-            (ANY_D, None),
-        ],
-        # One masked chunk of 128 (D = 100) spills 48 bytes; four of 64 compile to a kernel without a body.
-        "blackwell": [
-            (128, Config(128, 64, 64, 8, 2)),
-            (256, Config(128, 64, 128, 8, 2)),
-            (ANY_D, None),
-        ],
-    }.get(
-        _family,
-        # One chunk for 129 to 256: three of 64 (D = 192) spill.
-        [(128, Config(128, 32, 128, 8, 2)), (256, Config(64, 32, 256, 8, 2)), (ANY_D, None)],
-    )
+    TABLE[_family, "extremes", "half"] = _EXTREMES
+    TABLE[_family, "panel", "half"] = [(ANY_D, _PANEL)]
+    TABLE[_family, "product", "half"] = [(ANY_D, _PRODUCT)]
+    TABLE[_family, "forward", "float32"] = [(ANY_D, _FP32_TILE)]
+    TABLE[_family, "narrow", "float32"] = [(ANY_D, _FP32_NARROW)]
+    TABLE[_family, "extremes", "float32"] = [(ANY_D, _FP32_TILE)]
     TABLE[_family, "fused", "float32"] = [(64, Config(64, 32, 32, 8, 1)), (ANY_D, None)]
-    # One tile a program and a short epilogue: 128 x 128 fits everywhere, twice that only with wgmma.
-    # The product has no epilogue.
-    _rows = 256 if _family == "hopper" else 128
-    TABLE[_family, "panel", "half"] = [(ANY_D, Config(_rows, 128, 64, 8, 3, hold_x=False))]
-    TABLE[_family, "panel", "float32"] = [(ANY_D, Config(128, 64, 16, 8, 2, hold_x=False))]
-    TABLE[_family, "product", "half"] = [(ANY_D, Config(128, 64, 256, 8, 3))]
+    # 128 rows spill where ids are compared.
+    TABLE[_family, "panel", "float32"] = [(ANY_D, Config(64, 64, 16, 8, 2, hold_x=False))]
     TABLE[_family, "product", "float32"] = [(ANY_D, Config(128, 16, 64, 8, 2))]
+
+TABLE["hopper", "forward", "half"] = [
+    (64, Config(128, 64, 64, 4, 3, programs=3)),
+    (128, Config(128, 64, 128, 4, 3, programs=2)),
+    # Two programs, each with x and one tile of y in shared memory: chunks of the next wait in registers.
+    (256, Config(128, 64, 128, 4, 1, prefetch=2, programs=2)),
+    (ANY_D, Config(128, 128, 64, 8, 3, hold_x=False)),
+]
+TABLE["hopper", "narrow", "half"] = [
+    (64, Config(64, 64, 64, 4, 3, programs=2)),
+    (128, Config(64, 64, 128, 4, 3, programs=2)),
+    (256, Config(64, 64, 128, 4, 2, programs=2)),
+    (ANY_D, _STREAMED_NARROW),
+]
+# [64, D] float32 sums: 128 registers a thread at D = 256 with four warps.
+TABLE["hopper", "fused", "half"] = [
+    (64, Config(64, 64, 64, 4, 3, programs=2)),
+    (128, Config(64, 64, 128, 4, 3, programs=2)),
+    # Two programs do not fit with a masked chunk (D = 200).
+    (255, Config(64, 64, 256, 8, 2)),
+    (256, Config(64, 32, 64, 4, 2, programs=2)),
+    (ANY_D, None),
+]
+
+# mma.sync holds operands and sums in registers.
+TABLE["ampere", "forward", "half"] = [
+    (128, Config(128, 64, 128, 4, 3, programs=2)),
+    (256, Config(128, 64, 256, 8, 3)),
+    (ANY_D, _STREAMED),
+]
+TABLE["ampere", "narrow", "half"] = [
+    (128, Config(64, 64, 128, 4, 3, programs=3)),
+    (256, Config(64, 64, 128, 4, 2, programs=2)),
+    (ANY_D, _STREAMED_NARROW),
+]
+TABLE["ampere", "fused", "half"] = [
+    (64, Config(64, 64, 64, 4, 2, programs=2)),
+    (128, Config(64, 32, 128, 4, 3, programs=2)),
+    (256, Config(64, 32, 256, 8, 2)),
+    (ANY_D, None),
+]
+# The 99 KB of the small family end holding x at D = 128.
+TABLE["small", "forward", "half"] = [
+    (128, Config(128, 64, 128, 4, 3)),
+    (ANY_D, _STREAMED),
+]
+TABLE["small", "narrow", "half"] = [
+    (128, Config(64, 64, 128, 4, 3, programs=2)),
+    (ANY_D, _STREAMED_NARROW),
+]
+TABLE["small", "fused", "half"] = TABLE["ampere", "fused", "half"]
+
+# Products are in tensor memory until they are read, but Triton gives their sums registers as well: tiles that
+# fit elsewhere spill here.
+TABLE["blackwell", "forward", "half"] = [
+    (128, Config(128, 64, 128, 8, 3)),
+    (256, Config(64, 64, 128, 8, 2)),
+    (ANY_D, _STREAMED),
+]
+TABLE["blackwell", "narrow", "half"] = [
+    (128, Config(64, 64, 128, 8, 3)),
+    (256, Config(64, 64, 128, 8, 2)),
+    (ANY_D, _STREAMED_NARROW),
+]
+TABLE["blackwell", "fused", "half"] = [
+    (64, Config(64, 32, 64, 4, 2, programs=2)),
+    (128, Config(128, 32, 128, 8, 2)),
+    (255, Config(64, 32, 128, 8, 2)),  # a masked chunk
+    (256, Config(64, 64, 128, 8, 2)),
+    (ANY_D, None),
+]
+TABLE["blackwell", "narrow", "float32"] = [(ANY_D, Config(64, 64, 16, 8, 2, hold_x=False))]
+TABLE["blackwell", "panel", "float32"] = [(ANY_D, Config(64, 64, 16, 4, 2, hold_x=False))]
+TABLE["blackwell", "panel", "half"] = [(ANY_D, Config(64, 64, 64, 8, 3, hold_x=False))]
+TABLE["blackwell", "product", "half"] = [(ANY_D, Config(128, 64, 64, 4, 3, programs=2))]
 
 # CDNA: 64 KB of LDS and operands in registers; comparison masks of a tile sit in scalar registers, of
 # which there are about 100, so extremes (two masks) get half the columns.  A second pipeline stage
-# keeps a second tile in registers: only the held forward kernel has room for it.  float32 has MFMA
-# instructions too, hence fused to 128.
+# keeps a second tile in registers.  float32 has MFMA instructions too, hence fused to 128.
 TABLE["cdna", "forward", "half"] = [
-    (512, Config(128, 32, 128, 8, 1)),
+    (256, Config(128, 32, 128, 8, 1)),
     (ANY_D, Config(128, 32, 64, 8, 1, hold_x=False)),
 ]
-# In steps of 32 the columns of float32 cost 16 bytes of scratch.
-TABLE["cdna", "forward", "float32"] = [(ANY_D, Config(64, 32, 16, 4, 1, hold_x=False))]
+TABLE["cdna", "narrow", "half"] = [
+    (256, Config(64, 32, 128, 4, 1)),
+    (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
+]
 TABLE["cdna", "extremes", "half"] = [
     (128, Config(64, 32, 128, 4, 1)),
     (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
 ]
-TABLE["cdna", "extremes", "float32"] = [(ANY_D, Config(64, 32, 32, 4, 1, hold_x=False))]
 TABLE["cdna", "fused", "half"] = [
-    (128, Config(64, 64, 128, 4, 1)),
-    (256, Config(64, 32, 128, 4, 1)),
+    (128, Config(64, 32, 128, 4, 1)),
+    (256, Config(64, 32, 64, 4, 1)),
     (ANY_D, None),
 ]
-TABLE["cdna", "fused", "float32"] = [(128, Config(64, 64, 32, 4, 1)), (ANY_D, None)]
 TABLE["cdna", "panel", "half"] = [(ANY_D, Config(128, 128, 64, 8, 2, hold_x=False))]
-TABLE["cdna", "panel", "float32"] = [(ANY_D, Config(128, 64, 32, 8, 2, hold_x=False))]
 TABLE["cdna", "product", "half"] = [(ANY_D, Config(128, 64, 128, 4, 2))]
+# In steps of 32 the columns of float32 cost 16 bytes of scratch.
+TABLE["cdna", "forward", "float32"] = [(ANY_D, Config(64, 32, 16, 4, 1, hold_x=False))]
+TABLE["cdna", "narrow", "float32"] = TABLE["cdna", "forward", "float32"]
+TABLE["cdna", "extremes", "float32"] = [(ANY_D, Config(64, 32, 32, 4, 1, hold_x=False))]
+TABLE["cdna", "fused", "float32"] = [(128, Config(64, 32, 32, 4, 1)), (ANY_D, None)]
+TABLE["cdna", "panel", "float32"] = [(ANY_D, Config(128, 64, 32, 8, 2, hold_x=False))]
 TABLE["cdna", "product", "float32"] = [(ANY_D, Config(128, 32, 64, 4, 2))]
 
 # Small enough that the sizes of the tests make several tiles, large enough to be quick in NumPy.
 for _class in ("half", "float32"):
     _both: _Rows = [(64, Config(64, 32, 64, 4, 1)), (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False))]
-    TABLE["interpreter", "forward", _class] = _both
+    TABLE["interpreter", "forward", _class] = [
+        (64, Config(64, 32, 64, 4, 1)),
+        (128, Config(64, 32, 64, 4, 1, prefetch=2)),
+        (ANY_D, Config(64, 32, 64, 4, 1, hold_x=False)),
+    ]
+    TABLE["interpreter", "narrow", _class] = [
+        (64, Config(32, 32, 64, 4, 1)),
+        (128, Config(32, 32, 64, 4, 1, prefetch=1)),
+        (ANY_D, Config(32, 32, 64, 4, 1, hold_x=False)),
+    ]
     TABLE["interpreter", "extremes", _class] = _both
     TABLE["interpreter", "fused", _class] = [(256, Config(64, 32, 64, 4, 1)), (ANY_D, None)]
     TABLE["interpreter", "panel", _class] = [(ANY_D, Config(64, 64, 64, 4, 1, hold_x=False))]
@@ -297,7 +359,7 @@ class _Overrides:
 
 
 _overrides = _Overrides({})
-# (table, arch, D, dtype) -> configuration found by tuning.autotune
+# (table, arch, packed width of D, dtype) -> configuration found by tuning.autotune
 _tuned: dict[tuple[str, str, int, torch.dtype], Config | None] = {}
 
 
@@ -308,9 +370,9 @@ def override(
     """Force configurations inside the block.
 
     Args:
-        programs: programs a launch should have, instead of four a multiprocessor.
+        programs: programs a launch has at most, instead of as many as run at once.
         fp32_precision: "ieee", "tf32" or "tf32x3" for float32 products.
-        **tables: forward, fused, panel, product; ``fused=None`` sends gradients by panels.
+        **tables: forward, narrow, extremes, fused, panel, product; ``fused=None`` sends gradients by panels.
 
     Raises:
         ValueError: for an unknown table or precision.
@@ -338,8 +400,8 @@ def override(
 
 
 def remember(table: str, arch: str, D: int, dtype: torch.dtype, config: Config | None) -> None:
-    """Use a measured configuration from now on in this process."""
-    _tuned[table, arch, D, dtype] = config
+    """Use a measured configuration from now on in this process, for every D that is packed alike."""
+    _tuned[table, arch, packed_width(D, dtype), dtype] = config
 
 
 def choose(table: str, device: torch.device, D: int, dtype: torch.dtype) -> Config | None:
@@ -347,7 +409,7 @@ def choose(table: str, device: torch.device, D: int, dtype: torch.dtype) -> Conf
     if table in _overrides.configs:
         return _overrides.configs[table]
     arch = arch_of(device)
-    key = (table, arch, D, dtype)
+    key = (table, arch, packed_width(D, dtype), dtype)
     if key in _tuned:
         return _tuned[key]
     return lookup(table, arch, D, dtype)

@@ -11,18 +11,34 @@ import triton
 from torch import Tensor
 
 from . import configs, kernels_backward
-from .plan import GRID_LIMIT, PANEL_WORDS, alignment, slot_words, splits_for, tile_flags
+from .plan import (
+    NARROW_SPANS,
+    PANEL_WORDS,
+    SPAN,
+    WHOLE,
+    Excluded,
+    Line,
+    chunk_count,
+    empty_vector,
+    folded_line,
+    line,
+    ratio_of,
+    slot_words,
+    slots_at_a_time,
+    tile_flags,
+)
 from .runtime import launch
 
 
 def _lift(drow: Tensor | None, dcol: Tensor | None) -> Tensor:
-    """Power of two that brings the largest finite |gradient| into [1/2, 1); 1 if all are 0."""
-    peaks = [
-        torch.where(torch.isfinite(g), g.abs(), 0.0).amax() for g in (drow, dcol) if g is not None
-    ]
-    peak = peaks[0] if len(peaks) == 1 else torch.maximum(peaks[0], peaks[1])
-    exponent = torch.frexp(peak).exponent.clamp(-100, 100)
-    return torch.ldexp(torch.ones_like(peak), -exponent)
+    """[1]: the power of two that brings the largest finite |gradient| into [1/2, 1); 1 if all are 0."""
+    given = [g for g in (drow, dcol) if g is not None]
+    lift = torch.empty(1, dtype=torch.float32, device=given[0].device)
+    launch(
+        kernels_backward.lift_kernel, (1,), lift.device, lift, given[0], given[-1], len(given[0]),
+        len(given[-1]), BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    return lift
 
 
 @dataclass
@@ -30,9 +46,30 @@ class Side:
     """What G needs of its rows or of its columns."""
 
     vectors: Tensor  # [n, D]
-    ids: Tensor | None
     lse: Tensor | None
     grad: Tensor | None
+
+
+@dataclass
+class _Weights:
+    """One factor a row of a side, and for which spans of rows it may be used."""
+
+    weight: Tensor  # [n]
+    calm: Tensor  # [spans] int32
+
+    @classmethod
+    def make(cls, side: Side, center: Tensor, lift: Tensor | None) -> _Weights:
+        if side.lse is None or side.grad is None:
+            raise ValueError("triton backend: weights need a log-sum-exp and a gradient")
+        n = len(side.vectors)
+        weight = empty_vector(n, torch.float32, side.grad.device)
+        calm = torch.empty(len(weight) // SPAN, dtype=torch.int32, device=weight.device)
+        launch(
+            kernels_backward.weigh_kernel, (triton.cdiv(n, NARROW_SPANS * SPAN),), weight.device,
+            weight, calm, side.lse, side.grad, center, lift, n, len(weight), HAS_LIFT=lift is not None,
+            SPANS=NARROW_SPANS,
+        )  # fmt: skip
+        return cls(weight, calm)
 
 
 def gradient(
@@ -42,6 +79,7 @@ def gradient(
     scale: Tensor,
     bias: Tensor | None,
     factor: Tensor,
+    excluded: Excluded,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """dx [N, D] = factor * G y and sum G, where the rows of G belong to x."""
@@ -51,52 +89,98 @@ def gradient(
         zero = torch.zeros((), dtype=torch.float32, device=device) if want_dbias else None
         return torch.zeros(N, D, dtype=torch.float32, device=device), zero
     lift = _lift(x.grad, y.grad) if dtype == torch.float16 else None
-    sides = (x.ids, y.ids, x.lse, x.grad, y.lse, y.grad)
-    inputs = (x.vectors, y.vectors, scale, bias, lift, *sides)
+    center, weights_x, weights_y = None, None, None
+    if kind == 0 and x.grad is not None and y.grad is not None:
+        center = x.lse
+        weights_x = _Weights.make(x, center, lift)  # type: ignore[arg-type]
+        weights_y = weights_x if y is x else _Weights.make(y, center, lift)  # type: ignore[arg-type]
+    inputs = (
+        x.vectors, y.vectors, scale, bias, factor, center, lift,
+        None if weights_x is None else weights_x.weight, None if weights_y is None else weights_y.weight,
+        None if weights_x is None else weights_x.calm, None if weights_y is None else weights_y.calm,
+        x.lse, x.grad, y.lse, y.grad, *excluded.ids(), *excluded.shorts(), excluded.wide,
+    )  # fmt: skip
+    sizes = (N, M, excluded.period, excluded.wide_count)
     flags = {
         "KIND": kind,
         "HAS_ROW": x.grad is not None,
         "HAS_COL": y.grad is not None,
         "HAS_BIAS": bias is not None,
-        "HAS_IDS": x.ids is not None,
+        "EXCLUDE": excluded.mode,
         "HAS_LIFT": lift is not None,
         "WANT_DBIAS": want_dbias,
     }
     config = configs.choose("fused", device, D, dtype)
     if config is None:
-        return _by_panels(x.vectors, y.vectors, inputs, flags, factor, lift)
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
-    splits, per_split = splits_for(
-        device, row_blocks, tiles, max(1, slot_words(N, M, D) // (N * D))
-    )
-    parts = torch.empty(splits, N, D, dtype=torch.float32, device=device)
-    sums = (
-        torch.empty(splits, row_blocks, dtype=torch.float32, device=device) if want_dbias else None
-    )
+        return _by_panels(x is y, x.vectors, y.vectors, inputs, sizes, flags, factor, lift)
+    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    shared = line(
+        row_blocks, col_blocks, configs.capacity(device, config),
+        slot_words(N, M, D) // (N * D),
+    )  # fmt: skip
+    parts = torch.empty(shared.slots, N, D, dtype=torch.float32, device=device)
+    sums = torch.empty(shared.programs, dtype=torch.float32, device=device) if want_dbias else None
     launch(
         kernels_backward.backward_kernel,
-        (row_blocks, splits),
+        (shared.programs,),
         device,
         parts,
         sums,
         *inputs,
-        N,
-        M,
-        D,
-        per_split,
-        *x.vectors.stride(),
-        *y.vectors.stride(),
+        *sizes,
+        shared.share,
+        shared.total,
         **flags,
         **tile_flags(config, x.vectors, y.vectors),
     )
-    dx = parts[0] if splits == 1 else parts.sum(0)
+    dx = gathered(parts, shared, config.block_n)
     return dx, None if sums is None else sums.sum()
 
 
+def gathered(
+    parts: Tensor, shared: Line, held: int, out: Tensor | None = None, features: int = 0
+) -> Tensor:
+    """[N, D]: the sum of what programs that shared a block left in ``parts`` [slots, N, D].
+
+    Args:
+        parts: Partial sums; a block that fewer programs shared has written fewer of them.
+        shared: How the tiles were dealt.
+        held: Rows of a block.
+        out: Where the sum goes.
+        features: Of a block; 0: all.
+    """
+    if shared.slots == 1:
+        return parts[0]
+    _, N, D = parts.shape
+    dx = torch.empty_like(parts[0]) if out is None else out
+    rows = min(held, 16)
+    width = min(128, features or triton.next_power_of_2(D))
+    launch(
+        kernels_backward.gather_kernel,
+        (triton.cdiv(N, rows), triton.cdiv(D, width)),
+        parts.device,
+        dx,
+        parts,
+        N,
+        shared.share,
+        shared.tiles,
+        triton.cdiv(D, features) if features else 1,
+        D=D,
+        HELD=held,
+        FEATURES=features or triton.next_power_of_2(D),
+        SLOTS=slots_at_a_time(shared.slots),
+        BLOCK_N=rows,
+        BLOCK_D=width,
+    )
+    return dx
+
+
 def _by_panels(
+    same: bool,
     x: Tensor,
     y: Tensor,
     inputs: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
     flags: dict[str, Any],
     factor: Tensor,
     lift: Tensor | None,
@@ -110,51 +194,55 @@ def _by_panels(
     words = min(slot_words(N, M, D), max(PANEL_WORDS, M * D))
     row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     blocks = max(1, min(row_blocks, words // (M * config.block_n)))
-    blocks = min(blocks, GRID_LIMIT * product.block_n // config.block_n)
-    ld = triton.cdiv(M, 16) * 16  # rows stay aligned to 32 bytes and more
+    # G = G^T: one triangle of it is computed where all of it is there at once.
+    symmetric = same and blocks == row_blocks
+    ld = M + -M % WHOLE
     panel = torch.empty(min(N, blocks * config.block_n), ld, dtype=dtype, device=device)
     dx = torch.empty(N, D, dtype=torch.float32, device=device)
-    want_dbias = flags["WANT_DBIAS"]
-    sums = (
-        torch.empty(row_blocks * tiles, dtype=torch.float32, device=device) if want_dbias else None
-    )
+    ratio = ratio_of(config) if symmetric else 1
+    grids = []
     for first_block in range(0, row_blocks, blocks):
+        here = min(blocks, row_blocks - first_block)
+        grids.append(folded_line(0, here, tiles, ratio, 1).total if symmetric else here * tiles)
+    sums = None
+    if flags["WANT_DBIAS"]:
+        sums = torch.empty(sum(grids), dtype=torch.float32, device=device)
+    panel_flags = tile_flags(config, x, y)
+    for number, first_block in enumerate(range(0, row_blocks, blocks)):
         here = min(blocks, row_blocks - first_block)
         start = first_block * config.block_n
         rows = min(N - start, here * config.block_n)
         launch(
             kernels_backward.panel_kernel,
-            (here * tiles,),
+            (grids[number],),
             device,
             panel,
-            None if sums is None else sums[first_block * tiles :],
-            *inputs,
-            N,
-            M,
-            D,
+            None if sums is None else sums[sum(grids[:number]) :],
+            *inputs[:4],
+            *inputs[5:],
+            *sizes,
+            chunk_count(panel_flags),
             first_block,
             here,
             ld,
-            *x.stride(),
-            *y.stride(),
+            SYMMETRIC=symmetric,
             **flags,
-            **tile_flags(config, x, y),
+            **{key: value for key, value in panel_flags.items() if key != "NUM_D"},
         )
         width, feature_blocks = configs.chunks(product, D)
-        out_blocks = triton.cdiv(rows, product.block_n)
-        splits, per_split = splits_for(
-            device,
-            feature_blocks * out_blocks,
+        shared = line(
+            feature_blocks * triton.cdiv(rows, product.block_n),
             triton.cdiv(M, product.block_m),
+            configs.capacity(device, product),
             max(1, words // (rows * D)),
         )
         out = dx[start : start + rows]
-        parts = (
-            torch.empty(splits, rows, D, dtype=torch.float32, device=device) if splits > 1 else out
-        )
+        parts = out[None]
+        if shared.slots > 1:
+            parts = torch.empty(shared.slots, rows, D, dtype=torch.float32, device=device)
         launch(
             kernels_backward.product_kernel,
-            (feature_blocks, out_blocks, splits),
+            (shared.programs,),
             device,
             parts,
             panel,
@@ -163,13 +251,13 @@ def _by_panels(
             lift,
             rows,
             M,
-            D,
-            per_split,
-            rows * D,
+            shared.share,
+            shared.total,
+            feature_blocks,
             ld,
-            *y.stride(),
             HAS_LIFT=lift is not None,
-            ALIGN=alignment(y),
+            STRIDE_Y=y.stride(0),
+            D=D,
             PRECISION=configs.precision() if dtype == torch.float32 else "ieee",
             BLOCK_N=product.block_n,
             BLOCK_M=product.block_m,
@@ -177,6 +265,6 @@ def _by_panels(
             num_warps=product.num_warps,
             num_stages=product.num_stages,
         )
-        if splits > 1:
-            torch.sum(parts, 0, out=out)
+        if shared.slots > 1:
+            gathered(parts, shared, product.block_n, out, width)
     return dx, None if sums is None else sums.sum()

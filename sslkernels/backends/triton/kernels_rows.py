@@ -1,164 +1,303 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile kernels that finish in the forward pass: attend (queue loss) and extremes (hard mining).
 
-The rules every kernel keeps are in ``tiles.py``.
+The rules every kernel keeps are in ``tiles.py``; which tiles a program visits, and which pairs of them
+count, in ``pairs.py``.
 """
 
 import triton
 import triton.language as tl
 
+from .pairs import any_wide, leave_out, real_branch, share_of_line, slots_of, span_of
 from .tiles import (
+    EXCLUDE_IDS,
     HALF_LIFT,
+    HUGE,
     LARGEST,
+    LN_2,
+    LOG2_E,
     NO_INDEX,
-    aligned,
+    TINY,
+    constant_shift,
     dot_chunks,
     dot_streamed,
     exp,
     finite_or_zero,
-    id_range,
-    ids_may_meet,
-    load_chunks,
-    load_ids,
+    kernel,
+    load_block,
+    load_chunk,
+    store_chunk,
     tile_dot,
-    tile_range,
+    tree_sum,
 )
 
 # ---- attend: the queue loss ----------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def attend_kernel(
-    m_ptr,  # [SPLITS, N]
-    s_ptr,  # [SPLITS, N]
-    part_rank_ptr,  # [SPLITS, N] int32
-    acc_ptr,  # [SPLITS, N, D] float32: sum_j exp(S_ij - m_i) y_j
+    m_ptr,  # [slots, N] running maximum; only with ONLINE
+    s_ptr,  # [slots, N]
+    part_rank_ptr,  # [slots, N] int32
+    acc_ptr,  # [slots, N, D] float32: sum_j exp(S_ij - c) y_j
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
     scale_ptr,  # 0-d
-    ids_x_ptr,  # [N] int64
-    ids_y_ptr,  # [M] int64
+    short_x_ptr,  # [N] int32
+    short_y_ptr,  # [M] int32
+    span_x_ptr,  # [spans of N, 2] int32
+    span_y_ptr,  # [spans of M, 2] int32
     threshold_ptr,  # [N]
     N,
     M,
-    D,
-    tiles_per_split,
-    stride_xn,
-    stride_xd,
-    stride_yn,
-    stride_yd,
-    HAS_IDS: tl.constexpr,
+    share,
+    total,  # int64
+    EXCLUDE: tl.constexpr,
     HAS_RANK: tl.constexpr,
-    HAS_LIFT: tl.constexpr,  # float16: weights below 6e-5 would be rounded as subnormals
-    EVEN_D: tl.constexpr,
-    ALIGN: tl.constexpr,  # divides D and the row strides
+    ONLINE: tl.constexpr,  # float16, whose weights must be relative to the largest of their row
+    STRIDE_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Log-sum-exp of the rows and the softmax-weighted sum of y in one pass (online softmax)."""
-    D = aligned(D, ALIGN)
-    stride_xn = aligned(stride_xn, ALIGN)
-    stride_yn = aligned(stride_yn, ALIGN)
-    row_start = tl.program_id(0) * BLOCK_N
-    rows = row_start + tl.arange(0, BLOCK_N)
-    row_ok = rows < N
-    scale = tl.load(scale_ptr)
-    if HAS_IDS:
-        ids_x = load_ids(ids_x_ptr, rows, N)
-        id_low, id_high = id_range(ids_x)
-    if HAS_RANK:
-        threshold = tl.load(threshold_ptr + rows, mask=row_ok, other=float("inf"))
-    xs = load_chunks(x_ptr, rows, row_ok, stride_xn, stride_xd, D, BLOCK_D, NUM_D, EVEN_D)
+    """Sums of exponentials of the rows, and of y weighted with them, in one pass.
 
-    accs = ()
-    for _ in tl.static_range(NUM_D):
-        accs = accs + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+    c is one constant, or the running maximum of the row if ONLINE (online softmax).
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    first, lo, left, last, slot = share_of_line(share, tiles, total)
+    scale = tl.load(scale_ptr)
+    shift = constant_shift(scale)
+    if ONLINE:
+        shift = 0.0
+    k = scale * LOG2_E
+    for block in range(first, last + 1):
+        hi = tl.minimum(lo + left, tiles)
+        x_start = block * BLOCK_N
+        rows = x_start + tl.arange(0, BLOCK_N)
+        row_ok = rows < N
+        if EXCLUDE == EXCLUDE_IDS:
+            low_x, high_x = span_of(span_x_ptr, x_start, BLOCK_N)
+        if HAS_RANK:
+            threshold = tl.load(threshold_ptr + rows)
+            threshold = (threshold - shift) * LOG2_E
+        xs = load_block(x_ptr, x_start, BLOCK_N, STRIDE_X, D, BLOCK_D, NUM_D)
+        accs = ()
+        for _ in tl.static_range(NUM_D):
+            accs = accs + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+        m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        s = tl.zeros((BLOCK_N,), tl.float32)
+        rank = tl.zeros((BLOCK_N,), tl.int32)
+        for tile in range(lo, hi):
+            y_start = tile * BLOCK_M
+            ys = load_block(y_ptr, y_start, BLOCK_M, STRIDE_Y, D, BLOCK_D, NUM_D)
+            t = dot_chunks(xs, ys, NUM_D, PRECISION) * k - shift * LOG2_E
+            if y_start + BLOCK_M > M:
+                real_branch(scale_ptr)
+                cols = y_start + tl.arange(0, BLOCK_M)
+                t = tl.where((cols < M)[None, :], t, float("-inf"))
+            if EXCLUDE == EXCLUDE_IDS:
+                low_y, high_y = span_of(span_y_ptr, y_start, BLOCK_M)
+                if (low_y <= high_x) & (high_y >= low_x):
+                    short_x = tl.load(short_x_ptr + x_start + tl.arange(0, BLOCK_N))
+                    short_y = tl.load(short_y_ptr + y_start + tl.arange(0, BLOCK_M))
+                    t = tl.where(short_x[:, None] != short_y[None, :], t, float("-inf"))
+            if HAS_RANK:
+                rank += tl.sum((t > threshold[:, None]).to(tl.int32), 1)
+            if ONLINE:
+                m_new = tl.maximum(m, tl.max(t, 1))
+                against = finite_or_zero(m_new)
+                p = tl.exp2(t - against[:, None])
+                rescale = tl.exp2(m - against)
+                s = s * rescale + tl.sum(p, 1)
+                m = m_new
+                p = p * HALF_LIFT
+            else:
+                p = tl.exp2(t)
+                s += tl.sum(p, 1)
+            p = p.to(x_ptr.dtype.element_ty)
+            sums = ()
+            for c in tl.static_range(NUM_D):
+                acc = accs[c]
+                if ONLINE:
+                    acc = acc * rescale[:, None]
+                sums = sums + (tile_dot(p, ys[c], acc, PRECISION),)
+            accs = sums
+
+        at = slot.to(tl.int64) * N + x_start
+        if ONLINE:
+            tl.store(m_ptr + at + tl.arange(0, BLOCK_N), m, mask=row_ok)
+        tl.store(s_ptr + at + tl.arange(0, BLOCK_N), s, mask=row_ok)
+        if HAS_RANK:
+            tl.store(part_rank_ptr + at + tl.arange(0, BLOCK_N), rank, mask=row_ok)
+        factor = 1.0
+        if ONLINE:
+            factor = 1.0 / HALF_LIFT
+        for c in tl.static_range(NUM_D):
+            store_chunk(acc_ptr, at, c, accs[c] * factor, row_ok, D, BLOCK_D)
+        left -= hi - lo
+        lo = lo * 0
+        slot = slot * 0
+
+
+@triton.jit
+def _attend_again(
+    x_ptr, y_ptr, scale, ids_x_ptr, ids_y_ptr, threshold, start, feature, M, chunks,
+    EXCLUDE: tl.constexpr, HAS_RANK: tl.constexpr,
+    STRIDE_X: tl.constexpr, STRIDE_Y: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(lse, mean, rank) with a running maximum and ids of 64 bits; BLOCK_D features of the mean."""
     m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    rank = tl.zeros((BLOCK_N,), tl.int32)
-    lo, hi = tile_range(row_start, tl.cdiv(M, BLOCK_M), tiles_per_split, BLOCK_M, False)
-    for tile in range(lo, hi):
+    rank = tl.zeros((BLOCK_N,), tl.int64)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    rows = start + tl.arange(0, BLOCK_N)
+    for tile in range(0, tl.cdiv(M, BLOCK_M)):
+        s = dot_streamed(
+            x_ptr, y_ptr, start, tile * BLOCK_M, chunks, BLOCK_N, BLOCK_M, STRIDE_X, STRIDE_Y, D,
+            BLOCK_D, PRECISION,
+        ) * scale  # fmt: skip
         cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        col_ok = cols < M
-        ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)
-        s = dot_chunks(xs, ys, NUM_D, PRECISION) * scale
-        edge = (tile + 1) * BLOCK_M > M
-        if HAS_IDS:
-            edge = edge | ids_may_meet(id_low, id_high, load_ids(ids_y_ptr, cols, M))
-        if edge:
-            if HAS_IDS:
-                ids_y = load_ids(ids_y_ptr, cols, M)
-                s = tl.where(ids_x[:, None] == ids_y[None, :], float("-inf"), s)
-            s = tl.where(col_ok[None, :], s, float("-inf"))
-        if HAS_RANK:
-            rank += tl.sum((s > threshold[:, None]).to(tl.int32), 1)
-
+        s = tl.where((cols < M)[None, :], s, float("-inf"))
+        s = leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, ids_x_ptr, ids_y_ptr, EXCLUDE)
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = finite_or_zero(m_new)
         p = exp(s - shift[:, None])
         rescale = exp(m - shift)
         total = total * rescale + tl.sum(p, 1)
         m = m_new
-        if HAS_LIFT:
+        if HAS_RANK:
+            rank += tl.sum((s > threshold[:, None]).to(tl.int32), 1).to(tl.int64)
+        y = load_chunk(y_ptr, tile * BLOCK_M, feature, BLOCK_M, STRIDE_Y, D, BLOCK_D)
+        if y.dtype == tl.float16:
             p = p * HALF_LIFT
-        p = p.to(x_ptr.dtype.element_ty)
-        sums = ()
-        for c in tl.static_range(NUM_D):
-            sums = sums + (tile_dot(p, ys[c], accs[c] * rescale[:, None], PRECISION),)
-        accs = sums
-
-    slot = tl.program_id(1).to(tl.int64) * N + rows
-    tl.store(m_ptr + slot, m, mask=row_ok)
-    tl.store(s_ptr + slot, total, mask=row_ok)
-    if HAS_RANK:
-        tl.store(part_rank_ptr + slot, rank, mask=row_ok)
-    factor = 1.0
-    if HAS_LIFT:
-        factor = 1.0 / HALF_LIFT
-    for c in tl.static_range(NUM_D):
-        features = c * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = row_ok[:, None] & (features < D)[None, :]
-        tl.store(acc_ptr + slot[:, None] * D + features[None, :], accs[c] * factor, mask=mask)
+        acc = tile_dot(p.to(y.dtype), y, acc * rescale[:, None], PRECISION)
+    if x_ptr.dtype.element_ty == tl.float16:
+        acc = acc * (1.0 / HALF_LIFT)
+    lse = m + tl.log2(total) * LN_2
+    return lse, acc / tl.where(total == 0.0, 1.0, total)[:, None], rank
 
 
-@triton.jit
+@kernel
 def attend_combine_kernel(
+    lse_ptr,  # [N] float32
     mean_ptr,  # [N, D] float32
-    m_ptr,  # [splits, N]
-    s_ptr,  # [splits, N]
-    acc_ptr,  # [splits, N, D]
+    rank_ptr,  # [N] int64
+    m_ptr,  # [slots, N]; only with ONLINE
+    s_ptr,  # [slots, N]
+    part_rank_ptr,  # [slots, N] int32
+    acc_ptr,  # [slots, N, D]
+    x_ptr,  # [N, D]
+    y_ptr,  # [M, D]
+    scale_ptr,  # 0-d
+    ids_x_ptr,  # [N] int64
+    ids_y_ptr,  # [M] int64
+    wide_ptr,  # [wide_count] int32
+    threshold_ptr,  # [N]
     N,
-    D,
-    splits,
+    M,
+    wide_count,
+    chunks,
+    share,
+    tiles,  # of a held block
+    HAS_RANK: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    ONLINE: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HELD: tl.constexpr,  # rows of a held block, a multiple of BLOCK_N
+    SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """mean_i = sum_p w_ip acc_ip / sum_p w_ip s_ip with w_ip = exp(m_ip - max_p m_ip)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """lse, rank and mean_i = sum_p w_ip acc_ip / sum_p w_ip s_ip, SLOTS partial results at a time.
+
+    w = 1 where every slot has the same shift, exp(m_ip - max_p m_ip) if ONLINE.  Program axis 1: features.
+    """
+    begin = tl.program_id(0) * BLOCK_N
+    rows = begin + tl.arange(0, BLOCK_N)
     row_ok = rows < N
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = row_ok[:, None] & (features < D)[None, :]
+    used = slots_of((begin // HELD).to(tl.int64) * tiles, tiles, share)
     m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    s = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for p in range(splits):
-        slot = tl.cast(p, tl.int64) * N + rows
-        m_part = tl.load(m_ptr + slot, mask=row_ok, other=float("-inf"))
-        s_part = tl.load(s_ptr + slot, mask=row_ok, other=0.0)
-        a_part = tl.load(acc_ptr + slot[:, None] * D + features[None, :], mask=mask, other=0.0)
-        m_new = tl.maximum(m, m_part)
-        shift = finite_or_zero(m_new)
-        old = exp(m - shift)
-        new = exp(m_part - shift)
-        total = total * old + s_part * new
-        acc = acc * old[:, None] + a_part * new[:, None]
-        m = m_new
+    rank = tl.zeros((BLOCK_N,), tl.int64)
+    for base in range(0, used, SLOTS):
+        weights = ()
+        m_new = m
+        if ONLINE:
+            for i in tl.static_range(SLOTS):
+                slot = tl.cast(base + i, tl.int64) * N + rows
+                ok = row_ok & (base + i < used)
+                weights = weights + (tl.load(m_ptr + slot, mask=ok, other=float("-inf")),)
+            for i in tl.static_range(SLOTS):
+                m_new = tl.maximum(m_new, weights[i])
+        against = finite_or_zero(m_new)
+        sums = ()
+        accs = ()
+        ranks = ()
+        for i in tl.static_range(SLOTS):
+            slot = tl.cast(base + i, tl.int64) * N + rows
+            ok = row_ok & (base + i < used)
+            part = tl.load(s_ptr + slot, mask=ok, other=0.0)
+            at = slot[:, None] * D + features[None, :]
+            part_acc = tl.load(acc_ptr + at, mask=mask & (base + i < used), other=0.0)
+            if ONLINE:
+                weight = tl.exp2(weights[i] - against)
+                part = part * weight
+                part_acc = part_acc * weight[:, None]
+            sums = sums + (part,)
+            accs = accs + (part_acc,)
+            if HAS_RANK:
+                ranks = ranks + (tl.load(part_rank_ptr + slot, mask=ok, other=0),)
+        if ONLINE:
+            rescale = tl.exp2(m - against)
+            s = s * rescale
+            acc = acc * rescale[:, None]
+            m = m_new
+        s += tree_sum(sums, SLOTS)
+        acc += tree_sum(accs, SLOTS)
+        if HAS_RANK:
+            rank += tree_sum(ranks, SLOTS).to(tl.int64)
+    scale = tl.load(scale_ptr)
+    if ONLINE:
+        lse = (m + tl.log2(s)) * LN_2
+        lost = rows < 0
+    else:
+        lse = constant_shift(scale) + tl.log2(s) * LN_2
+        lost = row_ok & (((s >= TINY) & (s <= HUGE)) == 0)
     # Nothing allowed: acc is 0 and so is the mean.
-    mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(mean_ptr + rows[:, None] * D + features[None, :], mean, mask=mask)
+    mean = acc / tl.where(s == 0.0, 1.0, s)[:, None]
+    if EXCLUDE == EXCLUDE_IDS:
+        lost = lost | (any_wide(wide_ptr, wide_count) != 0)
+    if EXCLUDE == EXCLUDE_IDS or not ONLINE:
+        if tl.max(lost.to(tl.int32), 0) != 0:
+            threshold = s
+            if HAS_RANK:
+                threshold = tl.load(threshold_ptr + rows)
+            lse_again, mean_again, rank_again = _attend_again(
+                x_ptr, y_ptr, scale, ids_x_ptr, ids_y_ptr, threshold, begin,
+                tl.program_id(1), M, chunks, EXCLUDE, HAS_RANK, STRIDE_X, STRIDE_Y, D,
+                PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            lse = tl.where(lost, lse_again, lse)
+            mean = tl.where(lost[:, None], mean_again, mean)
+            rank = tl.where(lost, rank_again, rank)
+    tl.store(mean_ptr + rows.to(tl.int64)[:, None] * D + features[None, :], mean, mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + rows, lse, mask=row_ok)
+        if HAS_RANK:
+            tl.store(rank_ptr + rows, rank, mask=row_ok)
 
 
 # ---- extremes ------------------------------------------------------------------------------------
@@ -186,10 +325,10 @@ def _tile_best(s, no_candidate, cols):
     return best, tl.where(best == float("-inf"), NO_INDEX, index)
 
 
-@triton.jit
+@kernel
 def extremes_kernel(
-    value_ptr,  # [2, SPLITS, N] float32: max over equal ids; max of -S over different ids
-    index_ptr,  # [2, SPLITS, N] int32
+    value_ptr,  # [2, slots, N] float32: max over equal ids; max of -S over different ids
+    index_ptr,  # [2, slots, N] int32
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
     scale_ptr,  # 0-d
@@ -198,17 +337,15 @@ def extremes_kernel(
     ids_y_ptr,  # [M] int64
     N,
     M,
-    D,
-    tiles_per_split,
-    stride_xn,
-    stride_xd,
-    stride_yn,
-    stride_yd,
+    chunks,
+    share,
+    total,  # int64
+    slots,
     SELF: tl.constexpr,  # j = i is no candidate
     HAS_BIAS: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    ALIGN: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    D: tl.constexpr,
     HOLD_X: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_D: tl.constexpr,
@@ -216,77 +353,85 @@ def extremes_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Arg-max of S over equal ids and arg-min over different ids, for each row."""
-    D = aligned(D, ALIGN)
-    stride_xn = aligned(stride_xn, ALIGN)
-    stride_yn = aligned(stride_yn, ALIGN)
-    row_start = tl.program_id(0) * BLOCK_N
-    rows = row_start + tl.arange(0, BLOCK_N)
-    row_ok = rows < N
+    """Arg-max of S over equal ids and arg-min over different ids, for each row.
+
+    Rows of y from M on repeat the last one, here alone: a candidate again, which changes nothing.
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    first, lo, left, last, slot = share_of_line(share, tiles, total)
     scale = tl.load(scale_ptr)
-    ids_x = tl.load(ids_x_ptr + rows, mask=row_ok, other=0)
-    if HOLD_X:
-        xs = load_chunks(x_ptr, rows, row_ok, stride_xn, stride_xd, D, BLOCK_D, NUM_D, EVEN_D)
-
-    same_value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    same_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
-    other_value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    other_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
-    lo, hi = tile_range(row_start, tl.cdiv(M, BLOCK_M), tiles_per_split, BLOCK_M, False)
-    for tile in range(lo, hi):
-        cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        col_ok = cols < M
+    for block in range(first, last + 1):
+        hi = tl.minimum(lo + left, tiles)
+        x_start = block * BLOCK_N
+        rows = x_start + tl.arange(0, BLOCK_N)
+        row_ok = rows < N
+        ids_x = tl.load(ids_x_ptr + rows)
         if HOLD_X:
-            ys = load_chunks(y_ptr, cols, col_ok, stride_yn, stride_yd, D, BLOCK_D, NUM_D, EVEN_D)
-            s = dot_chunks(xs, ys, NUM_D, PRECISION) * scale
-        else:
-            s = dot_streamed(
-                x_ptr, y_ptr, rows, row_ok, cols, col_ok, stride_xn, stride_xd, stride_yn, stride_yd, D,
-                BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D, PRECISION,
-            ) * scale  # fmt: skip
-        if HAS_BIAS:
-            s += tl.load(bias_y_ptr + cols, mask=col_ok, other=0.0)[None, :]
-        ids_y = tl.load(ids_y_ptr + cols, mask=col_ok, other=0)
-        same = ids_x[:, None] == ids_y[None, :]
-        not_same = ids_x[:, None] != ids_y[None, :]
-        not_other = same
-        if not EVEN_M:
-            not_same = not_same | (cols >= M)[None, :]
-            not_other = not_other | (cols >= M)[None, :]
-        if SELF:
-            not_same = not_same | (rows[:, None] == cols[None, :])
-        tile_value, tile_index = _tile_best(s, not_same, cols)
-        same_value, same_index = _keep_best(same_value, same_index, tile_value, tile_index)
-        tile_value, tile_index = _tile_best(-s, not_other, cols)
-        other_value, other_index = _keep_best(other_value, other_index, tile_value, tile_index)
+            xs = load_block(x_ptr, x_start, BLOCK_N, STRIDE_X, D, BLOCK_D, NUM_D)
+        same_value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        same_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
+        other_value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        other_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
+        for tile in range(lo, hi):
+            y_start = tile * BLOCK_M
+            cols = y_start + tl.arange(0, BLOCK_M)
+            if HOLD_X:
+                ys = load_block(y_ptr, y_start, BLOCK_M, STRIDE_Y, D, BLOCK_D, NUM_D)
+                s = dot_chunks(xs, ys, NUM_D, PRECISION) * scale
+            else:
+                s = dot_streamed(
+                    x_ptr, y_ptr, x_start, y_start, chunks, BLOCK_N, BLOCK_M, STRIDE_X, STRIDE_Y, D,
+                    BLOCK_D, PRECISION,
+                ) * scale  # fmt: skip
+            known = tl.minimum(cols, M - 1)
+            if HAS_BIAS:
+                s += tl.load(bias_y_ptr + known)[None, :]
+            ids_y = tl.load(ids_y_ptr + known)
+            same = ids_x[:, None] == ids_y[None, :]
+            not_same = ids_x[:, None] != ids_y[None, :]
+            not_other = same
+            if SELF:
+                not_same = not_same | (rows[:, None] == known[None, :])
+            tile_value, tile_index = _tile_best(s, not_same, cols)
+            same_value, same_index = _keep_best(same_value, same_index, tile_value, tile_index)
+            tile_value, tile_index = _tile_best(-s, not_other, cols)
+            other_value, other_index = _keep_best(other_value, other_index, tile_value, tile_index)
 
-    slot = tl.program_id(1).to(tl.int64) * N + rows
-    second = tl.num_programs(1).to(tl.int64) * N
-    tl.store(value_ptr + slot, same_value, mask=row_ok)
-    tl.store(index_ptr + slot, same_index, mask=row_ok)
-    tl.store(value_ptr + second + slot, other_value, mask=row_ok)
-    tl.store(index_ptr + second + slot, other_index, mask=row_ok)
+        at = slot.to(tl.int64) * N + rows
+        second = tl.cast(slots, tl.int64) * N
+        tl.store(value_ptr + at, same_value, mask=row_ok)
+        tl.store(index_ptr + at, same_index, mask=row_ok)
+        tl.store(value_ptr + second + at, other_value, mask=row_ok)
+        tl.store(index_ptr + second + at, other_index, mask=row_ok)
+        left -= hi - lo
+        lo = lo * 0
+        slot = slot * 0
 
 
-@triton.jit
+@kernel
 def extremes_combine_kernel(
     index_out_ptr,  # [2, N] int64
-    value_ptr,  # [2, splits, N]
-    index_ptr,  # [2, splits, N] int32
+    value_ptr,  # [2, slots, N]
+    index_ptr,  # [2, slots, N] int32
     N,
-    splits,
+    share,
+    tiles,
+    slots,
+    HELD: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Best of the splits; -1 where no split had a candidate.  Program axis 1: max, min."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    """Best of the slots; -1 where no slot had a candidate.  Program axis 1: max, min."""
+    rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     row_ok = rows < N
     which = tl.program_id(1).to(tl.int64)
+    used = slots_of((rows // HELD).to(tl.int64) * tiles, tiles, share)
     value = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     index = tl.full((BLOCK_L,), NO_INDEX, tl.int32)
-    for p in range(splits):
-        slot = (which * splits + p) * N + rows
-        part_value = tl.load(value_ptr + slot, mask=row_ok, other=float("-inf"))
-        part_index = tl.load(index_ptr + slot, mask=row_ok, other=NO_INDEX)
+    for p in range(0, slots):
+        ok = row_ok & (p < used)
+        slot = (which * slots + p) * N + rows
+        part_value = tl.load(value_ptr + slot, mask=ok, other=float("-inf"))
+        part_index = tl.load(index_ptr + slot, mask=ok, other=NO_INDEX)
         value, index = _keep_best(value, index, part_value, part_index)
     index = tl.where(index == NO_INDEX, -1, index).to(tl.int64)
     tl.store(index_out_ptr + which * N + rows, index, mask=row_ok)

@@ -4,19 +4,21 @@
 Nothing here reads a tensor on the host, and every buffer size follows from shapes alone, so each
 function can be captured in a CUDA graph.  How much is allocated beyond the outputs:
 
-* row slots: splits * N * 3 words, column slots: row blocks per launch * M * 3 words, both at most
-  ``max((N + M) * D, 2^24)`` words;
-* partial products of backward and attend: splits * N * D words under the same bound;
+* row slots: programs that share a held block * N * 2 words, column slots: held blocks per launch * M * 2
+  words, both at most ``max((N + M) * D, 2^24)`` words;
+* partial products of backward and attend: programs that share a block * N * D words, same bound;
 * a panel of G, for large D only: rows * M elements under the same bound;
 * a copy of operands whose layout tiles could not read well: see ``plan.packed``.
 
 So extra memory is O((N + M) * D) plus at most 64 MiB a buffer.  Columns are reduced in the same pass
-as rows: each row block writes its column sums to a slot of its own, and when the slots of one launch
-reach the bound they are folded into slot 0 before the next launch.  The alternative, a second pass
+as rows: each held block writes its column sums to a slot of its own, and when the slots of one launch
+reach the bound they are folded into one before the next launch.  The alternative, a second pass
 with the roles swapped, needs no slots but computes every product twice.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -34,15 +36,21 @@ from ..interface import (
     Wanted,
 )
 from . import configs, kernels, kernels_rows
+from .configs import Config
 from .gradients import Side, gradient
 from .plan import (
-    COMBINE_BLOCK,
-    Slots,
+    Excluded,
+    Sums,
+    again_flags,
     check,
+    chunk_count,
+    folded_line,
+    line,
     packed,
+    ratio_of,
     slot_words,
-    splits_for,
     tile_flags,
+    triangle,
     trimmed,
     vector,
 )
@@ -53,15 +61,48 @@ def pairwise_forward(
     kind: Kind, tiles: Tiles, want_col: bool, thresholds: Thresholds
 ) -> PairwiseForward:
     """See ``Backend.pairwise_forward``.  Self mode visits one triangle of S: N^2 D FLOPs."""
-    scale, bias, triangle = tiles.scale, tiles.bias, tiles.is_self
     check("pairwise_forward", tiles.q, tiles.k)
     q, y = packed(tiles.q) * 2 if tiles.k is None else packed(tiles.q, tiles.k)
+    excluded = Excluded.by_ids(tiles.ids_q, None if tiles.is_self else tiles.ids_k)
+    return forward(kind, q, y, tiles, excluded, want_col, thresholds)
+
+
+def _forward_config(x: Tensor, M: int, is_triangle: bool, heavy: bool) -> Config:
+    """The table's configuration, or the narrow one where registers or programs are too few.
+
+    Args:
+        x: The held side.
+        M: Rows of the swept side.
+        is_triangle: Whether one triangle is visited.
+        heavy: Ranks, or softplus: what takes more registers than a sum of exponentials.
+    """
+    device, (N, D) = x.device, x.shape
+    config = configs.require("forward", device, D, x.dtype)
+    blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    total = blocks * tiles
+    if is_triangle:
+        total = folded_line(0, blocks, tiles, ratio_of(config), 1).total
+    if heavy or total < configs.multiprocessors(device):
+        return configs.require("narrow", device, D, x.dtype)
+    return config
+
+
+def forward(
+    kind: Kind,
+    q: Tensor,
+    y: Tensor,
+    tiles: Tiles,
+    excluded: Excluded,
+    want_col: bool,
+    thresholds: Thresholds,
+) -> PairwiseForward:
+    """``pairwise_forward`` of packed operands and prepared ids."""
+    is_triangle = tiles.is_self
     (N, D), M, device = q.shape, y.shape[0], q.device
     kind_id = 0 if kind == "lse" else 1
-    has_col = triangle or want_col
-    ids_x, ids_y = vector(tiles.ids_q), vector(tiles.ids_q if triangle else tiles.ids_k)
+    has_col = is_triangle or want_col
     threshold_row = vector(thresholds.row)
-    threshold_col = threshold_row if triangle else vector(thresholds.col)
+    threshold_col = threshold_row if is_triangle else vector(thresholds.col)
     rank_row, rank_col = threshold_row is not None, has_col and threshold_col is not None
 
     def empty(length: int, dtype: torch.dtype) -> Tensor:
@@ -79,70 +120,110 @@ def pairwise_forward(
             t.zero_()
         return result
 
-    config = configs.require("forward", device, D, q.dtype)
+    heavy = rank_row or rank_col or kind_id == 1
+    config = _forward_config(q, M, is_triangle, heavy)
+    ratio = ratio_of(config) if is_triangle else 1
     row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     words = slot_words(N, M, D)
-    group = min(row_blocks, max(1, words // (3 * M))) if has_col else row_blocks
-    splits, per_split = splits_for(device, group, col_blocks, max(1, words // (3 * N)))
-    # Slots of one buffer: [a row slot for each split | the fold | a column slot for each row block].
+    group = min(row_blocks, max(1, words // (2 * M))) if has_col else row_blocks
+    group = triton.cdiv(row_blocks, triton.cdiv(row_blocks, group))  # launches of equal size
+    capacity = configs.capacity(device, config)
+    shared = line(group, col_blocks, capacity, max(2, words // (2 * N)))
+    lines = {}
+    for first_block in range(0, row_blocks, group):
+        blocks = min(group, row_blocks - first_block)
+        if is_triangle:
+            lines[first_block] = triangle(first_block, blocks, col_blocks, ratio, capacity)
+        else:
+            lines[first_block] = replace(shared, blocks=blocks, total=blocks * col_blocks)
+    row_slots = max(each.slots for each in lines.values())
+    # Slots of one buffer: [row slots | the fold | a column slot for each held block of a launch].
     # In self mode rows and columns are the same thing and share it; otherwise each has its own.
     folds = group < row_blocks
-    rows = Slots(kind_id, rank_row, splits + (folds + group if triangle else 0), N, device)
-    cols, fold = rows, splits
-    if has_col and not triangle:
-        cols, fold = Slots(kind_id, rank_col, folds + group, M, device), 0
-    col_base = fold + folds
+    rows = Sums(row_slots + (folds + group if is_triangle else 0), N, rank_row, device)
+    cols, fold = rows, row_slots
+    if has_col and not is_triangle:
+        cols, fold = Sums(folds + group, M, rank_col, device), 0
+    first_col = fold + folds
     if folds:
         cols.clear(fold)
 
     flags = {
         "KIND": kind_id,
-        "TRIANGLE": triangle,
+        "TRIANGLE": is_triangle,
         "HAS_COL": has_col,
-        "HAS_BIAS": bias is not None,
-        "HAS_IDS": ids_x is not None,
+        "HAS_BIAS": tiles.bias is not None,
+        "EXCLUDE": excluded.mode,
         "HAS_RANK_ROW": rank_row,
         "HAS_RANK_COL": rank_col,
         "HOLD_X": config.hold_x,
+        "PREFETCH": config.prefetch,
+        "FOLD": configs.folds(configs.arch_of(device)),
         **tile_flags(config, q, y),
     }
-    for first_block in range(0, row_blocks, group):
-        blocks = min(group, row_blocks - first_block)
+
+    def combine(out: Tensor | None, of_rows: bool, first_block: int, last: int) -> None:
+        """Columns of a launch, or rows (with the columns in self mode)."""
+        mine = of_rows or is_triangle
+        side, other = (q, y) if mine else (y, q)
+        sums = rows if mine else cols
+        sums.combine(
+            kind_id,
+            out,
+            (out_rank_row if mine else out_rank_col) if out is not None and sums.rank is not None
+            else None,
+            side,
+            other,
+            tiles.scale,
+            excluded if mine else excluded.swapped(),
+            threshold_row if mine else threshold_col,
+            config,
+            shared,
+            capacity,
+            row_slots if mine else 0,
+            first_col if is_triangle or not mine else row_slots,
+            last,
+            first_block,
+            group,
+            is_triangle,
+        )  # fmt: skip
+
+    for first_block, here in lines.items():
+        blocks = here.blocks
         launch(
             kernels.forward_kernel,
-            (blocks, splits),
+            (here.programs,),
             device,
-            *rows.pointers(0),
-            *(cols.pointers(col_base) if has_col else (None, None, None)),
+            *rows.at(0),
+            *(cols.at(first_col) if has_col else (None, None)),
             q,
             y,
-            scale,
-            bias,
-            ids_x,
-            ids_y,
+            tiles.scale,
+            tiles.bias,
+            *excluded.shorts(),
             threshold_row,
             threshold_col if rank_col else None,
             N,
             M,
-            D,
-            per_split,
+            excluded.period,
+            chunk_count(flags),
+            here.share,
+            here.total,
             first_block,
-            *q.stride(),
-            *y.stride(),
+            blocks,
             **flags,
         )
         if not has_col:
             continue
-        where = (col_base, first_block, config) if triangle else None
-        end = col_base + blocks
+        end = first_col + blocks
         if first_block + blocks < row_blocks:
-            cols.combine(None, None, fold, end, where)
-        elif triangle:
-            cols.combine(out_row, out_rank_row if rank_row else None, 0, end, where)
+            combine(None, is_triangle, first_block, end)
+        elif is_triangle:
+            combine(out_row, True, first_block, end)
         else:
-            cols.combine(out_col, out_rank_col if rank_col else None, 0, end)
-    if not triangle:
-        rows.combine(out_row, out_rank_row if rank_row else None, 0, splits)
+            combine(out_col, False, first_block, end)
+    if not is_triangle:
+        combine(out_row, True, 0, row_slots)
     return result
 
 
@@ -162,17 +243,21 @@ def pairwise_backward(
     nothing = torch.empty(0, dtype=torch.float32, device=q.device)
     dq = dk = nothing
     total: Tensor | None = None
-    q_side = _side(q, tiles.ids_q, row, lse)
-    k_side = q_side if k is None else _side(k, tiles.ids_k, col, lse)
+    excluded = Excluded.by_ids(tiles.ids_q, None if tiles.is_self else tiles.ids_k)
+    q_side = _side(q, row, lse)
+    k_side = q_side if k is None else _side(k, col, lse)
     if wanted.dq or (not lse and not wanted.dk):
-        dx, total = gradient(kind_id, q_side, k_side, scale, bias, scale, want_dbias=not lse)
+        dx, total = gradient(
+            kind_id, q_side, k_side, scale, bias, scale, excluded, want_dbias=not lse
+        )
         dq = dx if wanted.dq else nothing
         if k is None and total is not None:
             total = 0.5 * total  # the pass summed G + G^T
     if wanted.dk and k is not None:
         dk, swapped = gradient(
-            kind_id, k_side, q_side, scale, bias, scale, want_dbias=not lse and total is None
-        )
+            kind_id, k_side, q_side, scale, bias, scale, excluded.swapped(),
+            want_dbias=not lse and total is None,
+        )  # fmt: skip
         total = swapped if total is None else total
     if total is None:
         total = torch.zeros((), dtype=torch.float32, device=q.device)
@@ -180,11 +265,11 @@ def pairwise_backward(
     return PairwiseBackward(dq, dk, total)
 
 
-def _side(x: Tensor, ids: Tensor | None, state: RowState | None, lse: bool) -> Side:
+def _side(x: Tensor, state: RowState | None, lse: bool) -> Side:
     """An operand and what the backward pass knows of its rows."""
     if state is None:
-        return Side(x, vector(ids), None, None)
-    return Side(x, vector(ids), vector(state.lse) if lse else None, vector(state.gradient))
+        return Side(x, None, None)
+    return Side(x, vector(state.lse) if lse else None, vector(state.gradient))
 
 
 def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
@@ -196,18 +281,18 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     if tiles.k is None:
         raise ValueError("attend: k must be given, got None")
     check("attend", tiles.q, tiles.k)
-    scale, ids_q, ids_k, features = tiles.scale, tiles.ids_q, tiles.ids_k, tiles.q.shape[1]
+    scale, features = tiles.scale, tiles.q.shape[1]
     q, k = packed(tiles.q, tiles.k)
     (N, D), M, device = q.shape, k.shape[0], q.device
+    excluded = Excluded.by_ids(tiles.ids_q, tiles.ids_k)
     config = configs.choose("fused", device, D, q.dtype)
     if config is None:
-        operands = tiles._replace(q=q, k=k)
-        forward = pairwise_forward("lse", operands, False, Thresholds(threshold))
-        one = torch.ones((), dtype=torch.float32, device=device)
-        rows = Side(q, vector(ids_q), forward.row, one.expand(N).contiguous())
-        columns = Side(k, vector(ids_k), None, None)
-        mean_key, _ = gradient(0, rows, columns, scale, None, one, want_dbias=False)
-        return Attend(forward.row, trimmed(mean_key, features), forward.rank_row)
+        found = forward("lse", q, k, tiles, excluded, False, Thresholds(threshold))
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        rows = Side(q, vector(found.row), vector(one.expand(N)))
+        columns = Side(k, None, None)
+        mean_key, _ = gradient(0, rows, columns, scale, None, one, excluded, want_dbias=False)
+        return Attend(found.row, trimmed(mean_key, features), found.rank_row)
 
     has_rank = threshold is not None
     lse = torch.empty(N, dtype=torch.float32, device=device)
@@ -217,49 +302,64 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
         mean_key = trimmed(mean_key.zero_(), features)
         return Attend(lse.fill_(float("-inf")), mean_key, rank.zero_())
     row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
-    splits, per_split = splits_for(
-        device, row_blocks, col_blocks, max(1, slot_words(N, M, D) // (N * D))
-    )
-    slots = Slots(0, has_rank, splits, N, device)
-    acc = torch.empty(splits, N, D, dtype=torch.float32, device=device)
+    shared = line(
+        row_blocks, col_blocks, configs.capacity(device, config),
+        slot_words(N, M, D) // (N * D),
+    )  # fmt: skip
+    online = q.dtype == torch.float16
+    sums = Sums(shared.slots, N, has_rank, device)
+    largest = torch.empty_like(sums.s) if online else None
+    acc = torch.empty(shared.slots, N, D, dtype=torch.float32, device=device)
+    threshold = vector(threshold)
     launch(
         kernels_rows.attend_kernel,
-        (row_blocks, splits),
+        (shared.programs,),
         device,
-        *slots.pointers(0),
+        largest,
+        *sums.at(0),
         acc,
         q,
         k,
         scale,
-        vector(ids_q),
-        vector(ids_k),
-        vector(threshold),
+        *excluded.shorts(),
+        threshold,
         N,
         M,
-        D,
-        per_split,
-        *q.stride(),
-        *k.stride(),
-        HAS_IDS=ids_q is not None,
+        shared.share,
+        shared.total,
+        EXCLUDE=excluded.mode,
         HAS_RANK=has_rank,
-        HAS_LIFT=q.dtype == torch.float16,
+        ONLINE=online,
         **tile_flags(config, q, k),
     )
-    slots.combine(lse, rank if has_rank else None, 0, splits)
-    block_n, block_d = 16, min(64, max(16, triton.next_power_of_2(D)))
+    flags = again_flags(q, k, 16, shared.slots)
     launch(
         kernels_rows.attend_combine_kernel,
-        (triton.cdiv(N, block_n), triton.cdiv(D, block_d)),
+        (triton.cdiv(N, flags["BLOCK_N"]), triton.cdiv(D, flags["BLOCK_D"])),
         device,
+        lse,
         mean_key,
-        slots.m,
-        slots.s,
+        rank if has_rank else None,
+        largest,
+        *sums.at(0),
         acc,
+        q,
+        k,
+        scale,
+        *excluded.ids(),
+        excluded.wide,
+        threshold,
         N,
-        D,
-        splits,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
+        M,
+        excluded.wide_count,
+        chunk_count(flags),
+        shared.share,
+        shared.tiles,
+        HAS_RANK=has_rank,
+        EXCLUDE=excluded.mode,
+        ONLINE=online,
+        HELD=config.block_n,
+        **flags,
     )
     return Attend(lse, trimmed(mean_key, features), rank)
 
@@ -269,23 +369,27 @@ def extremes(tiles: Tiles) -> Extremes:
     check("extremes", tiles.q, tiles.k)
     if tiles.ids_q is None:
         raise ValueError("extremes: ids_q must be given, got None")
-    q, y = packed(tiles.q) * 2 if tiles.k is None else packed(tiles.q, tiles.k)
+    operands = (tiles.q,) if tiles.k is None else (tiles.q, tiles.k)
+    q, y = (packed(*operands, repeat=True) * 2)[:2]
     (N, D), M, device = q.shape, y.shape[0], q.device
-    found = torch.full((2, N), -1, dtype=torch.int64, device=device)
+    found = torch.empty(2, N, dtype=torch.int64, device=device)
     if N == 0 or M == 0:
+        found.fill_(-1)
         return Extremes(found[0], found[1])
-    ids_x = tiles.ids_q.contiguous()
-    ids_y = ids_x if tiles.is_self or tiles.ids_k is None else tiles.ids_k.contiguous()
+    ids_x = vector(tiles.ids_q)
+    ids_y = ids_x if tiles.is_self or tiles.ids_k is None else vector(tiles.ids_k)
     config = configs.require("extremes", device, D, q.dtype)
     row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
-    splits, per_split = splits_for(
-        device, row_blocks, col_blocks, max(1, slot_words(N, M, D) // (4 * N))
-    )
-    values = torch.empty(2, splits, N, dtype=torch.float32, device=device)
-    indices = torch.empty(2, splits, N, dtype=torch.int32, device=device)
+    shared = line(
+        row_blocks, col_blocks, configs.capacity(device, config),
+        slot_words(N, M, D) // (4 * N),
+    )  # fmt: skip
+    values = torch.empty(2, shared.slots, N, dtype=torch.float32, device=device)
+    indices = torch.empty(2, shared.slots, N, dtype=torch.int32, device=device)
+    flags = tile_flags(config, q, y)
     launch(
         kernels_rows.extremes_kernel,
-        (row_blocks, splits),
+        (shared.programs,),
         device,
         values,
         indices,
@@ -297,25 +401,28 @@ def extremes(tiles: Tiles) -> Extremes:
         ids_y,
         N,
         M,
-        D,
-        per_split,
-        *q.stride(),
-        *y.stride(),
+        chunk_count(flags),
+        shared.share,
+        shared.total,
+        shared.slots,
         SELF=tiles.is_self,
         HAS_BIAS=tiles.bias is not None,
-        EVEN_M=M % config.block_m == 0,
         HOLD_X=config.hold_x,
-        **tile_flags(config, q, y),
+        **flags,
     )
+    block = 256
     launch(
         kernels_rows.extremes_combine_kernel,
-        (triton.cdiv(N, COMBINE_BLOCK), 2),
+        (triton.cdiv(N, block), 2),
         device,
         found,
         values,
         indices,
         N,
-        splits,
-        BLOCK_L=COMBINE_BLOCK,
+        shared.share,
+        shared.tiles,
+        shared.slots,
+        HELD=config.block_n,
+        BLOCK_L=block,
     )
     return Extremes(found[0], found[1])

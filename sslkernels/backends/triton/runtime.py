@@ -21,6 +21,7 @@ class Launch:
     grid: tuple[int, ...]
     flags: dict[str, Any] = field(default_factory=dict)
     operand: torch.dtype | None = None  # of the first matrix among the inputs, x
+    arguments: dict[str, Any] = field(default_factory=dict)  # the numbers among them
 
 
 _recording: list[Launch] | None = None
@@ -45,7 +46,8 @@ def launch(
         named = dict(zip((n for n in kernel.arg_names if n not in flags), args, strict=False))
         x = named.get("x_ptr")
         operand = x.dtype if isinstance(x, torch.Tensor) else None
-        _recording.append(Launch(kernel.__name__, grid, dict(flags), operand))
+        numbers = {name: value for name, value in named.items() if isinstance(value, int)}
+        _recording.append(Launch(kernel.__name__, grid, dict(flags), operand, numbers))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **configs.compiler_options(configs.arch_of(device)), **flags)

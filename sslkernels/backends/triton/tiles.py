@@ -1,29 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tile engine: every kernel visits the tiles of S = scale * X Y^T (+ bias) and keeps none.
 
-``x`` [N, D] owns the rows a program works on, ``y`` [M, D] is the side it sweeps over.  For the
-gradient of k the launcher swaps the roles, so there is one backward kernel and not two.
+``x`` [N, D] is the *held* side: a program keeps BLOCK_N of its rows on chip and sweeps over ``y`` [M, D],
+the *swept* side.  For the gradient of k the launcher swaps the roles: there is one backward kernel.
 
 What all kernels share, and why:
 
-* A row index becomes int64 where it is multiplied by a stride or D, and stays int32 where it is only
-  compared: there are fewer than 2^31 rows, and masks in int64 would cost twice the registers.
+* A program's first row is an int64 before it is multiplied by a stride; within a block offsets are int32, and
+  the strides are compile-time constants, so that the addresses of a tile are one pointer and constants.
+* Operands have whole blocks of rows: ``plan.packed`` fills them up with zeros where they have not, and every
+  vector likewise.  So no load needs a mask, and neither padding nor whatever lies behind a buffer can
+  enter a reduction: columns from M on are -inf in S or zero rows in a product, rows from N on are not stored.
 * D is swept in chunks of ``BLOCK_D``, the last one masked.  D = 768 is six chunks of 128 and wastes
   nothing, where padding to the next power of two would waste a quarter.
-* Loads are masked with 0 and *S* is masked with -inf before any maximum or exponential, so neither
-  padded columns nor whatever lies behind a buffer can enter a reduction.
-* exp(S - m) = exp2((S - m) * LOG2_E), one hardware instruction.  The difference comes first: where the
-  result matters it is small, so the product with LOG2_E adds no error to that of S itself, also for
-  logits of 1e4.  Running state is the pair (m, sum), and lse = m + log2(sum) * LN_2.
+* exp(S - c) = exp2(dot * k - c2) with k = scale * LOG2_E is one multiply-add and one hardware instruction.
+  c is one number for all of S, ``constant_shift(scale)``: right for unit rows up to a scale of 64 + 53, and
+  any others as long as no sum leaves [TINY, HUGE].  Every kernel checks its sums and computes what fails
+  again with a running maximum, so the shift is never a question of correctness.
 * No atomics: every partial result has a slot of its own and the combine kernels read the slots in
-  ascending order.
+  a fixed order.
 """
 
 # Triton reads annotations of kernel arguments itself (tl.constexpr), so no `from __future__ import
 # annotations` here: it would turn them into strings.
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+# Arguments that are read or written a tile at a time, from addresses that are multiples of 16 bytes.
+MATRICES = ("x_ptr", "y_ptr", "g_ptr", "dx_ptr", "acc_ptr", "parts_ptr", "mean_ptr")
+
+
+def kernel(fn: Callable[..., Any]) -> Any:
+    """``triton.jit`` for a kernel whose sizes vary: one binary serves every number of rows.
+
+    Triton would compile anew for an integer that is 1 or a multiple of 16, and for a vector that begins
+    elsewhere: a last batch of 255 rows must not cost seconds.
+    """
+    plain = [
+        name
+        for name, parameter in inspect.signature(fn).parameters.items()
+        if parameter.annotation is not tl.constexpr
+    ]
+    pointers = [name for name in plain if name.endswith("_ptr")]
+    return triton.jit(
+        do_not_specialize=[name for name in plain if name not in pointers],
+        do_not_specialize_on_alignment=[name for name in pointers if name not in MATRICES],
+    )(fn)
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,66 +60,79 @@ LN_2 = tl.constexpr(0.6931471805599453)
 HALF_LIFT = tl.constexpr(16384.0)
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
-# One exponential may stand for two where its argument stays this small: exp(S - c) serves rows and
-# columns of a tile if S spans at most CALM_RANGE, and G = exp(S - c) (a_i + b_j) if the log-sum-exps of
-# rows and columns do.  With c in the middle |argument| <= 16 (8 for what matters of G), so its rounding
-# is below 1e-6, and no factor leaves float32.  Temperatures of 0.05 and more rarely go beyond.
-CALM_RANGE = tl.constexpr(32.0)
+# Logits up to here need no shift: exp(64) * 2^24 terms is 2^116.
+SAFE_LOGIT = tl.constexpr(64.0)
+# A sum of at most 2^24 exponentials between these lost nothing: what was flushed to 0 is below 2^-126 a
+# term, together 2^-26 of TINY; and 2^20 slots of HUGE do not overflow.
+TINY = tl.constexpr(2.0**-76)
+HUGE = tl.constexpr(2.0**106)
+# G = exp(S - c) (a_i + b_j) with a_i = drow_i exp(c - row_i) where the log-sum-exps of a block lie within
+# CALM_SPREAD of c: then no factor leaves float32, and the rounding of either argument is below 1e-6.
 CALM_SPREAD = tl.constexpr(16.0)
+# And where |c| is at most this: k is rounded, which costs exp(S - c) a relative 2^-24 |S|.
+CALM_CENTER = tl.constexpr(128.0)
 # Triton's interpreter keeps bfloat16 as uint16 and multiplies those in tl.dot.  There the operands
 # are widened first, which is exact and what a tensor core does.
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 KIND_LSE = tl.constexpr(0)
 KIND_SOFTPLUS = tl.constexpr(1)
+# Which pairs are left out: none; those of equal ids, where ids are row numbers modulo a period; those
+# of equal ids, whatever they are.
+EXCLUDE_NONE = tl.constexpr(0)
+EXCLUDE_PERIOD = tl.constexpr(1)
+EXCLUDE_IDS = tl.constexpr(2)
+# Ids are summed up in spans of this many (``kernels_rows.narrow_kernel``).
+SPAN = tl.constexpr(64)
 
 
-# ---- helpers -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def aligned(n, ALIGN: tl.constexpr):
-    """n, of which the launcher knows that ALIGN divides it; so does the compiler then.
-
-    Triton itself looks for 16 only: without this, rows of 200 float16 are read two bytes at a time.
-    """
-    return n // ALIGN * ALIGN
+# ---- operands ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def load_chunk(
-    ptr, rows, row_ok, stride_n, stride_d, start, D, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr
-):
-    """Block [rows, BLOCK_D] of a matrix from feature ``start`` on; outside the matrix it is 0."""
-    features = start + tl.arange(0, BLOCK_D)
-    # int64 before the products: rows * D, and D * rows of a transposed operand, pass 2^31 early.
-    ptrs = ptr + rows.to(tl.int64)[:, None] * stride_n + features.to(tl.int64)[None, :] * stride_d
-    if EVEN_D:
-        mask = row_ok[:, None]
-    else:
-        mask = row_ok[:, None] & (features < D)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0)
+    ptr, start, chunk,
+    ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BLOCK_D]: one chunk of the rows from ``start`` on; 0 beyond D."""
+    rows = tl.arange(0, ROWS)
+    if ROWS * STRIDE >= 2147483648:
+        rows = rows.to(tl.int64)
+    features = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (tl.cast(start, tl.int64) * STRIDE + chunk * BLOCK_D)
+    ptrs = ptrs + (rows[:, None] * STRIDE + features[None, :])
+    if D % BLOCK_D == 0:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(features < D - chunk * BLOCK_D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_chunks(
-    ptr,
-    rows,
-    row_ok,
-    stride_n,
-    stride_d,
-    D,
-    BLOCK_D: tl.constexpr,
+def load_block(
+    ptr, start,
+    ROWS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     NUM_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-):
-    """All NUM_D chunks of the rows, as a tuple."""
+):  # fmt: skip
+    """All NUM_D chunks of ROWS rows, as a tuple."""
     chunks = ()
     for c in tl.static_range(NUM_D):
-        chunks = chunks + (
-            load_chunk(ptr, rows, row_ok, stride_n, stride_d, c * BLOCK_D, D, BLOCK_D, EVEN_D),
-        )
+        chunks = chunks + (load_chunk(ptr, start, c, ROWS, STRIDE, D, BLOCK_D),)
     return chunks
+
+
+@triton.jit
+def store_chunk(
+    ptr, row, chunk, values, ok,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One chunk of rows of a contiguous [., D] matrix from ``row`` on, where ``ok`` [ROWS]."""
+    features = tl.arange(0, BLOCK_D)
+    mask = ok[:, None]
+    if D % BLOCK_D != 0:
+        mask = mask & (features < D - chunk * BLOCK_D)[None, :]
+    # One pointer and constants: addresses of 64 bits would take two registers an element.
+    ptrs = ptr + (tl.cast(row, tl.int64) * D + chunk * BLOCK_D)
+    ptrs = ptrs + (tl.arange(0, values.shape[0])[:, None] * D + features[None, :])
+    tl.store(ptrs, values, mask=mask)
 
 
 @triton.jit
@@ -115,46 +156,27 @@ def dot_chunks(xs, ys, NUM_D: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_streamed(
-    x_ptr, y_ptr, rows, row_ok, cols, col_ok, stride_xn, stride_xd, stride_yn, stride_yd, D,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr, y_ptr, x_start, y_start, chunks,
+    ROWS_X: tl.constexpr, ROWS_Y: tl.constexpr, STRIDE_X: tl.constexpr, STRIDE_Y: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> reading both sides chunk by chunk, for D too large to keep x resident."""
-    s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # D is a run-time value on purpose: with a constant count the compiler unrolls the loop and spills.
-    for start in range(0, D, BLOCK_D):
-        x = load_chunk(x_ptr, rows, row_ok, stride_xn, stride_xd, start, D, BLOCK_D, EVEN_D)
-        y = load_chunk(y_ptr, cols, col_ok, stride_yn, stride_yd, start, D, BLOCK_D, EVEN_D)
+    """<x_i, y_j> reading both sides chunk by chunk, for D too large to keep a side on chip."""
+    s = tl.zeros((ROWS_X, ROWS_Y), tl.float32)
+    # The count is a run-time value on purpose: the compiler would unroll a constant one and spill.
+    for c in range(0, chunks):
+        x = load_chunk(x_ptr, x_start, c, ROWS_X, STRIDE_X, D, BLOCK_D)
+        y = load_chunk(y_ptr, y_start, c, ROWS_Y, STRIDE_Y, D, BLOCK_D)
         s = tile_dot(x, tl.trans(y), s, PRECISION)
     return s
 
 
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
 @triton.jit
 def exp(x):
-    """Exponential of a difference of logits."""
+    """exp by way of exp2."""
     return tl.exp2(x * LOG2_E)
-
-
-@triton.jit
-def id_range(ids):
-    """Smallest and largest id of a block."""
-    return tl.min(ids, 0), tl.max(ids, 0)
-
-
-@triton.jit
-def load_ids(ids_ptr, index, count):
-    """Ids of a block.  Beyond the end the last one is repeated: a made-up id would widen the range.
-
-    Loaded where it is needed and again where it is needed again (from L1): 64-bit ids of a tile's columns
-    that stay alive through its epilogue cost 32 registers.
-    """
-    return tl.load(ids_ptr + tl.minimum(index, count - 1))
-
-
-@triton.jit
-def ids_may_meet(low, high, ids):
-    """Whether an id of the block can lie in [low, high]; False: no pair of the tile is excluded."""
-    return (tl.min(ids, 0) <= high) & (tl.max(ids, 0) >= low)
 
 
 @triton.jit
@@ -164,36 +186,50 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def softplus(s):
-    """max(s, 0) + log1p(exp(-|s|)); log1p by 2 atanh(e / (2 + e)), accurate for the smallest e.
+def constant_shift(scale):
+    """c, in units of S: what the largest logit of unit rows is above SAFE_LOGIT."""
+    return tl.maximum(tl.abs(scale) - SAFE_LOGIT, 0.0)
 
-    t = e / (2 + e) <= 1/3, so the first omitted term t^16 / 17 is below 2e-9.  log(1 + e) would lose
-    every digit for s < -16, where SigLIP's negatives live.
+
+@triton.jit
+def softplus2(t):
+    """log(1 + 2^t) = max(t, 0) * ln 2 + log1p(2^-|t|); 0 for -inf, NaN for NaN.
+
+    log1p(e) = e P(e) on [0, 1], P minimax of degree 8 to 3e-8 of the value: log(1 + e) would lose every
+    digit of the small e where the negatives of SigLIP live.
     """
-    e = tl.exp2(-tl.abs(s) * LOG2_E)
-    t = e / (2.0 + e)
-    u = t * t
-    p = u * (1.0 / 15.0) + (1.0 / 13.0)
-    p = p * u + (1.0 / 11.0)
-    p = p * u + (1.0 / 9.0)
-    p = p * u + (1.0 / 7.0)
-    p = p * u + (1.0 / 5.0)
-    p = p * u + (1.0 / 3.0)
-    # tl.where and not tl.maximum: a NaN has to pass, and maximum may drop it.
-    return tl.where(s < 0.0, 0.0, s) + 2.0 * (t + t * u * p)
+    e = tl.exp2(-tl.abs(t))
+    p = e * 0.005232676863670349 - 0.02950516901910305
+    p = p * e + 0.07822583615779877
+    p = p * e - 0.13663235306739807
+    p = p * e + 0.19106002151966095
+    p = p * e - 0.2484298050403595
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949336051941
+    p = p * e + 0.9999999403953552
+    return tl.maximum(t, 0.0) * LN_2 + e * p
 
 
 @triton.jit
-def sigmoid(s):
-    """1 / (1 + exp(-s)); for s < -88 exp(-s) is inf and the result 0, not NaN."""
-    return 1.0 / (1.0 + tl.exp2(s * -LOG2_E))
+def sigmoid2(t):
+    """1 / (1 + 2^-t); for t < -128 2^-t is inf and the result 0, not NaN."""
+    return 1.0 / (1.0 + tl.exp2(-t))
 
 
 @triton.jit
-def tile_range(row_start, tiles, tiles_per_split, BLOCK_M: tl.constexpr, TRIANGLE: tl.constexpr):
-    """Column tiles [lo, hi) of this program: its split, and from the diagonal on if TRIANGLE."""
-    lo = tl.program_id(1) * tiles_per_split
-    hi = tl.minimum(lo + tiles_per_split, tiles)
-    if TRIANGLE:
-        lo = tl.maximum(lo, row_start // BLOCK_M)
-    return lo, hi
+def _pairs(parts, COUNT: tl.constexpr):
+    """Sums of neighbours."""
+    halves = ()
+    for i in tl.static_range(COUNT // 2):
+        halves = halves + (parts[2 * i] + parts[2 * i + 1],)
+    return halves
+
+
+@triton.jit
+def tree_sum(parts, COUNT: tl.constexpr):
+    """Sum of a tuple of 4 or 16 values, neighbours first."""
+    if COUNT == 16:
+        return _pairs(_pairs(_pairs(_pairs(parts, 16), 8), 4), 2)[0]
+    else:
+        tl.static_assert(COUNT == 4)
+        return _pairs(_pairs(parts, 4), 2)[0]

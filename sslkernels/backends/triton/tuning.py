@@ -22,10 +22,12 @@ from ..interface import RowState, Thresholds, Tiles, Wanted
 from . import configs, launch
 from .configs import Config
 
-_BLOCK_N = {"forward": (64, 128), "extremes": (64, 128), "fused": (32, 64, 128),
-            "panel": (128, 256), "product": (128, 256)}  # fmt: skip
-_BLOCK_M = {"forward": (32, 64, 128), "extremes": (32, 64, 128), "fused": (32, 64, 128),
-            "panel": (64, 128, 256), "product": (16, 32, 64)}  # fmt: skip
+_BLOCK_N = {"forward": (64, 128), "narrow": (32, 64), "extremes": (64, 128), "fused": (32, 64, 128),
+            "panel": (64, 128), "product": (64, 128)}  # fmt: skip
+_BLOCK_M = {"forward": (32, 64, 128), "narrow": (32, 64), "extremes": (32, 64, 128),
+            "fused": (32, 64, 128), "panel": (64, 128), "product": (16, 32, 64)}  # fmt: skip
+# One triangle is visited by whole tiles: no more swept rows than held ones.
+_TRIANGLES = ("forward", "narrow", "panel")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     if table == "product" and half:
         widths = (128, 256)
     holds: tuple[bool, ...] = (table != "panel",)
-    if table in ("forward", "extremes"):
+    if table in ("forward", "narrow", "extremes"):
         holds = (True, False) if D <= 512 else (False,)
     found = []
     for n, m, width, stages, hold in itertools.product(
@@ -54,8 +56,10 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     ):
         warps = 8 if n >= 128 else 4
         sums = n * (width if table == "product" else max(m, D if table == "fused" else 0))
+        if table in _TRIANGLES and m > n:
+            continue
         if 16 * 32 * warps <= sums <= 160 * 32 * warps:  # 16 to 160 sums a thread
-            found.append(Config(n, m, width, warps, stages, hold))
+            found.append(Config(n, m, width, warps, stages, hold, programs=2 if warps == 4 else 1))
     return found
 
 
@@ -87,6 +91,9 @@ def _workload(table: str, q: Tensor) -> Callable[[], object]:
         return lambda: launch.extremes(tiles)
     if table == "forward":
         return lambda: launch.pairwise_forward("lse", tiles, False, Thresholds())
+    if table == "narrow":  # ranks take it at every size
+        thresholds = Thresholds(torch.ones(len(q), device=q.device))
+        return lambda: launch.pairwise_forward("lse", tiles, False, thresholds)
     lse = launch.pairwise_forward("lse", tiles, False, Thresholds()).row
     row = RowState(lse, torch.full_like(lse, 1.0 / len(q)))
     return lambda: launch.pairwise_backward("lse", tiles, row, None, Wanted(True, False))

@@ -43,7 +43,8 @@ def _convert(x, DTYPE: tl.constexpr):
 # ---- row normalisation ---------------------------------------------------------------------------
 
 
-@triton.jit
+# N is not specialised on: a last batch of 255 rows compiles nothing.
+@triton.jit(do_not_specialize=["N"])
 def normalize_kernel(
     unit_ptr,  # [N, D] contiguous
     norm_ptr,  # [N] acc
@@ -80,7 +81,7 @@ def normalize_kernel(
         tl.store(unit_ptr + rows[:, None] * D + features[None, :], unit, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def normalize_backward_kernel(
     dx_ptr,  # [N, D] contiguous
     dunit_ptr,  # [N, D]
