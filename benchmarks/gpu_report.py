@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make gpu-report`: compile every GPU kernel ahead of time and write the figures to docs/gpu.md.
 
-Needs Triton and no GPU.  Two generated parts of the document are replaced: the compiled kernels
+Needs Triton and no GPU.  Three generated parts of the document are replaced: the compiled kernels
 (registers, spills, shared memory, tensor-core instructions; for whole chunks, for a sample of other D, and
-the kernels around the tiles) and the roofline model.
+the kernels around the tiles), the model from machine code, and the roofline model.
 
     python -m benchmarks.gpu_report                       # the whole grid, writes docs/gpu.md
     python -m benchmarks.gpu_report --arch sm_89 gfx950   # other architectures, prints only
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import gpu_roofline
+from benchmarks import gpu_model, gpu_roofline
 from sslkernels.backends.triton import aot, configs
 
 DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
@@ -100,10 +100,7 @@ def main() -> int:
     parser.add_argument("--print", action="store_true", help="print instead of writing docs/gpu.md")
     args = parser.parse_args()
     whole = args.dims == list(aot.DIMS)
-    todo = aot.cases(args.arch, args.dims)
-    if whole:
-        todo += aot.cases(args.arch, aot.RAGGED, ("float16", "float32"))
-        todo += aot.small_cases(args.arch, ("bfloat16", "float32"))
+    todo = aot.grid(args.arch) if whole else aot.cases(args.arch, args.dims)
     begin = time.perf_counter()
     done = 0
 
@@ -129,7 +126,8 @@ def main() -> int:
         print("\n".join(lines))
     else:
         text = _replace(DOCS.read_text(), "compiled", lines)
-        DOCS.write_text(_replace(text, "roofline", gpu_roofline.table()))
+        text = _replace(text, "roofline", gpu_roofline.table())
+        DOCS.write_text(_replace(text, "model", gpu_model.table()))
         print(f"wrote {DOCS}")
     print(f"{len(results)} kernels, {bad} over budget")
     return 1 if bad else 0

@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the GPU kernels would take on an H100, from their machine code.
+
+**A model, never a measurement.**  For each kernel that a loss launches, compiled for sm_90 with exactly the
+flags of the launch, the loop over tiles is read from SASS (``gpu_sass``), its programs are run on a
+multiprocessor on paper (``gpu_sim``), and the grid is dealt to 132 of them.  Further assumptions:
+
+* 1.83 GHz, at which 4096 16-bit FLOPs a clock and multiprocessor are the 989 TFLOP/s of the data sheet;
+* tiles take the short path through the loop; those at an edge, where some pairs are left out, the long one;
+* a program costs START clocks more than its tiles: first loads, the last sums;
+* a kernel that is no sweep over tiles takes its bytes at the rate of the L2 cache, or at that of device
+  memory if they are more than the cache holds, and a latency for each batch of partial results it adds up;
+* a launch inside a CUDA graph costs LAUNCH seconds during which the device does nothing.
+
+    python -m benchmarks.gpu_model            # prints the tables of docs/gpu.md
+    python -m benchmarks.gpu_model --budgets  # the budgets alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import heapq
+import subprocess
+import sys
+import tempfile
+import unittest.mock
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import gpu_sass, gpu_sim
+from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
+from sslkernels.backends.triton import aot, configs, gradients, launch, plan, updates
+
+ARCH = "sm_90"
+MULTIPROCESSORS = 132
+CLOCK = 1.83e9
+PEAK_FLOPS = 2 * gpu_sim.TENSOR_MACS * MULTIPROCESSORS * CLOCK
+MEMORY_BYTES_PER_S = 3.35e12
+L2_BYTES_PER_S = 5.5e12
+L2_SIZE = 50e6
+START = 2500.0  # clocks
+LAUNCH = 1.2e-6  # seconds
+BATCH_LATENCY = 0.4e-6  # seconds from L2 to the sum of one batch of partial results
+REGISTERS = 65536  # of a multiprocessor
+SHARED = 233_472  # bytes
+# Elements of S a warp computes in a tile of the unit in which instructions are compared: 128 x 128 by eight.
+UNIT = 128 * 128 // 8
+
+
+# ---- one kernel ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop over tiles of one compiled kernel."""
+
+    rows: int
+    cols: int
+    warps: int
+    programs: int  # that share a multiprocessor
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    short: Counter[str]  # instructions of a warp for a tile, by category
+    long: Counter[str]
+    clocks: float  # of a multiprocessor for a tile, by the short path
+    long_clocks: float
+    tensor: float  # share of that time in which tensor units work
+    reason: str  # the resource with the largest lower bound
+
+    @property
+    def instructions(self) -> float:
+        """Of a warp for ``UNIT`` elements of S: comparable between tiles of any size."""
+        return self.short["all"] * UNIT / (self.rows * self.cols / self.warps)
+
+
+def programs_that_fit(registers: int, shared_bytes: int, warps: int) -> int:
+    """How many programs share a multiprocessor of compute capability 9.0."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    # A program's shared memory comes in KiB, and the system takes one for itself.
+    by_shared = SHARED // (-(-shared_bytes // 1024) * 1024 + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def disassembled(compiled: Any) -> gpu_sass.Code:
+    """The machine code of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.nvdisasm.path
+        done = subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True, text=True)
+    return gpu_sass.Code(done.stdout)
+
+
+def loop_of(
+    usage: aot.Usage,
+    compiled: Any,
+    config: configs.Config,
+    chunks: int,
+    simulated: bool = True,
+    sweeps: bool = True,
+    most: int = 32,
+) -> Loop:
+    """Read the loop over tiles.
+
+    Args:
+        usage: Of the compiled kernel.
+        compiled: Triton's kernel.
+        config: What it was compiled with.
+        chunks: How often a loop over D inside of the loop over tiles runs; 0 where there is none.
+        simulated: Whether to run it on paper; else ``clocks`` is the largest lower bound.
+        sweeps: Whether there is a loop over tiles; else the whole kernel is one tile.
+        most: Programs of the grid for each multiprocessor, where that is fewer than fit.
+    """
+    code = disassembled(compiled)
+    paths = code.tile_loop(chunks) if sweeps else [code.once(chunks)]
+    short, long = paths[0], paths[-1]
+    fit = min(most, programs_that_fit(usage.registers, usage.shared_bytes, config.num_warps))
+    limits = gpu_sim.bounds(short, config.num_warps)
+    clocks = max(limits.values())
+    long_clocks = max(gpu_sim.bounds(long, config.num_warps).values())
+    tensor = limits.get("tensor", 0.0) / clocks
+    if simulated:
+        rounds = 10 if len(short) < 1000 else 4
+        steady = gpu_sim.simulate(short, config.num_warps, fit, rounds)
+        clocks, tensor, limits = steady.clocks, steady.tensor, steady.bounds
+        long_clocks = max(long_clocks, clocks)
+    return Loop(
+        config.block_n, config.block_m, config.num_warps, fit, usage.registers, usage.shared_bytes,
+        usage.spill_bytes, gpu_sass.counts(short), gpu_sass.counts(long), clocks, long_clocks, tensor,
+        max(limits, key=lambda name: limits[name]),
+    )  # fmt: skip
+
+
+@functools.cache
+def variant_loop(variant: str, D: int, dtype: str = "bfloat16", simulated: bool = True) -> Loop:
+    """The loop of one of ``aot.VARIANTS`` with the configuration that the table has for it."""
+    config = configs.lookup(aot.VARIANTS[variant][1], ARCH, D, getattr(torch, dtype))
+    if config is None:
+        raise ValueError(f"gpu_model: {variant} has no configuration for D = {D}, {dtype}")
+    usage, compiled = aot.compile_kernel(variant, ARCH, dtype, D, config)
+    streams = not config.hold_x
+    chunks = configs.chunks(config, D)[1] if streams and variant != "product" else 0
+    return loop_of(usage, compiled, config, chunks, simulated)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a regression would break; ``instructions`` are those of ``Loop.instructions``."""
+
+    instructions: int
+    shuffles: int
+    barriers: int
+    programs: int
+
+    def broken(self, loop: Loop) -> list[str]:
+        """Reasons, empty if the loop keeps to the budget."""
+        found = []
+        for name, value, most in (
+            ("instructions for 2048 elements", loop.instructions, self.instructions),
+            ("SHFL", loop.short["SHFL"], self.shuffles),
+            ("BAR", loop.short["BAR"], self.barriers),
+            ("bytes spilled", loop.spill_bytes, 0),
+        ):
+            if value > most:
+                found.append(f"{value:.0f} {name}, budget {most}")
+        if loop.programs < self.programs:
+            found.append(f"{loop.programs} programs a multiprocessor, budget {self.programs}")
+        return found
+
+
+# (variant, D): bfloat16 on sm_90.
+BUDGETS = {
+    ("forward self", 64): Budget(400, 8, 4, 3),
+    ("forward self", 128): Budget(420, 8, 4, 2),
+    ("forward self", 256): Budget(560, 8, 6, 2),
+    ("forward self ids", 128): Budget(420, 8, 4, 2),
+    ("forward rows+cols", 128): Budget(440, 8, 4, 2),
+    ("forward rows", 128): Budget(420, 4, 4, 2),
+    ("backward", 128): Budget(600, 0, 4, 2),
+    ("backward ids", 128): Budget(600, 0, 4, 2),
+    ("attend", 128): Budget(480, 8, 4, 2),
+}
+
+
+# ---- what a loss launches ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch, recorded with tensors that hold no memory."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.__name__)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """Collect what would be launched on an H100; tensors made inside the block hold no memory."""
+    seen: list[Launched] = []
+
+    def record(
+        kernel: Any, grid: tuple[int, ...], _: torch.device, *args: Any, **flags: Any
+    ) -> None:
+        names = [name for name in kernel.arg_names if name not in flags]
+        seen.append(Launched(kernel, grid, {**dict(zip(names, args, strict=True)), **flags}))
+
+    with ExitStack() as stack:
+        patch = unittest.mock.patch.object
+        for module in (launch, gradients, plan, updates):
+            stack.enter_context(patch(module, "launch", record))
+        stack.enter_context(patch(configs, "arch_of", lambda device: ARCH))
+        stack.enter_context(patch(configs, "interpreting", lambda: True))
+        stack.enter_context(patch(configs, "multiprocessors", lambda device: MULTIPROCESSORS))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        yield seen
+
+
+def _operand(N: int, D: int) -> Tensor:
+    return torch.empty(N, D, dtype=torch.bfloat16)
+
+
+def _self_mode(N: int, D: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """NT-Xent or SupCon of N rows: normalise and reduce; gradient and that of the norm."""
+    tiles = Tiles(_operand(N, D), None, torch.empty(()), None, torch.empty(N, dtype=torch.int64))
+    row = RowState(torch.empty(N), torch.empty(N))
+
+    def forward() -> None:
+        updates.normalize_rows(tiles.q)
+        launch.pairwise_forward("lse", tiles, False, Thresholds())
+
+    def backward() -> None:
+        unit, norm = updates.normalize_rows(tiles.q)
+        got = launch.pairwise_backward("lse", tiles, row, None, Wanted(True, False))
+        updates.normalize_rows_backward(got.dq, tiles.q, norm)
+
+    return forward, backward
+
+
+def _clip(N: int, D: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """CLIP: rows and columns, both gradients; features come normalised."""
+    tiles = Tiles(_operand(N, D), _operand(N, D), torch.empty(()))
+    state = RowState(torch.empty(N), torch.empty(N))
+    return (
+        lambda: launch.pairwise_forward("lse", tiles, True, Thresholds()),
+        lambda: launch.pairwise_backward("lse", tiles, state, state, Wanted(True, True)),
+    )
+
+
+def _queue(N: int, M: int, D: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """MoCo: everything in the forward pass."""
+    tiles = Tiles(_operand(N, D), _operand(M, D), torch.empty(()))
+    return lambda: launch.attend(tiles, None), lambda: None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss, its passes, and the FLOPs of each that count."""
+
+    name: str
+    make: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]
+    flops: tuple[float, float]
+
+
+def _self_problem(N: int, D: int) -> Problem:
+    return Problem(
+        f"NT-Xent, {N} rows, D = {D}", lambda: _self_mode(N, D), (N * N * D, 4.0 * N * N * D)
+    )
+
+
+PROBLEMS = (
+    *(_self_problem(N, 128) for N in (1024, 4096, 8192, 65536)),
+    _self_problem(65536, 256),
+    Problem("CLIP, 32768 pairs, D = 512", lambda: _clip(32768, 512),
+            (2.0 * 32768**2 * 512, 8.0 * 32768**2 * 512)),
+    Problem("MoCo, 256 queries, queue of 65536, D = 128", lambda: _queue(256, 65536, 128),
+            (4.0 * 256 * 65536 * 128, 0.0)),
+)  # fmt: skip
+
+
+# ---- one launch ----------------------------------------------------------------------------------
+
+_TILE_KERNELS = (
+    "forward_kernel",
+    "backward_kernel",
+    "attend_kernel",
+    "panel_kernel",
+    "product_kernel",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one launch takes, in seconds, without the launch itself."""
+
+    name: str
+    seconds: float
+    programs: int
+    efficiency: (
+        float  # work of the grid over what the multiprocessors could have done; 1 for small kernels
+    )
+    memory_bytes: float
+    loop: Loop | None = None
+
+
+def _size(value: Any) -> float:
+    return float(value.numel() * value.element_size()) if isinstance(value, Tensor) else 0.0
+
+
+def deal(lengths: list[int], slots: int) -> tuple[int, float]:
+    """(Makespan, efficiency) of programs in order, each to the slot that is free first."""
+    ends = [0] * min(slots, len(lengths))
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    makespan = max(ends)
+    return makespan, sum(lengths) / (makespan * slots)
+
+
+@functools.cache
+def _compiled_loop(kernel: Any, flags: tuple[tuple[str, Any], ...], chunks: int, most: int) -> Loop:
+    """Of a kernel with exactly the flags of a launch."""
+    given = dict(flags)
+    options = {key: given.pop(key) for key in ("num_warps", "num_stages")}
+    source = aot.source(kernel, "bfloat16", given["D"], given)
+    compiled = triton.compile(
+        source, target=aot.target_of(ARCH), options={**options, **configs.compiler_options(ARCH)}
+    )
+    config = configs.Config(
+        given["BLOCK_N"],
+        given["BLOCK_M"],
+        given["BLOCK_D"],
+        options["num_warps"],
+        options["num_stages"],
+    )
+    sweeps = kernel.__name__ != "panel_kernel"
+    return loop_of(aot.usage_of(compiled, ARCH), compiled, config, chunks, sweeps=sweeps, most=most)
+
+
+def _tile_loop(launched: Launched) -> Loop:
+    constants = {
+        key: value
+        for key, value in launched.arguments.items()
+        if key.isupper() or key in ("num_warps", "num_stages")
+    }
+    streams = launched.name == "panel_kernel" or constants.get("HOLD_X") is False
+    chunks = launched.arguments["chunks"] if streams else 0
+    most = max(1, -(-launched.grid[0] // MULTIPROCESSORS))
+    return _compiled_loop(launched.kernel, tuple(sorted(constants.items())), chunks, min(most, 32))
+
+
+def tiles_of(launched: Launched) -> list[int]:
+    """Tiles of each program."""
+    if "share" not in launched.arguments:
+        return [1] * launched.grid[0]
+    share, total = launched.arguments["share"], launched.arguments["total"]
+    lengths = [share] * launched.grid[0]
+    lengths[-1] = total - share * (launched.grid[0] - 1)
+    return lengths
+
+
+def _edges(launched: Launched, loop: Loop) -> int:
+    """Tiles that take the long path: in self mode those at the diagonal, and as many at the positives."""
+    if launched.arguments.get("EXCLUDE", 0) == 0:
+        return 0
+    blocks = -(-launched.arguments["N"] // loop.rows)
+    return 2 * blocks * max(1, loop.rows // loop.cols)
+
+
+def estimate(launched: Launched) -> Estimate:
+    """Seconds of one launch."""
+    arguments = launched.arguments
+    memory = sum(_size(value) for value in arguments.values())
+    programs = 1
+    for n in launched.grid:
+        programs *= n
+    if launched.name in _TILE_KERNELS:
+        loop = _tile_loop(launched)
+        lengths = tiles_of(launched)
+        makespan, efficiency = deal(lengths, MULTIPROCESSORS * loop.programs)
+        waves = -(-len(lengths) // (MULTIPROCESSORS * loop.programs))
+        edge = _edges(launched, loop) / sum(lengths)
+        clocks = loop.clocks + edge * (loop.long_clocks - loop.clocks)
+        busy = makespan * clocks * loop.programs + waves * START
+        seconds = max(busy / CLOCK, memory / MEMORY_BYTES_PER_S)
+        return Estimate(launched.name, seconds, programs, efficiency, memory, loop)
+    rate = L2_BYTES_PER_S if memory < L2_SIZE else MEMORY_BYTES_PER_S
+    batches = 1
+    if "SLOTS" in arguments:
+        slots = arguments.get("last")
+        if slots is None:
+            parts = next(arguments[key] for key in ("parts_ptr", "acc_ptr") if key in arguments)
+            slots = parts.shape[0]
+        batches = -(-slots // arguments["SLOTS"])
+    seconds = memory / rate + batches * BATCH_LATENCY + START / CLOCK
+    return Estimate(launched.name, seconds, programs, 1.0, memory)
+
+
+def estimates(problem: Problem) -> tuple[list[Estimate], list[Estimate]]:
+    """Of the launches of the forward and of the backward pass."""
+    passes = []
+    with recorded() as seen:
+        for run in problem.make():
+            seen.clear()
+            run()
+            passes.append(list(seen))
+    forward, backward = ([estimate(x) for x in launches] for launches in passes)
+    return forward, backward
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+_SHOWN = (
+    ("forward self", 64), ("forward self", 128), ("forward self", 256), ("forward self ids", 128),
+    ("forward rows+cols", 128), ("forward rows", 128), ("forward softplus", 128), ("ranks self", 128),
+    ("backward", 64), ("backward", 128), ("backward", 256), ("backward ids", 128), ("backward rows", 128),
+    ("backward softplus", 128), ("attend", 128), ("attend", 256), ("extremes", 128), ("product", 512),
+)  # fmt: skip
+
+
+def loop_table() -> list[str]:
+    """Markdown: the loops over tiles, bfloat16."""
+    lines = [
+        "| kernel | D | tile, warps | programs an SM | instructions, short path (long) | of 2048 elements | "
+        "FMA | ALU | MUFU | SHARED | SHFL | BAR | clocks a tile | tensor clocks | busiest |",
+        "|---|---:|---|---:|---:|---:|" + "---:|" * 8 + "---|",
+    ]
+    for variant, D in _SHOWN:
+        loop = variant_loop(variant, D)
+        short = loop.short
+        lines.append(
+            f"| {variant} | {D} | {loop.rows} × {loop.cols}, {loop.warps} | {loop.programs} | "
+            f"{short['all']} ({loop.long['all']}) | {loop.instructions:.0f} | {short['FMA']} | "
+            f"{short['ALU']} | {short['MUFU']} | {short['SHARED']} | {short['SHFL']} | {short['BAR']} | "
+            f"{loop.clocks:.0f} | {loop.clocks * loop.tensor:.0f} | {loop.reason} |"
+        )
+    return lines
+
+
+def _cells(passes: list[Estimate], flops: float) -> str:
+    seconds = sum(x.seconds + LAUNCH for x in passes)
+    main = max(passes, key=lambda x: x.seconds)
+    rest = sum(x.seconds for x in passes) - main.seconds
+    return (
+        f"{len(passes)} | {1e6 * seconds:.4g} | {1e6 * main.seconds:.4g} | {1e6 * rest:.3g} | "
+        f"{main.programs} | {main.efficiency:.2f} | {flops / seconds / PEAK_FLOPS:.0%}"
+    )
+
+
+def problem_table() -> list[str]:
+    """Markdown: passes of the losses."""
+    lines = [
+        "| loss | pass | launches | µs | main kernel | others | programs | schedule | of the tensor peak |",
+        "|---|---|" + "---:|" * 7,
+    ]
+    for problem in PROBLEMS:
+        for name, found, flops in zip(
+            ("forward", "backward"), estimates(problem), problem.flops, strict=True
+        ):
+            if found:
+                lines.append(f"| {problem.name} | {name} | {_cells(found, flops)} |")
+    return lines
+
+
+def table() -> list[str]:
+    """The generated part of docs/gpu.md."""
+    return [
+        "Loops over tiles, bfloat16, sm_90: instructions of one warp for one tile. The long path is that of "
+        "a tile at an edge, where pairs are left out.",
+        "",
+        *loop_table(),
+        "",
+        "Passes, bfloat16, one H100 at 1.83 GHz, launches inside a CUDA graph:",
+        "",
+        *problem_table(),
+    ]
+
+
+def budget_lines() -> list[str]:
+    """What is over its budget."""
+    lines = []
+    for (variant, D), budget in BUDGETS.items():
+        lines += [
+            f"{variant}, D = {D}: {reason}"
+            for reason in budget.broken(variant_loop(variant, D, simulated=False))
+        ]
+    return lines
+
+
+def main() -> int:
+    """Print; exit status 1 if a budget is broken."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--budgets", action="store_true", help="check the budgets only")
+    broken = budget_lines()
+    print("\n".join(broken or ["every budget is kept"]))
+    if not parser.parse_args().budgets:
+        print("\n".join(table()))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
