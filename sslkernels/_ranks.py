@@ -39,8 +39,8 @@ class Ranks:
     def __init__(self, group: Any) -> None:
         """A group that ``connect`` has checked; None is the default one."""
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
 
     def stack(self, x: Tensor) -> Tensor:
         """[W, ...]: x, of the same shape on every rank, in the order of ranks."""
@@ -208,7 +208,8 @@ class Gathered:
 
     def __init__(self, ranks: Ranks, rows: Sequence[int]) -> None:
         """rows: how many each rank has."""
-        self.ranks, self.rows = ranks, tuple(rows)
+        self.ranks: Ranks = ranks
+        self.rows: tuple[int, ...] = tuple(rows)
 
     def collect(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What ``visit`` wants of tensors [rows[rank], ...] that are visited more than once."""
