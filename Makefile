@@ -52,6 +52,10 @@ test: test-setup ## run every test
 test-fast: test-setup ## run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
+.PHONY: test-all
+test-all: test-setup ## run every test and the campaigns, which take longer than all of them
+	$(BIN)/python -m pytest -m "campaign or not campaign" $(ARGS)
+
 .PHONY: test-peers
 test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py \

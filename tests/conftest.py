@@ -30,6 +30,16 @@ def pytest_configure() -> None:
         )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Campaigns take minutes: they run where -m names them, as `make test-all` does."""
+    if "campaign" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("campaign")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_report_header() -> list[str]:
     facts = sslkernels.info()
     return [
