@@ -55,6 +55,15 @@ def run(*command: str | Path, **env: str) -> str:
     return done.stdout
 
 
+def usable(python: str) -> bool:
+    """Whether an interpreter runs and can make an environment; one of pyenv's names may stand for none."""
+    command = [python, "-c", "import ensurepip, venv"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 def build(folder: Path) -> Path:
     """The source archive into dist/, and the wheel from it into ``folder``."""
     shutil.rmtree(DIST, ignore_errors=True)
@@ -144,9 +153,7 @@ def main() -> int:
     parser.add_argument("--wheel", type=Path, help="a wheel that was built before: only install it")
     args = parser.parse_args()
     pythons = (
-        [p for p in args.python if p]
-        if args.python
-        else [p for p in PYTHONS if shutil.which(p)][-2:]
+        [p for p in args.python if p] if args.python else [p for p in PYTHONS if usable(p)][-2:]
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -214,6 +214,17 @@ def test_outcomes_of_other_libraries_are_compared(monkeypatch: pytest.MonkeyPatc
     assert set(suites.KNOWN) <= set(suites.SUITES)
 
 
+def test_an_interpreter_that_does_not_run_is_passed_over(ci: None, tmp_path: Path) -> None:
+    """pyenv has names for versions that are not chosen: they exist and fail."""
+    import wheel
+
+    shim = tmp_path / "python3.99"
+    shim.write_text("#!/bin/sh\nexit 127\n", "utf-8")
+    shim.chmod(0o755)
+    assert wheel.usable(sys.executable)
+    assert not wheel.usable(str(shim)) and not wheel.usable(str(tmp_path / "none"))
+
+
 def test_the_version_is_written_once(ci: None) -> None:
     import requirements
 
