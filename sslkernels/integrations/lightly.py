@@ -2,8 +2,7 @@
 """lightly's contrastive losses, memory banks and momentum update, computed by our ops.
 
 The names, arguments, defaults, return values and state-dict keys are lightly's (1.6.0; with 1.5.26
-installed its lazily sized banks too).  Nothing here needs lightly, except what is handed over to it:
-DCL with ``gather_distributed`` on more than one rank.
+installed its lazily sized banks too).  Nothing here needs lightly.
 
 What is better than the original (docs/migration/lightly.md):
 
@@ -40,7 +39,6 @@ __all__ = [
     "update_momentum",
 ]
 
-_DCL = "lightly.loss.dcl_loss.DCLLoss"
 _BANK = "lightly.models.modules.memory_bank.MemoryBankModule"
 
 
@@ -235,7 +233,7 @@ class DCLLoss(nn.Module):
     Args:
         temperature: Also negative, or a tensor.
         weight_fn: From both normalised views [N, D] to weights [N] of the positives; None for 1.
-        gather_distributed: Negatives of every rank; on more than one, lightly computes it.
+        gather_distributed: Negatives of every rank; weights are those of the local rows.
 
     Raises:
         ValueError: If ``gather_distributed`` is asked for and torch has no distributed.
@@ -256,19 +254,20 @@ class DCLLoss(nn.Module):
     @glue.torch_errors
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of two views [N, D], not normalised."""
-        if self.gather_distributed and glue.world_size() > 1:
-            theirs = glue.hand_over(_DCL, "gather_distributed on more than one rank")
-            return theirs(self.temperature, self.weight_fn, True)(out0, out1)
         temperature = glue.temperature_like(self.temperature, out0)
+        wide = True if self.gather_distributed and glue.world_size() > 1 else None
         sigma = _sigma(self.weight_fn)
-        if self.weight_fn is None or sigma is not None:
+        if wide is None and (self.weight_fn is None or sigma is not None):
             return glue.as_peer(dcl_loss(out0, out1, temperature, sigma=sigma), out0, out1)
-        # loss_i = -w_i s_i + lse_i, from the loss with weight 1 and the positives s.
-        rows = dcl_loss(out0, out1, temperature, reduction="none")
-        z0, z1 = ops.unit(out0), ops.unit(out1)
-        weights = torch.cat((self.weight_fn(z0, z1), self.weight_fn(z1, z0)))
-        positive = ((z0 * z1).sum(1) / temperature).repeat(2)
-        return glue.as_peer((rows + (1 - weights) * positive).mean(), out0, out1)
+        # loss_i = -w_i s_i + lse_i, from the loss with weight 1 and the positives s.  Over ranks the
+        # mean is that of the local rows, as lightly returns it; DDP averages over ranks.
+        rows = dcl_loss(out0, out1, temperature, reduction="none", group=wide)
+        if self.weight_fn is not None:
+            z0, z1 = ops.unit(out0), ops.unit(out1)
+            weights = torch.cat((self.weight_fn(z0, z1), self.weight_fn(z1, z0)))
+            positive = ((z0 * z1).sum(1) / temperature).repeat(2)
+            rows = rows + (1 - weights) * positive
+        return glue.as_peer(rows.mean(), out0, out1)
 
 
 def _sigma(weight_fn: Any) -> float | None:

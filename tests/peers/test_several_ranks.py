@@ -48,6 +48,11 @@ def solo(function: Any, x: Tensor, y: Tensor) -> Tensor:
     return function(x, y, 0.3)
 
 
+def weight(x: Tensor, y: Tensor) -> Tensor:
+    """A ``weight_fn`` of DCL that is not symmetric and has a gradient."""
+    return (2 * x - y).square().sum(1)
+
+
 def rank_(loss: Any, x: Tensor, y: Tensor) -> Tensor:
     """Queries, positives, and the positives of the next as hard negatives."""
     return loss.compute_loss_from_embeddings([x, y, y.roll(1, 0)], None)
@@ -80,12 +85,14 @@ def pairs(rank: int) -> dict[str, tuple[Any, Any, int]]:
 
             from sslkernels.integrations import lightly as our_lightly
 
-            for name in ("NTXentLoss", "DCLLoss"):
+            for name in ("NTXentLoss", "DCLLoss", "DCLWLoss"):
                 mine, other = (
                     getattr(m, name)(0.3, gather_distributed=True)
                     for m in (our_lightly, their_lightly)
                 )
                 made[f"lightly {name}"] = mine, other, 2
+            mine, other = (m.DCLLoss(-0.3, weight, True) for m in (our_lightly, their_lightly))
+            made["lightly DCLLoss weight_fn"] = mine, other, 2
             torch.manual_seed(7)
             mine = our_lightly.NTXentLoss(0.3, (13, D), gather_distributed=True)
             torch.manual_seed(7)
