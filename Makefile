@@ -169,10 +169,10 @@ $(PEERS)/.ready: constraints-peers.txt pyproject.toml $(VENV)/.tools
 	@echo "setting up $(PEERS): torch, torchvision and the libraries to compare with"
 	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
 	@$(BIN)/python .ci/requirements.py lightly pytorch_metric_learning open_clip sentence_transformers \
-		info_nce monai timm examples examples_text > $(PEERS)/requirements.txt
+		info_nce monai catalyst timm torch_ema examples examples_text > $(PEERS)/requirements.txt
 	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input --prefer-binary \
 		--retries 5 --timeout 60 -c constraints-peers.txt $(PIP_FLAGS) torch torchvision pytest \
-		pytest-benchmark -r $(PEERS)/requirements.txt
+		pytest-benchmark expecttest -r $(PEERS)/requirements.txt
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.tools $(CPU_SOURCES)

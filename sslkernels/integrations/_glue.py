@@ -34,7 +34,7 @@ def torch_errors(function: _F) -> _F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (RuntimeError, AssertionError):
+        except (RuntimeError, AssertionError, ZeroDivisionError):
             raise
         except ValueError as error:
             raise ShapeError(*error.args) from None

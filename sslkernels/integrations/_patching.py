@@ -24,6 +24,7 @@ LOG = logging.getLogger("sslkernels.integrations")
 
 # Name of a library → the module here that describes it (its ``PEER``).
 PEERS = {
+    "catalyst": "catalyst",
     "info_nce": "info_nce",
     "lightly": "lightly",
     "moco": "moco",
@@ -34,6 +35,7 @@ PEERS = {
     "solo_learn": "solo_learn",
     "timm": "timm",
     "torch": "torch",
+    "torch_ema": "torch_ema",
 }
 
 _LOCK = threading.RLock()
@@ -111,7 +113,8 @@ def patch(*peers: str, force: bool | None = None) -> Patch:
 
     Args:
         peers: Names of libraries: "lightly", "pytorch_metric_learning", "open_clip",
-            "sentence_transformers", "solo_learn", "info_nce", "monai", "timm", "torch", "moco".
+            "sentence_transformers", "solo_learn", "info_nce", "monai", "catalyst", "timm", "torch",
+            "torch_ema", "moco".
         force: Try a version that has not been tested; None asks the environment variable
             ``SSLKERNELS_PATCH_FORCE``.  Classes that such a version lacks are left out.
 

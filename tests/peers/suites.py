@@ -18,7 +18,8 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +37,8 @@ class Suite:
         source: Folder of the checkout that holds the package; None tests the installed release.
         patch: Names for ``sslkernels.patch``.
         env: More environment variables.
-            prepare: Puts what the tests would download into the folder that they run in.
+        prepare: Puts what the tests would download into the folder that they run in.
+        checkout: Name of the folder; that of the suite by default.
     """
 
     repository: str
@@ -46,10 +48,11 @@ class Suite:
     patch: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[Path], None] | None = None
+    checkout: str | None = None
 
 
-def small_bert(checkout: Path) -> None:
-    """A small random DistilBERT that reads letters, in the place of distilbert-base-uncased."""
+def small_bert(names: tuple[str, ...], checkout: Path) -> None:
+    """A small random DistilBERT that reads letters, in the place of models with these names."""
     import tokenizers
     import torch
     import transformers
@@ -63,11 +66,10 @@ def small_bert(checkout: Path) -> None:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")]
     )
-    folder = checkout / "distilbert-base-uncased"
-    names = {f"{t.strip('[]').lower()}_token": t for t in special}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, **names
-    ).save_pretrained(folder)
+    tokens = {f"{t.strip('[]').lower()}_token": t for t in special}
+    reader = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, **tokens
+    )
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(
         vocab_size=len(vocabulary),
@@ -77,50 +79,74 @@ def small_bert(checkout: Path) -> None:
         n_layers=2,
         max_position_embeddings=64,
     )
-    transformers.DistilBertModel(config).save_pretrained(folder)
+    model = transformers.DistilBertModel(config)
+    for folder in (checkout / name for name in names):
+        reader.save_pretrained(folder)
+        model.save_pretrained(folder)
 
 
+def bare_package(checkout: Path) -> None:
+    """A package of tests that imports nothing: what it does is of no use to these files."""
+    (checkout / "tests/__init__.py").write_text("", "utf-8")
+
+
+LIGHTLY = (
+    "tests/loss/test_ntx_ent_loss.py",
+    "tests/loss/test_dcl_loss.py",
+    "tests/loss/test_negative_cosine_similarity.py",
+    "tests/models/modules/test_memory_bank.py",
+    "tests/models/test_ModelUtils.py",
+    "tests/models/test_ModelsNNCLR.py",
+)
+PML = Suite(
+    "KevinMusgrave/pytorch-metric-learning",
+    "v2.8.1",
+    (
+        "tests/losses/test_ntxent_loss.py",
+        "tests/losses/test_contrastive_loss.py",
+        "tests/losses/test_triplet_margin_loss.py",
+        "tests/losses/test_cross_batch_memory.py",
+        "tests/losses/test_self_supervised_loss.py",
+        "tests/losses/test_losses_without_labels.py",
+        "tests/losses/test_multiple_losses.py",
+        "tests/miners/test_batch_hard_miner.py",
+        "tests/reducers/test_setting_reducers.py",
+        "tests/distances/test_custom_check_shape.py",
+        "tests/utils/test_module_with_records_and_reducer.py",
+    ),
+    "src",
+    ("pytorch_metric_learning",),
+    {"TEST_DEVICE": "cpu", "TEST_DTYPES": "float32,float64"},
+    checkout="pytorch_metric_learning",
+)
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # tests get a small random model instead of those on the hub
+# Releases whose tests are not to be had (no tag, and no tests in the source archive) run the newest
+# tests that are: the suites with source None.
 SUITES = {
-    "lightly": Suite(
-        "lightly-ai/lightly",
-        "v1.5.26",
-        (
-            "tests/loss/test_ntx_ent_loss.py",
-            "tests/loss/test_dcl_loss.py",
-            "tests/loss/test_negative_cosine_similarity.py",
-            "tests/models/modules/test_memory_bank.py",
-            "tests/models/test_ModelUtils.py",
-            "tests/models/test_ModelsNNCLR.py",
-        ),
-        ".",
-        ("lightly",),
-    ),
-    "pytorch_metric_learning": Suite(
-        "KevinMusgrave/pytorch-metric-learning",
-        "v2.8.1",
-        (
-            "tests/losses/test_ntxent_loss.py",
-            "tests/losses/test_contrastive_loss.py",
-            "tests/losses/test_triplet_margin_loss.py",
-            "tests/losses/test_cross_batch_memory.py",
-            "tests/losses/test_self_supervised_loss.py",
-            "tests/losses/test_losses_without_labels.py",
-            "tests/losses/test_multiple_losses.py",
-            "tests/miners/test_batch_hard_miner.py",
-            "tests/reducers/test_setting_reducers.py",
-            "tests/distances/test_custom_check_shape.py",
-            "tests/utils/test_module_with_records_and_reducer.py",
-        ),
-        "src",
-        ("pytorch_metric_learning",),
-        {"TEST_DEVICE": "cpu", "TEST_DTYPES": "float32,float64"},
-    ),
+    "lightly": Suite("lightly-ai/lightly", "v1.5.26", LIGHTLY, ".", ("lightly",)),
+    "lightly_main": Suite("lightly-ai/lightly", "e8d317fc", LIGHTLY, None, ("lightly",)),
+    "pytorch_metric_learning": PML,
+    "pytorch_metric_learning_release": replace(PML, source=None),
     "open_clip": Suite(
         "mlfoundations/open_clip",
         "v3.3.0",
         ("tests/test_training_simple.py",),
         "src",
         ("open_clip",),
+        OFFLINE,
+    ),
+    "open_clip_main": Suite(
+        "mlfoundations/open_clip",
+        "89fb801f",
+        (
+            "tests/test_loss.py",
+            "tests/test_siglip_chunked_loss.py",
+            "tests/test_task_specific_unit.py",
+            "tests/test_factory_task.py",
+        ),
+        "src",
+        ("open_clip",),
+        OFFLINE,
     ),
     "sentence_transformers": Suite(
         "UKPLab/sentence-transformers",
@@ -128,8 +154,34 @@ SUITES = {
         ("tests/test_cmnrl.py",),
         None,
         ("sentence_transformers",),
-        {"HF_HUB_OFFLINE": "1"},  # its test gets a small random model instead of the one on the hub
-        prepare=small_bert,
+        OFFLINE,
+        prepare=partial(small_bert, ("distilbert-base-uncased",)),
+    ),
+    "sentence_transformers_main": Suite(
+        "huggingface/sentence-transformers",
+        "cad21198",
+        tuple(
+            f"tests/sentence_transformer/losses/test_{name}.py"
+            for name in (
+                "cmnrl",
+                "cached_mnsrl",
+                "contrastive",
+                "gradcache",
+                "matryoshka",
+                "merged_forward",
+                "triplet",
+            )
+        ),
+        None,
+        ("sentence_transformers",),
+        OFFLINE,
+        prepare=partial(
+            small_bert,
+            (
+                "distilbert/distilbert-base-uncased",
+                "sentence-transformers-testing/stsb-bert-tiny-safetensors",
+            ),
+        ),
     ),
     "solo_learn": Suite(
         "vturrisi/solo-learn",
@@ -150,6 +202,28 @@ SUITES = {
         None,
         ("monai",),
     ),
+    "catalyst": Suite(
+        "catalyst-team/catalyst",
+        "v22.04",
+        ("tests/contrib/nn/test_criterion.py",),
+        None,
+        ("catalyst",),
+        prepare=bare_package,
+    ),
+    "torch_ema": Suite(
+        "fadel/pytorch_ema",
+        "v0.3.0",
+        ("tests/test_ema.py", "tests/test_state_dict.py"),
+        None,
+        ("torch_ema",),
+    ),
+    "torch": Suite(
+        "pytorch/pytorch",
+        "045a976c",
+        ("test/optim/test_swa_utils.py",),
+        None,
+        ("torch",),
+    ),
 }
 
 # Tests that pass with the library's class and can't with ours: the improvement that they contradict.
@@ -159,6 +233,7 @@ KNOWN = {
         "wraps is written to the front of the bank, where lightly drops it"
     }
 }
+KNOWN["lightly_main"] = KNOWN["lightly"]
 
 
 def run(suite: Suite, checkout: Path, patched: bool, python: str) -> dict[str, str]:
@@ -174,7 +249,8 @@ def run(suite: Suite, checkout: Path, patched: bool, python: str) -> dict[str, s
             roots.insert(0, folder / suite.source)
         else:  # away from the library's code, which would be found first
             folder = Path(name, "checkout")
-            shutil.copytree(checkout / "tests", folder / "tests")
+            for top in {Path(test).parts[0] for test in suite.tests}:
+                shutil.copytree(checkout / top, folder / top)
         if suite.prepare is not None:
             suite.prepare(folder)
         env = {
@@ -234,7 +310,8 @@ def main() -> int:
     )
     parser.add_argument("--python", default=sys.executable)
     args = parser.parse_args()
-    names = args.names or [name for name in SUITES if (args.checkouts / name).is_dir()]
+    places = {name: args.checkouts / (suite.checkout or name) for name, suite in SUITES.items()}
+    names = args.names or [name for name, place in places.items() if place.is_dir()]
     unknown = sorted(set(names) - set(SUITES))
     if unknown or not names:
         parser.error(
@@ -245,9 +322,7 @@ def main() -> int:
     bad = 0
     for name in names:
         suite = SUITES[name]
-        both = [
-            run(suite, args.checkouts / name, patched, args.python) for patched in (False, True)
-        ]
+        both = [run(suite, places[name], patched, args.python) for patched in (False, True)]
         count = [[list(o.values()).count(how) for o in both] for how in ("passed", "failed")]
         print(f"| {name} | {suite.repository} {suite.tag} | {count[0][0]} | {count[0][1]} "
               f"| {count[1][0]} | {count[1][1]} |", flush=True)  # fmt: skip
