@@ -100,7 +100,13 @@ def environment(report: Report, on_gpu: bool) -> None:
 def correctness(report: Report, on_gpu: bool, quick: bool) -> None:
     """The kernel tests on the device (here: a part of them in the interpreter)."""
     names = (
-        ["test_engine.py", "test_branches.py", "test_updates.py", "test_losses.py"]
+        [
+            "test_engine.py",
+            "test_branches.py",
+            "test_updates.py",
+            "test_losses.py",
+            "test_autoencoders.py",
+        ]
         if on_gpu
         else ["test_losses.py"]
     )

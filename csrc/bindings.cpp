@@ -115,6 +115,7 @@ const Definition& definition() {
     add_function<RoundTrip>(d);
     bind_pairwise(d);
     bind_losses(d);
+    bind_autoencoders(d);
     bind_updates(d);
     d.functions.push_back({nullptr, nullptr, 0, nullptr});
     return d;

@@ -34,6 +34,11 @@ struct Names<Reduction> {
   static constexpr const char* all[] = {"none", "mean", "sum"};
 };
 
+template <>
+struct Names<Likelihood> {
+  static constexpr const char* all[] = {"bernoulli", "gaussian"};
+};
+
 // The status of a kernel: 0, or memory could not be had.
 inline void check(int status) {
   if (status != 0) throw std::bad_alloc();
@@ -47,7 +52,7 @@ inline double read_scalar(const void* address, DType dtype) {
 
 // ---- The module ----------------------------------------------------------------------------------
 
-constexpr int kMaxFunctions = 24;
+constexpr int kMaxFunctions = 32;
 
 // State of one instance of the module.
 struct State {
@@ -177,8 +182,9 @@ void add_function(Definition& definition) {
   definition.functions.push_back(bound<Call>(definition, function_entry<Call>, (self + "/").c_str()));
 }
 
-void bind_pairwise(Definition& definition);  // bindings_pairwise.cpp: the tile engine
-void bind_losses(Definition& definition);    // bindings_losses.cpp: whole losses
-void bind_updates(Definition& definition);   // bindings_updates.cpp: EMA and queue
+void bind_pairwise(Definition& definition);      // bindings_pairwise.cpp: the tile engine
+void bind_losses(Definition& definition);        // bindings_losses.cpp: whole losses
+void bind_autoencoders(Definition& definition);  // bindings_autoencoders.cpp: variational and feature losses
+void bind_updates(Definition& definition);       // bindings_updates.cpp: EMA and queue
 
 }  // namespace sslk

@@ -179,6 +179,71 @@ struct PairedBackwardArgs {
   double* dscale = nullptr;
 };
 
+// The two terms of a variational autoencoder's loss by rows (csrc/cpu/vae.cpp): how well a decoder's output fits x...
+enum class Likelihood : int { bernoulli = 0, gaussian = 1 };
+
+struct VaeArgs {
+  Likelihood likelihood = Likelihood::bernoulli;
+  DType dtype = DType::f32;
+  int64_t d = 0;
+  Rows reconstruction;  // [N, D]
+  Rows x;               // [N, D]
+  Rows spread;          // [N, D] log-variances, gaussian only; or no data: variance 1
+  int n_threads = 1;
+};
+
+// ... and how far the codes are from a standard normal.
+struct VaeLatent {
+  int64_t d = 0;                  // Z
+  Rows mean;                      // [N, Z] of dtype
+  Rows log_variance;              // [N, Z] of dtype
+  const void* weights = nullptr;  // [Z] acc or null: 1
+};
+
+struct VaeBackwardArgs {
+  const void* drec = nullptr;  // acc; element i * drec_stride
+  int64_t drec_stride = 0;
+  const void* dkl = nullptr;  // acc; element i * dkl_stride
+  int64_t dkl_stride = 0;
+  void* dreconstruction = nullptr;  // [N, D] of dtype, contiguous, or null
+  void* dx = nullptr;               // the same
+  void* dspread = nullptr;          // the same
+  void* dmean = nullptr;            // [N, Z] of dtype, contiguous, or null
+  void* dlog_variance = nullptr;    // the same
+};
+
+// Forward: out = mean + exp(log_variance / 2) eps; backward: out = dz exp(log_variance / 2) eps / 2.
+struct NoiseArgs {
+  DType dtype = DType::f32;            // of all that follow, contiguous
+  int64_t n = 0;                       // elements
+  const void* mean = nullptr;          // [n], forward only
+  const void* log_variance = nullptr;  // [n]
+  const void* dz = nullptr;            // [n], backward only
+  void* out = nullptr;                 // [n]
+  uint64_t seed = 0;                   // key of the random words
+  int n_threads = 1;
+};
+
+// One feature map and what it should be.
+struct FeatureEntry {
+  const void* feature = nullptr;  // [N, d] of dtype, contiguous
+  const void* target = nullptr;   // [N, d] of target_dtype, contiguous
+  void* dfeature = nullptr;       // [N, d] of dtype, or null; backward only
+  int64_t d = 0;
+  DType dtype = DType::f32;
+  DType target_dtype = DType::f32;
+};
+
+struct FeatureArgs {
+  const FeatureEntry* entries = nullptr;  // [n_entries]
+  int64_t n_entries = 0;                  // L
+  int64_t n = 0;                          // samples
+  bool smooth = false;                    // smooth L1 of width beta, not squares
+  double beta = 1.0;
+  bool wide = false;  // accumulate in float64: some entry is float64
+  int n_threads = 1;
+};
+
 struct ExtremesOut {
   const void* bias_k = nullptr;  // [M] acc or null
   int64_t* max_same = nullptr;   // [N]
@@ -243,6 +308,11 @@ struct Kernels {
                              void* dprediction);
   int (*paired_forward)(const PairedArgs&, const PairedState&, const PairedForwardOut&);
   int (*paired_backward)(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);
+  int (*vae_forward)(const VaeArgs&, const VaeLatent&, void* reconstruction, void* kl);  // [N] acc each
+  int (*vae_backward)(const VaeArgs&, const VaeLatent&, const VaeBackwardArgs&);
+  int (*reparameterize)(const NoiseArgs&);
+  int (*features_forward)(const FeatureArgs&, void* out);          // [N, L] acc
+  int (*features_backward)(const FeatureArgs&, const void* dout);  // [N, L] acc
   int (*ema_update)(const EmaArgs&);
   int (*enqueue)(const EnqueueArgs&);
 };

@@ -10,6 +10,7 @@ _Tiles = NewType("_Tiles", object)
 _Contrastive = NewType("_Contrastive", object)
 _Regression = NewType("_Regression", object)
 _Paired = NewType("_Paired", object)
+_Vae = NewType("_Vae", object)
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -185,6 +186,92 @@ def paired_backward(
     dpositive: _Address,
     dnegatives: _Address,
 ) -> float: ...
+def vae(
+    *,
+    likelihood: str,
+    dtype: str,
+    d: int,
+    n: int,
+    reconstruction: _Address,
+    reconstruction_stride: int,
+    x: _Address,
+    x_stride: int,
+    spread: _Address,
+    spread_stride: int,
+    n_threads: int,
+) -> _Vae: ...
+def vae_forward(
+    vae: _Vae,
+    /,
+    *,
+    z: int,
+    mean: _Address,
+    mean_stride: int,
+    log_variance: _Address,
+    log_variance_stride: int,
+    weights: _Address,
+    reconstruction: _Address,
+    kl: _Address,
+) -> None: ...
+def vae_backward(
+    vae: _Vae,
+    /,
+    *,
+    z: int,
+    mean: _Address,
+    mean_stride: int,
+    log_variance: _Address,
+    log_variance_stride: int,
+    weights: _Address,
+    drec: _Address,
+    row_stride: int,
+    dkl: _Address,
+    dreconstruction: _Address,
+    dx: _Address,
+    dspread: _Address,
+    dmean: _Address,
+    dlog_variance: _Address,
+) -> None: ...
+def reparameterize(
+    *,
+    dtype: str,
+    n: int,
+    mean: _Address,
+    log_variance: _Address,
+    dz: _Address,
+    out: _Address,
+    seed: _Address,
+    n_threads: int,
+) -> None: ...
+def features_forward(
+    *,
+    features: list[int],
+    targets: list[int],
+    sizes: list[int],
+    dtypes: list[str],
+    target_dtypes: list[str],
+    n: int,
+    smooth: bool,
+    beta: float,
+    wide: bool,
+    n_threads: int,
+    out: _Address,
+) -> None: ...
+def features_backward(
+    *,
+    features: list[int],
+    targets: list[int],
+    sizes: list[int],
+    dtypes: list[str],
+    target_dtypes: list[str],
+    n: int,
+    smooth: bool,
+    beta: float,
+    wide: bool,
+    n_threads: int,
+    dout: _Address,
+    gradients: list[_Address],
+) -> None: ...
 def enqueue(
     *,
     queue: _Address,

@@ -6,20 +6,24 @@ from sslkernels._types import ContrastiveMetrics
 from sslkernels._version import __version__
 from sslkernels.ema import EMA, cosine_decay, ema_update_
 from sslkernels.functional import (
+    VAEParts,
     alignment_loss,
     byol_loss,
     byol_loss_symmetric,
     clip_loss,
     contrastive_loss,
     dcl_loss,
+    feature_reconstruction_loss,
     info_nce_loss,
     margin_loss,
     nt_xent_loss,
+    reparameterize,
     siglip_loss,
     simsiam_loss,
     sup_con_loss,
     triplet_loss,
     uniformity_loss,
+    vae_loss,
 )
 from sslkernels.grad_cache import cached_step
 from sslkernels.integrations import patch, unpatch
@@ -28,6 +32,7 @@ from sslkernels.losses import (
     CLIPLoss,
     ContrastiveLoss,
     DCLLoss,
+    FeatureReconstructionLoss,
     InfoNCELoss,
     MoCoLoss,
     NTXentLoss,
@@ -35,10 +40,12 @@ from sslkernels.losses import (
     SimSiamLoss,
     SupConLoss,
     TripletLoss,
+    VAELoss,
 )
 from sslkernels.ops.registry import Info, backend, info, set_backend
 from sslkernels.queue import KeyQueue
 from sslkernels.sampling import StratifiedSampler, k_means
+from sslkernels.schedules import beta_schedule
 
 __all__ = [
     "EMA",
@@ -47,6 +54,7 @@ __all__ = [
     "ContrastiveLoss",
     "ContrastiveMetrics",
     "DCLLoss",
+    "FeatureReconstructionLoss",
     "Info",
     "InfoNCELoss",
     "KeyQueue",
@@ -57,9 +65,12 @@ __all__ = [
     "StratifiedSampler",
     "SupConLoss",
     "TripletLoss",
+    "VAELoss",
+    "VAEParts",
     "__version__",
     "alignment_loss",
     "backend",
+    "beta_schedule",
     "byol_loss",
     "byol_loss_symmetric",
     "cached_step",
@@ -68,6 +79,7 @@ __all__ = [
     "cosine_decay",
     "dcl_loss",
     "ema_update_",
+    "feature_reconstruction_loss",
     "functional",
     "info",
     "info_nce_loss",
@@ -77,6 +89,7 @@ __all__ = [
     "nt_xent_loss",
     "patch",
     "reference",
+    "reparameterize",
     "set_backend",
     "siglip_loss",
     "simsiam_loss",
@@ -84,4 +97,5 @@ __all__ = [
     "triplet_loss",
     "uniformity_loss",
     "unpatch",
+    "vae_loss",
 ]

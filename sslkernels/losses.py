@@ -23,7 +23,7 @@ Result = Tensor | tuple[Tensor, ContrastiveMetrics]
 
 
 # Arguments that may be tensors.
-_SCALARS = ("temperature", "margin")
+_SCALARS = ("temperature", "margin", "beta", "x_log_variance")
 
 
 def _hold(module: nn.Module, name: str, value: float | Tensor) -> bool:
@@ -344,6 +344,75 @@ class ContrastiveLoss(_Loss):
     def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
         """Loss of pairs [N, D]; same: [N]."""
         return functional.contrastive_loss(a, b, same, **self._keywords)
+
+
+class VAELoss(_Loss):
+    """``vae_loss``: (reconstruction, x, mean, log_variance) → loss.
+
+    ``x_log_variance=nn.Parameter(torch.zeros(()))`` learns one variance of the data with the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str = "bernoulli",
+        x_log_variance: float | Tensor | None = None,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        """See ``vae_loss``; a variance for each element is an argument of ``forward``."""
+        checks.check_choice("VAELoss", "likelihood", likelihood, functional.LIKELIHOODS)
+        spread = {} if x_log_variance is None else {"x_log_variance": x_log_variance}
+        super().__init__(
+            likelihood=likelihood, beta=beta, free_bits=free_bits, reduction=reduction, **spread
+        )
+
+    def forward(
+        self,
+        reconstruction: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        log_variance: Tensor,
+        x_log_variance: Tensor | None = None,
+        *,
+        beta: float | None = None,
+    ) -> Tensor:
+        """Loss of [N, ...] against [N, ...] with codes [N, Z]; beta: of this step (a schedule)."""
+        keywords = dict(self._keywords)
+        if x_log_variance is not None:
+            keywords["x_log_variance"] = x_log_variance
+        if beta is not None:
+            keywords["beta"] = beta
+        return functional.vae_loss(reconstruction, x, mean, log_variance, **keywords)
+
+
+class FeatureReconstructionLoss(_Loss):
+    """``feature_reconstruction_loss``: (features, targets) → loss."""
+
+    def __init__(
+        self,
+        *,
+        weights: Sequence[float] | None = None,
+        distance: str = "squared",
+        beta: float = 1.0,
+        normalize: str | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        """See ``feature_reconstruction_loss``."""
+        op = type(self).__name__
+        checks.check_choice(op, "distance", distance, functional.DISTANCES)
+        if normalize is not None:
+            checks.check_choice(op, "normalize", normalize, functional.NORMALIZATIONS)
+        super().__init__(
+            weights=weights, distance=distance, beta=beta, normalize=normalize, reduction=reduction
+        )
+
+    def forward(
+        self, features: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor]
+    ) -> Tensor:
+        """Loss of a list of maps [N, ...]."""
+        return functional.feature_reconstruction_loss(features, targets, **self._keywords)
 
 
 class MoCoLoss(AllOrNothing):

@@ -28,8 +28,15 @@ def labels_for(n: int) -> Tensor:
 class Case:
     """A loss as a function of its differentiable inputs, ours and the reference's."""
 
-    def __init__(self, name: str, make: Callable[[int, int], list[Tensor]], **keywords) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[int, int], list[Tensor]],
+        targets: tuple[int, ...] = (),
+        **keywords,
+    ) -> None:
         self.name, self.make, self.keywords = name, make, keywords
+        self.targets = targets  # inputs that get no gradient
 
     def call(self, module, inputs: list[Tensor], **more) -> Tensor:
         """Evaluate ``module``'s function of that name."""
@@ -82,6 +89,27 @@ class OneArgument(Case):
         return function(inputs[0], **keywords)
 
 
+class Autoencoder(Case):
+    """Logits or means, data, two outputs of an encoder, and perhaps a spread or a weight of the KL."""
+
+    def run(self, function, inputs, keywords):
+        if len(inputs) == 5:
+            more = "beta" if inputs[4].ndim < 2 else "x_log_variance"
+            keywords[more] = inputs[4]
+        return function(*inputs[:4], **keywords)
+
+
+class Maps(Case):
+    """Two maps against two."""
+
+    def run(self, function, inputs, keywords):
+        if "normalize" not in keywords:  # of several dimensions
+            inputs = [
+                x.view(len(x), 1, 1, x.shape[1]) if i % 2 else x for i, x in enumerate(inputs)
+            ]
+        return function(inputs[:2], inputs[2:], **keywords)
+
+
 def t(value: float = 0.2) -> Tensor:
     return torch.tensor(value)
 
@@ -92,6 +120,12 @@ def two(n: int, d: int) -> list[Tensor]:
 
 def unit_pair(n: int, d: int) -> list[Tensor]:
     return [nn.functional.normalize(v, dim=1) for v in views(n, d)]
+
+
+def coded(n: int, d: int) -> list[Tensor]:
+    """Decoder, data in [0, 1], and codes."""
+    x = views(n, d, 4)
+    return [2 * x[0], x[1].sigmoid(), x[2], 0.5 * x[3]]
 
 
 def negatives(n: int, d: int) -> Tensor:
@@ -182,10 +216,36 @@ CASES = [
     OneArgument(
         "uniformity_loss raw", lambda n, d: [views(n, d)[0] / d**0.5], normalize=False, t=0.7
     ),
+    Autoencoder("vae_loss", lambda n, d: [*coded(n, d), t(0.7)]),
+    Autoencoder("vae_loss none", coded, reduction="none", free_bits=0.6),
+    Autoencoder("vae_loss gaussian", coded, likelihood="gaussian", x_log_variance=-0.5),
+    Autoencoder(
+        "vae_loss gaussian spread",
+        lambda n, d: [*coded(n, d), views(n + 1, d)[0][:n]],
+        likelihood="gaussian",
+        reduction="none",
+    ),
+    Maps("feature_reconstruction_loss", lambda n, d: views(n, d, 4), (2, 3)),
+    Maps(
+        "feature_reconstruction_loss smooth",
+        lambda n, d: views(n, d, 4),
+        (2, 3),
+        distance="smooth_l1",
+        beta=0.5,
+        weights=[0.5, 2.0],
+        reduction="none",
+    ),
+    Maps(
+        "feature_reconstruction_loss channels",
+        lambda n, d: views(n, d, 4),
+        (2, 3),
+        normalize="channels",
+    ),
 ]
-# On the tile engine: these run on every instruction set, the others do not depend on it.
+# On kernels: these run on every instruction set, the others do not depend on it.
 ON_TILES = [
     c
     for c in CASES
-    if c.name.split("_")[0] in ("nt", "info", "clip", "siglip", "sup", "dcl", "uniformity")
+    if c.name.split("_")[0]
+    in ("nt", "info", "clip", "siglip", "sup", "dcl", "uniformity", "vae", "feature")
 ] + [CASES[23], CASES[24]]

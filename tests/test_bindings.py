@@ -20,7 +20,7 @@ from torch import Tensor
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 
-from sslkernels.backends import cpu, updates_cpu  # noqa: E402
+from sslkernels.backends import autoencoders_cpu, cpu, updates_cpu  # noqa: E402
 from sslkernels.backends.interface import (  # noqa: E402
     Kept,
     Paired,
@@ -28,12 +28,20 @@ from sslkernels.backends.interface import (  # noqa: E402
     RowState,
     Thresholds,
     Tiles,
+    Vae,
+    VaeWanted,
     Wanted,
 )
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sslkernels"
 CALLERS = [
-    PACKAGE / name for name in ("backends/cpu.py", "backends/updates_cpu.py", "ops/eager.py")
+    PACKAGE / name
+    for name in (
+        "backends/autoencoders_cpu.py",
+        "backends/cpu.py",
+        "backends/updates_cpu.py",
+        "ops/eager.py",
+    )
 ]
 
 
@@ -270,6 +278,21 @@ def everything() -> dict[str, list[Tensor | None]]:
     results["paired_forward"] = results["paired"] = [loss, *left, rank, similarity]
     paired = paired._replace(ids_q=None, ids_k=None)
     results["paired_backward"] = list(cpu.paired_backward(paired, left, w, True, True))
+    vae = Vae(a, b, bank, a + 1, b - 1, torch.rand(d), "gaussian")
+    wanted = VaeWanted(True, True, True, True, True)
+    results["vae_forward"] = results["vae"] = list(cpu.vae_forward(vae))
+    results["vae_backward"] = list(cpu.vae_backward(vae, w, v, wanted))
+    seed = torch.tensor(5)
+    results["reparameterize"] = [
+        cpu.reparameterize(a, b, seed),
+        cpu.reparameterize_backward(a, seed, b),
+    ]
+    maps, others = [a, bank], [b, a + 1]
+    distances = cpu.features_forward(maps, others, True, 0.5)
+    results["features_forward"] = [distances]
+    results["features_backward"] = cpu.features_backward(
+        maps, others, True, 0.5, distances, [True, True]
+    )
     pointer, fill = torch.tensor([5]), torch.tensor([n])
     queue, labels = bank.clone(), torch.arange(n)
     cpu.enqueue_(queue, pointer, fill, a, False, labels, ids_a)
@@ -292,6 +315,7 @@ def renamed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Renamed], None]:
     def install(module: Renamed) -> None:
         monkeypatch.setattr(cpu, "_C", module)
         monkeypatch.setattr(updates_cpu, "_C", module)
+        monkeypatch.setattr(autoencoders_cpu, "_C", module)
 
     return install
 
@@ -328,6 +352,14 @@ def test_order_does_not_matter(renamed: Callable[[Renamed], None]) -> None:
         ("paired_forward", ("row_stride", "key_stride")),
         ("paired_backward", ("lse", "positive")),
         ("paired_backward", ("dquery", "dpositive")),
+        ("vae", ("x", "spread")),
+        ("vae_forward", ("mean", "log_variance")),
+        ("vae_forward", ("reconstruction", "kl")),
+        ("vae_backward", ("drec", "dkl")),
+        ("vae_backward", ("dreconstruction", "dx")),
+        ("vae_backward", ("dreconstruction", "dspread")),
+        ("vae_backward", ("dmean", "dlog_variance")),
+        ("features_backward", ("features", "targets")),
         ("enqueue", ("ptr", "fill")),
         ("enqueue", ("labels", "queue_labels")),
         ("EmaPlan", ("targets", "sources")),

@@ -96,6 +96,7 @@ def test_gradcheck(case: Case) -> None:
         count = 1 if case.name.startswith("byol_loss") and len(inputs) == 2 else 2
         fixed = {i for i in range(len(inputs)) if i not in ((0,) if count == 1 else (0, 2))}
         inputs = [x.detach() if i in fixed else x for i, x in enumerate(inputs)]
+    inputs = [x.detach() if i in case.targets else x for i, x in enumerate(inputs)]
     if case.keywords.get("sigma"):  # the weights of DCLW carry no gradient on purpose
         inputs = [*(x.detach() for x in inputs[:2]), inputs[2]]
     assert torch.autograd.gradcheck(lambda *x: case.call(ssl, list(x)), inputs)

@@ -140,6 +140,97 @@ ERRORS = [
     ),
     (lambda: ssl.uniformity_loss(GOOD, 0.0), ValueError, "t must be > 0, got 0.0"),
     (lambda: ssl.alignment_loss(GOOD, GOOD, alpha=0), ValueError, "alpha must be > 0, got 0"),
+    (
+        lambda: ssl.vae_loss(GOOD, GOOD[:, :3], GOOD, GOOD),
+        ValueError,
+        r"vae_loss: reconstruction and x must have the same shape, got \[8, 4\] and \[8, 3\]",
+    ),
+    (
+        lambda: ssl.vae_loss(GOOD[0], GOOD[0], GOOD, GOOD),
+        ValueError,
+        r"vae_loss: reconstruction must have at least 2 dimensions, got shape \[4\]",
+    ),
+    (
+        lambda: ssl.vae_loss(GOOD, GOOD, GOOD[:5], GOOD[:5]),
+        ValueError,
+        r"vae_loss: mean and x must have as many rows, got \[5, 4\] and \[8, 4\]",
+    ),
+    (
+        lambda: ssl.vae_loss(GOOD, GOOD, GOOD, GOOD, likelihood="laplace"),
+        ValueError,
+        r"vae_loss: likelihood must be one of \['bernoulli', 'gaussian'\], got 'laplace'",
+    ),
+    (
+        lambda: ssl.vae_loss(GOOD, GOOD, GOOD, GOOD, x_log_variance=0.0),
+        ValueError,
+        "vae_loss: x_log_variance is for likelihood 'gaussian', got 'bernoulli'",
+    ),
+    (
+        lambda: ssl.vae_loss(GOOD, GOOD, GOOD, GOOD, free_bits=-1.0),
+        ValueError,
+        r"vae_loss: free_bits must be at least 0, got -1\.0",
+    ),
+    (
+        lambda: ssl.reparameterize(GOOD, GOOD[0], 1),
+        ValueError,
+        r"reparameterize: mean and log_variance must have the same shape",
+    ),
+    (
+        lambda: ssl.reparameterize(GOOD, GOOD, torch.zeros((), dtype=torch.int64, device="meta")),
+        ValueError,
+        "reparameterize: seed and mean must be on the same device, got meta and cpu",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss([GOOD, GOOD], [GOOD]),
+        ValueError,
+        "features and targets must have the same length, at least 1, got 2 and 1",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss([], []),
+        ValueError,
+        "must have the same length, at least 1, got 0 and 0",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss([GOOD, GOOD[:5]], [GOOD, GOOD[:5]]),
+        ValueError,
+        r"features\[0\] and features\[1\] must have as many samples, got 8 and 5",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss(GOOD, GOOD, weights=[1.0, 2.0]),
+        ValueError,
+        "weights must be 1 numbers, one a map, got 2",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss(GOOD, GOOD, weights=torch.ones(2)),
+        ValueError,
+        r"weights must have one element a map, \[1\], got \[2\]",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss(GOOD, GOOD, distance="l1"),
+        ValueError,
+        r"distance must be one of \['squared', 'smooth_l1'\], got 'l1'",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss(GOOD, GOOD, normalize="all"),
+        ValueError,
+        r"normalize must be one of \['channels', 'targets'\], got 'all'",
+    ),
+    (
+        lambda: ssl.feature_reconstruction_loss(GOOD, GOOD, beta=-1),
+        ValueError,
+        r"beta must be at least 0, got -1",
+    ),
+    (lambda: ssl.feature_reconstruction_loss(3, GOOD), TypeError, "features must be a tensor or"),
+    (
+        lambda: ssl.VAELoss(likelihood="x"),
+        ValueError,
+        "VAELoss: likelihood must be one of",
+    ),
+    (
+        lambda: ssl.FeatureReconstructionLoss(distance="x"),
+        ValueError,
+        "FeatureReconstructionLoss: distance must be one of",
+    ),
     (lambda: ssl.NTXentLoss(temperature=-1.0), ValueError, "NTXentLoss: temperature must be > 0"),
     (lambda: ssl.DCLLoss(reduction="x"), ValueError, "DCLLoss: reduction must be one of"),
     (lambda: ssl.TripletLoss(mining="x"), ValueError, "TripletLoss: mining must be one of"),

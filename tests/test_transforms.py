@@ -73,6 +73,19 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "alignment": lambda f, x, y, t, **k: t * f.alignment_loss(x, y, **k),
     "contrastive": lambda f, x, y, t, **k: t * f.contrastive_loss(x, y, LABELS == 1, **k),
     "margin": lambda f, x, y, t, **k: t * f.margin_loss(x, y, OTHER, x, **k),
+    "vae": lambda f, x, y, t, **k: f.vae_loss(x * y, OTHER.sigmoid(), x, y, beta=t, **k),
+    "vae gaussian": lambda f, x, y, t, **k: f.vae_loss(
+        x, y, x, y, likelihood="gaussian", x_log_variance=x + y, beta=t, **k
+    ),
+    "features": lambda f, x, y, t, **k: (
+        t
+        * f.feature_reconstruction_loss(
+            [x, y[:, :2]], [OTHER, OTHER[:, :2]], weights=[1.0, 0.5], **k
+        )
+    ),
+    "features smooth": lambda f, x, y, t, **k: (
+        t * f.feature_reconstruction_loss([x, y], [OTHER, OTHER], distance="smooth_l1", **k)
+    ),
 }
 UNREDUCED = {
     "uniformity": lambda f, x, y, t: t * f.uniformity_loss(x * y),
@@ -175,7 +188,12 @@ def test_vmap_is_a_loop(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.split()[0] in ("nt_xent", "info_nce", "clip", "siglip", "dcl")]
+    "case",
+    [
+        c
+        for c in CASES
+        if c.split()[0] in ("nt_xent", "info_nce", "clip", "siglip", "dcl", "vae", "features")
+    ],
 )
 def test_second_derivatives_raise(case: str) -> None:
     """In every order of the two modes: a zero would be believed."""

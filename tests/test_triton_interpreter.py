@@ -28,6 +28,7 @@ GROUPS = {
         "test_losses.py",
         "test_normalization.py",
         "test_nothing.py",
+        "test_autoencoders.py",
     ],
 }
 

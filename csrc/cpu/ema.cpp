@@ -11,12 +11,13 @@
 // formula wherever a share begins, so the number of threads changes no bit; nor does the instruction
 // set, since a set without FMA computes the same rounding in float64.
 //
-// Stochastic rounding of 16-bit targets: random bits from Philox4x32-10 with key = seed and counter =
-// (element, step, tensor), so that they depend on nothing else.  backends/rounding.py is the plain twin.
+// Stochastic rounding of 16-bit targets: random bits from Philox4x32-10 (philox.h) with key = seed and counter
+// = (element, step, tensor), so that they depend on nothing else.  backends/rounding.py is the plain twin.
 
 #include <cstdint>
 
 #include "narrow.h"
+#include "philox.h"
 #include "simd.h"
 #include "sslkernels.h"
 
@@ -57,24 +58,11 @@ struct Random {
   uint32_t tensor;
 };
 
-// First word of Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
-// 2, 3", SC 2011; counter = (element low, element high, step, tensor).
+// First word of the counter (element low, element high, step, tensor).
 inline __attribute__((always_inline)) uint32_t philox_word(const Random& random, uint64_t element) {
-  uint32_t c0 = uint32_t(element), c1 = uint32_t(element >> 32);
-  uint32_t c2 = random.step, c3 = random.tensor;
-  uint32_t k0 = random.key0, k1 = random.key1;
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(c0) * 0xD2511F53u;
-    const uint64_t product1 = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(product1);
-    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(product0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return c0;
+  uint32_t words[4] = {uint32_t(element), uint32_t(element >> 32), random.step, random.tensor};
+  philox(random.key0, random.key1, words);
+  return words[0];
 }
 
 // To one of the two neighbours, the nearer the likelier: with n bits to drop from the significand m,

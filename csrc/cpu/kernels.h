@@ -37,6 +37,11 @@ int regression_backward(const RegressionArgs&, const void* state, const void* dl
                         void* dprediction);                                             // regression.cpp
 int paired_forward(const PairedArgs&, const PairedState&, const PairedForwardOut&);     // paired.cpp
 int paired_backward(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);  // paired.cpp
+int vae_forward(const VaeArgs&, const VaeLatent&, void* reconstruction, void* kl);      // vae.cpp
+int vae_backward(const VaeArgs&, const VaeLatent&, const VaeBackwardArgs&);             // vae.cpp
+int reparameterize(const NoiseArgs&);                                                   // noise.cpp
+int features_forward(const FeatureArgs&, void* out);                                    // features.cpp
+int features_backward(const FeatureArgs&, const void* dout);                            // features.cpp
 int ema_update(const EmaArgs&);                                                         // ema.cpp
 int enqueue(const EnqueueArgs&);                                                        // queue.cpp
 

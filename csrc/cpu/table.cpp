@@ -43,6 +43,11 @@ const Kernels& table() {
       regression_backward,
       paired_forward,
       paired_backward,
+      vae_forward,
+      vae_backward,
+      reparameterize,
+      features_forward,
+      features_backward,
       ema_update,
       enqueue,
   };

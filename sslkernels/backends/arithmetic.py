@@ -20,6 +20,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds all of them; bfloat16 with float16 is float32."""
+    dtype = tensors[0].dtype
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
 def fixed_sum(x: Tensor) -> Tensor:
     """Sum of a vector, in an order that does not depend on the number of threads.
 

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 from sslkernels.backends.arithmetic import NEG_INF, finite, fixed_sum, row_blocks
+from sslkernels.backends.autoencoders_torch import features_backward as features_backward
+from sslkernels.backends.autoencoders_torch import features_forward as features_forward
+from sslkernels.backends.autoencoders_torch import reparameterize as reparameterize
+from sslkernels.backends.autoencoders_torch import (
+    reparameterize_backward as reparameterize_backward,
+)
+from sslkernels.backends.autoencoders_torch import vae_backward as vae_backward
+from sslkernels.backends.autoencoders_torch import vae_forward as vae_forward
 from sslkernels.backends.interface import (
     Attend,
     Extremes,

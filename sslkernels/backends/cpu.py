@@ -42,6 +42,14 @@ except ImportError as _error:
     ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     from sslkernels import _C
 
+from sslkernels.backends.autoencoders_cpu import (  # noqa: E402
+    features_backward,
+    features_forward,
+    reparameterize,
+    reparameterize_backward,
+    vae_backward,
+    vae_forward,
+)
 from sslkernels.backends.updates_cpu import DTYPES, CopyPlan, EmaPlan, enqueue_  # noqa: E402
 
 __all__ = [
@@ -52,12 +60,18 @@ __all__ = [
     "contrastive_forward",
     "enqueue_",
     "extremes",
+    "features_backward",
+    "features_forward",
     "paired_backward",
     "paired_forward",
     "pairwise_backward",
     "pairwise_forward",
     "regression_backward",
     "regression_forward",
+    "reparameterize",
+    "reparameterize_backward",
+    "vae_backward",
+    "vae_forward",
     "why_unavailable",
 ]
 

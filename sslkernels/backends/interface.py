@@ -354,3 +354,100 @@ class RowKernels(Protocol):
     ) -> Tensor:
         """Return dx in the dtype of x; below eps the norm is a constant: dunit / eps."""
         ...
+
+
+class Vae(NamedTuple):
+    """A variational autoencoder's output, what it should be, and its codes (``sslkernels.ops.vae``)."""
+
+    reconstruction: Tensor  # [N, D] logits (bernoulli) or means (gaussian)
+    x: Tensor  # [N, D]
+    spread: Tensor | None  # [N, D] log-variances, gaussian only; None: variance 1
+    mean: Tensor  # [N, Z]
+    log_variance: Tensor  # [N, Z]
+    weights: Tensor | None  # [Z] acc, of the KL of each dimension; no gradient
+    likelihood: str  # "bernoulli" or "gaussian"
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.x.shape[0]
+
+    @property
+    def acc(self) -> torch.dtype:
+        """Accumulation dtype."""
+        return accumulation_dtype(self.x.dtype)
+
+
+class VaeTerms(NamedTuple):
+    """The two terms of every row, without constants; acc."""
+
+    reconstruction: Tensor  # [N]
+    kl: Tensor  # [N]
+
+
+class VaeWanted(NamedTuple):
+    """Which gradients of ``Vae``."""
+
+    want_reconstruction: bool
+    want_x: bool
+    want_spread: bool
+    want_mean: bool
+    want_log_variance: bool
+
+
+class VaeGradients(NamedTuple):
+    """In the dtypes and shapes of the inputs; None where not wanted."""
+
+    reconstruction: Tensor | None
+    x: Tensor | None
+    spread: Tensor | None
+    mean: Tensor | None
+    log_variance: Tensor | None
+
+
+class Autoencoders(Protocol):
+    """One pass over elements; every backend with tiles has it."""
+
+    def vae_forward(self, problem: Vae) -> VaeTerms:
+        """Reconstruction and KL of every row."""
+        ...
+
+    def vae_backward(
+        self,
+        problem: Vae,
+        drec: Tensor,  # [N] acc, any stride
+        dkl: Tensor,  # [N] acc, any stride
+        wanted: VaeWanted,
+    ) -> VaeGradients:
+        """The gradients that are wanted."""
+        ...
+
+    def reparameterize(self, mean: Tensor, log_variance: Tensor, seed: Tensor) -> Tensor:
+        """Return mean + exp(log_variance / 2) eps(seed), contiguous; same shape and dtype."""
+        ...
+
+    def reparameterize_backward(self, log_variance: Tensor, seed: Tensor, dz: Tensor) -> Tensor:
+        """Gradient of log_variance, contiguous: dz exp(log_variance / 2) eps / 2."""
+        ...
+
+    def features_forward(
+        self,
+        features: list[Tensor],  # L of [N, d_l], float dtypes
+        targets: list[Tensor],  # as many, same shapes
+        smooth: bool,  # smooth L1 of width beta; else squares
+        beta: float,
+    ) -> Tensor:
+        """Mean distance by sample and map, [N, L] acc of the widest dtype."""
+        ...
+
+    def features_backward(
+        self,
+        features: list[Tensor],
+        targets: list[Tensor],
+        smooth: bool,
+        beta: float,
+        dout: Tensor,  # [N, L]
+        wanted: list[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the features that are wanted."""
+        ...

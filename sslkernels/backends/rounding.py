@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stochastic rounding from float32 to 16 bits in plain torch, with counter-based random bits.
 
-The same numbers are produced, bit for bit, by ``csrc/cpu/ema.cpp`` and by ``csrc/cuda/ema.cu``;
+The same numbers are produced, bit for bit, by ``csrc/cpu/philox.h`` and by ``csrc/cuda/ema.cu``;
 this file is what runs on a device for which neither exists.
 
 Random bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
@@ -54,16 +54,30 @@ def philox_words(
         [numel] int64 with values below 2^32.
     """
     element = torch.arange(first, first + numel, dtype=torch.int64, device=device)
-    c0, c1 = element & _MASK32, element >> 32
-    c2 = torch.full_like(element, step & _MASK32)
-    c3 = torch.full_like(element, tensor_index & _MASK32)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    return philox(element, step & _MASK32, tensor_index & _MASK32, k0, k1)[0]
+
+
+def philox(
+    element: Tensor, third: int, fourth: int, k0: int | Tensor, k1: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four output words of Philox4x32-10, int64 with values below 2^32.
+
+    Args:
+        element: int64, the first two words of the counter.
+        third: The third word.
+        fourth: The fourth.
+        k0: First word of the key.
+        k1: Second word of the key.
+    """
+    c0, c1 = element & _MASK32, element >> 32
+    c2, c3 = torch.full_like(element, third), torch.full_like(element, fourth)
     for _ in range(_ROUNDS):
         high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
         high_1, low_1 = _multiply(c2, _MULTIPLIER_1)
         c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
-    return c0
+    return c0, c1, c2, c3
 
 
 def round_stochastic(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions."""
 
+from sslkernels.functional.autoencoders import (
+    DISTANCES,
+    LIKELIHOODS,
+    NORMALIZATIONS,
+    VAEParts,
+    feature_reconstruction_loss,
+    reparameterize,
+    vae_loss,
+)
 from sslkernels.functional.contrastive import clip_loss, dcl_loss, info_nce_loss, nt_xent_loss
 from sslkernels.functional.metric_learning import contrastive_loss, margin_loss, triplet_loss
 from sslkernels.functional.pairwise import (
@@ -12,18 +21,25 @@ from sslkernels.functional.pairwise import (
 from sslkernels.functional.regression import byol_loss, byol_loss_symmetric, simsiam_loss
 
 __all__ = [
+    "DISTANCES",
+    "LIKELIHOODS",
+    "NORMALIZATIONS",
+    "VAEParts",
     "alignment_loss",
     "byol_loss",
     "byol_loss_symmetric",
     "clip_loss",
     "contrastive_loss",
     "dcl_loss",
+    "feature_reconstruction_loss",
     "info_nce_loss",
     "margin_loss",
     "nt_xent_loss",
+    "reparameterize",
     "siglip_loss",
     "simsiam_loss",
     "sup_con_loss",
     "triplet_loss",
     "uniformity_loss",
+    "vae_loss",
 ]

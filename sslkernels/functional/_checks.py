@@ -37,13 +37,36 @@ def check_tensor(op: str, name: str, x: Any) -> None:
 
 def check_matrix(op: str, name: str, x: Tensor, ndim: int = 2) -> None:
     """A floating-point tensor with ``ndim`` dimensions, or a TypeError/ValueError."""
+    check_floating(op, name, x)
+    if x.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {list(x.shape)}")
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    """A floating-point tensor of any shape, or a TypeError."""
     check_tensor(op, name, x)
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: {name} must be float64, float32, bfloat16 or float16, got {_dtype(x)}"
         )
-    if x.ndim != ndim:
-        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {list(x.shape)}")
+
+
+def check_samples(op: str, name: str, x: Tensor) -> None:
+    """A floating-point tensor [N, ...], or a TypeError/ValueError."""
+    check_floating(op, name, x)
+    if x.ndim < 2:
+        raise ValueError(f"{op}: {name} must have at least 2 dimensions, got shape {list(x.shape)}")
+
+
+def check_alike(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """b: a floating-point tensor of the shape and device of a; dtypes may differ (``widen``)."""
+    check_floating(op, name_b, b)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{op}: {name_a} and {name_b} must have the same shape, "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        )
+    check_device(op, name_a, a, name_b, b)
 
 
 def check_device(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
@@ -58,12 +81,7 @@ def check_pair(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Two matrices of the same shape and device; dtypes may differ (``widen``)."""
     check_matrix(op, name_a, a)
     check_matrix(op, name_b, b)
-    if a.shape != b.shape:
-        raise ValueError(
-            f"{op}: {name_a} and {name_b} must have the same shape, "
-            f"got {list(a.shape)} and {list(b.shape)}"
-        )
-    check_device(op, name_a, a, name_b, b)
+    check_alike(op, name_a, a, name_b, b)
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,7 +4,8 @@
 The functions are those of ``backends/interface.py``, for CUDA (or ROCm) tensors.  The kernels compute
 float32, bfloat16 and float16.  **float64 goes to the chunked backend**, which serves every device:
 FP64 tiles would be a second set of kernels for a case that only tests have.  ``reroute(q)`` gives the
-reason, and the first such call logs it.  Importing this package does not import Triton;
+reason, and the first such call logs it.  Feature reconstruction is plain torch here, in
+blocks.  Importing this package does not import Triton;
 ``why_unavailable(device)`` says whether the kernels can run there.
 """
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import chunked, devices
+from ..autoencoders_torch import features_backward as features_backward
+from ..autoencoders_torch import features_forward as features_forward
 from ..interface import (
     Attend,
     Extremes,
@@ -29,6 +32,10 @@ from ..interface import (
     RowState,
     Thresholds,
     Tiles,
+    Vae,
+    VaeGradients,
+    VaeTerms,
+    VaeWanted,
     Wanted,
 )
 from ..updates_torch import CopyPlan as CopyPlan
@@ -39,11 +46,17 @@ __all__ = [
     "attend",
     "enqueue_",
     "extremes",
+    "features_backward",
+    "features_forward",
     "normalize_rows",
     "normalize_rows_backward",
     "pairwise_backward",
     "pairwise_forward",
+    "reparameterize",
+    "reparameterize_backward",
     "reroute",
+    "vae_backward",
+    "vae_forward",
     "why_unavailable",
 ]
 
@@ -142,3 +155,30 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
 def extremes(tiles: Tiles) -> Extremes:
     """See ``Backend.extremes``."""
     return _engine(tiles.q).extremes(tiles)
+
+
+def _elements(x: Tensor) -> ModuleType:
+    """The module that makes one pass over these elements."""
+    if x.dtype == torch.float64:
+        return importlib.import_module("..autoencoders_torch", __name__)
+    return importlib.import_module(".autoencoders", __name__)
+
+
+def vae_forward(problem: Vae) -> VaeTerms:
+    """See ``Autoencoders.vae_forward``."""
+    return _elements(problem.x).vae_forward(problem)
+
+
+def vae_backward(problem: Vae, drec: Tensor, dkl: Tensor, wanted: VaeWanted) -> VaeGradients:
+    """See ``Autoencoders.vae_backward``."""
+    return _elements(problem.x).vae_backward(problem, drec, dkl, wanted)
+
+
+def reparameterize(mean: Tensor, log_variance: Tensor, seed: Tensor) -> Tensor:
+    """See ``Autoencoders.reparameterize``."""
+    return _elements(mean).reparameterize(mean, log_variance, seed)
+
+
+def reparameterize_backward(log_variance: Tensor, seed: Tensor, dz: Tensor) -> Tensor:
+    """See ``Autoencoders.reparameterize_backward``."""
+    return _elements(log_variance).reparameterize_backward(log_variance, seed, dz)
