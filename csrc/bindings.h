@@ -27,7 +27,7 @@ struct Names<Kind> {
 };
 template <>
 struct Names<Layout> {
-  static constexpr const char* all[] = {"joint", "cross", "both", "bank"};
+  static constexpr const char* all[] = {"joint", "cross", "both", "bank", "decoupled", "sigmoid", "classes"};
 };
 template <>
 struct Names<Reduction> {
@@ -48,6 +48,14 @@ inline void check(int status) {
 inline double read_scalar(const void* address, DType dtype) {
   if (address == nullptr) return 0.0;
   return dtype == DType::f64 ? *static_cast<const double*>(address) : double(*static_cast<const float*>(address));
+}
+
+inline void write_scalar(void* address, DType dtype, double value) {
+  if (dtype == DType::f64) {
+    *static_cast<double*>(address) = value;
+  } else {
+    *static_cast<float*>(address) = float(value);
+  }
 }
 
 // ---- The module ----------------------------------------------------------------------------------

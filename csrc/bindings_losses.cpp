@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP), regression (BYOL), paired (InfoNCE with
+// Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP, DCL, SigLIP), regression (BYOL), paired (InfoNCE with
 // negatives of its own for every query).
 
 #include "bindings.h"
@@ -29,6 +29,7 @@ struct Contrastive {
   static constexpr const char* kDoc = "The loss; a bank is given to forward only, which needs nothing of it later.";
   ContrastiveArgs args;
   const void* scale = nullptr;  // [1] acc
+  const void* bias = nullptr;   // [1] acc, or null for 0
 
   static Fields fields() {
     using Call = Contrastive;
@@ -44,8 +45,8 @@ struct Contrastive {
         SSLK_REQUIRED(Call, args.b.data, "b"),
         SSLK_REQUIRED(Call, args.b.stride, "b_stride"),
         SSLK_REQUIRED(Call, scale, "scale"),
+        SSLK_REQUIRED(Call, bias, "bias"),
         SSLK_REQUIRED(Call, args.ids_q, "ids_q"),
-        SSLK_REQUIRED(Call, args.ids_k, "ids_k"),
         SSLK_REQUIRED(Call, args.bf16, "bf16"),
         SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
     };
@@ -53,6 +54,7 @@ struct Contrastive {
   ContrastiveArgs run() {
     args.b.n = args.a.n;
     args.scale = read_scalar(scale, args.dtype);
+    args.bias = read_scalar(bias, args.dtype);
     return args;
   }
 };
@@ -83,6 +85,8 @@ struct ContrastiveForward {
   static constexpr const char* kDoc = "The value of the loss, and what backward needs.";
   const Args* args = nullptr;
   Rows bank;
+  const int64_t* ids_k = nullptr;
+  double sigma = 0.0;
   ContrastiveStateFields out;
   void* loss = nullptr;
   int64_t* rank = nullptr;
@@ -94,6 +98,8 @@ struct ContrastiveForward {
                SSLK_OPTIONAL(Call, bank.data, "bank"),
                SSLK_OPTIONAL(Call, bank.n, "bank_rows"),
                SSLK_OPTIONAL(Call, bank.stride, "bank_stride"),
+               SSLK_OPTIONAL(Call, ids_k, "ids_k"),
+               SSLK_OPTIONAL(Call, sigma, "sigma"),
                SSLK_REQUIRED(Call, loss, "loss"),
                SSLK_REQUIRED(Call, rank, "rank"),
            };
@@ -101,6 +107,8 @@ struct ContrastiveForward {
   void run() {
     ContrastiveArgs all = *args;
     all.bank = bank;
+    all.ids_k = ids_k;
+    all.sigma = sigma;
     NarrowIds narrow;
     narrow.apply(all.dtype, &all.ids_q, all.a.n, &all.ids_k, bank.n);
     check(kernels().contrastive_forward(all, out.split(all), loss, rank));
@@ -110,11 +118,13 @@ struct ContrastiveForward {
 struct ContrastiveBackward {
   using Args = ContrastiveArgs;
   static constexpr const char* kName = "contrastive_backward";
-  static constexpr const char* kDoc = "Gradients of a and b; returns the one of the scale.";
+  static constexpr const char* kDoc = "Gradients of a, b and the bias; returns the one of the scale.";
   const Args* args = nullptr;
+  double sigma = 0.0;
   ContrastiveStateFields kept;
   ContrastiveBackwardArgs out;
   bool want_dscale = false;
+  void* dbias = nullptr;  // [1] acc, or null
 
   static Fields fields() {
     using Call = ContrastiveBackward;
@@ -125,15 +135,20 @@ struct ContrastiveBackward {
                SSLK_REQUIRED(Call, out.da, "da"),
                SSLK_REQUIRED(Call, out.db, "db"),
                SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
+               SSLK_OPTIONAL(Call, dbias, "dbias"),
+               SSLK_OPTIONAL(Call, sigma, "sigma"),
            };
   }
   double run() {
-    double dscale = 0.0;
+    double dscale = 0.0, bias_gradient = 0.0;
     out.dscale = want_dscale ? &dscale : nullptr;
+    out.dbias = dbias != nullptr ? &bias_gradient : nullptr;
     ContrastiveArgs all = *args;
+    all.sigma = sigma;
     NarrowIds narrow;
     narrow.apply(all.dtype, &all.ids_q, all.a.n, &all.ids_k, 0);
     check(kernels().contrastive_backward(all, kept.split(all), out));
+    if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
     return dscale;
   }
 };

@@ -67,7 +67,7 @@ struct PairwiseBackwardArgs {
   int64_t stride = 0;
   int64_t capacity_q = 0;
   int64_t capacity_k = 0;
-  bool unscaled = false;        // kind lse: leave the factor `scale` out of dq and dk
+  bool unscaled = false;        // leave the factor `scale` out of dq and dk
   const void* tiles = nullptr;  // what forward kept, or null: recomputed
   double* dbias = nullptr;      // sum of G, or null
 };
@@ -79,12 +79,18 @@ struct AttendOut {
   int64_t* rank = nullptr;          // [N]
 };
 
-// Whole losses with one positive a row, loss_r = softplus(lse over the negatives of r - scale * positive_r):
-//   joint   NT-Xent: rows cat(a, b), the positive of row r is r + N mod 2N, negatives all other samples
-//   cross   InfoNCE in the batch: rows a, columns b, the positive of row i is column i
-//   both    CLIP: cross plus the same over the columns, averaged
-//   bank    InfoNCE with a queue: rows a, positive b_i, negatives `bank`, which gets no gradient
-enum class Layout : int { joint = 0, cross = 1, both = 2, bank = 3 };
+// Whole losses with one positive a row, whose logit is l_r = scale * positive_r + bias.  Four of them have
+// loss_r = softplus(lse over the negatives of r - l_r):
+//   joint      NT-Xent: rows cat(a, b), the positive of row r is r + N mod 2N, negatives all other samples
+//   cross      InfoNCE in the batch: rows a, columns b, the positive of row i is column i
+//   both       CLIP: cross plus the same over the columns, averaged
+//   bank       InfoNCE with a queue: rows a, positive b_i, negatives `bank`, which gets no gradient
+// and three have heads of their own:
+//   decoupled  DCL: rows of joint, loss_r = lse_r - w_r l_r (w_r = 1, or DCLW's: see ContrastiveArgs::sigma)
+//   sigmoid    SigLIP: rows of cross, loss_r = softplus(-l_r) + sum of softplus over the negatives of r
+//   classes    SupCon: rows a, against all other rows; the positives of row i are the others with its label,
+//              positive_i their sum, loss_i = lse_i - scale * positive_i / how many they are, 0 without any
+enum class Layout : int { joint = 0, cross = 1, both = 2, bank = 3, decoupled = 4, sigmoid = 5, classes = 6 };
 
 enum class Reduction : int { none = 0, mean = 1, sum = 2 };
 
@@ -94,24 +100,28 @@ struct ContrastiveArgs {
   DType dtype = DType::f32;
   int64_t d = 0;
   Rows a;     // [N, D]
-  Rows b;     // [N, D]
+  Rows b;     // [N, D], not in layout classes
   Rows bank;  // [K, D], layout bank only
   bool normalize = true;
   double scale = 1.0;
-  const int64_t* ids_q = nullptr;  // [N] or null; null: the row number (bank: nothing is excluded)
+  double bias = 0.0;               // layout sigmoid only
+  double sigma = 0.0;              // layout decoupled: w_i = 2 - N softmax_i(positive / sigma); 0: w_i = 1
+  const int64_t* ids_q = nullptr;  // [N] or null: the row number (bank: nothing is excluded); classes: the labels
   const int64_t* ids_k = nullptr;  // bank: [K] or null; otherwise ids_q serves both sides
   bool bf16 = false;               // as in PairwiseArgs; the positives are never rounded
   int n_threads = 1;
 
-  // Softmax rows: 2N where both sides count, N where one does.
-  __attribute__((always_inline)) int64_t rows() const {
-    return layout == Layout::joint || layout == Layout::both ? 2 * a.n : a.n;
-  }
+  // Whether S is that of rows with themselves.
+  __attribute__((always_inline)) bool self() const { return joined() || layout == Layout::classes; }
+  // Whether the rows are cat(a, b).
+  __attribute__((always_inline)) bool joined() const { return layout == Layout::joint || layout == Layout::decoupled; }
+  // Rows that are reduced: 2N where both sides count, N where one does.
+  __attribute__((always_inline)) int64_t rows() const { return joined() || layout == Layout::both ? 2 * a.n : a.n; }
 };
 
 // What forward leaves for backward; R = rows().
 struct ContrastiveState {
-  void* lse = nullptr;       // [R] acc: log-sum-exp over the negatives
+  void* lse = nullptr;       // [R] acc: log-sum-exp over the negatives (sigmoid: sum of softplus)
   void* positive = nullptr;  // [N] acc: <a_i, b_i> of the (normalised) rows, without scale
   void* inv = nullptr;       // [2N] acc: what a and b were multiplied with (1 without normalize)
   void* mean_key = nullptr;  // [N, D] acc, layout bank only
@@ -126,6 +136,7 @@ struct ContrastiveBackwardArgs {
   void* da = nullptr;  // [N, D] of dtype, contiguous, or null
   void* db = nullptr;  // [N, D] of dtype, contiguous, or null
   double* dscale = nullptr;
+  double* dbias = nullptr;
 };
 
 // BYOL's regression, 2 - 2 cos(prediction_i, target_i); the target gets no gradient.

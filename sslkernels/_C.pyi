@@ -83,8 +83,8 @@ def contrastive(
     b: _Address,
     b_stride: int,
     scale: _Address,
+    bias: _Address,
     ids_q: _Address,
-    ids_k: _Address,
     bf16: bool,
     n_threads: int,
 ) -> _Contrastive: ...
@@ -98,6 +98,8 @@ def contrastive_forward(
     bank: _Address = ...,
     bank_rows: int = ...,
     bank_stride: int = ...,
+    ids_k: _Address = ...,
+    sigma: float = ...,
     loss: _Address,
     rank: _Address,
 ) -> None: ...
@@ -113,6 +115,8 @@ def contrastive_backward(
     da: _Address,
     db: _Address,
     want_dscale: bool,
+    dbias: _Address = ...,
+    sigma: float = ...,
 ) -> float: ...
 def kept_tiles(*, layout: str, dtype: str, n: int, d: int) -> int: ...
 def regression(

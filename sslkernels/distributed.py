@@ -121,8 +121,8 @@ def nt_xent(wide: Wide, views: tuple[Tensor, ...], scale: Tensor) -> Tensor:
 
 
 @_eager
-def dcl(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor, sigma: float | None) -> Tensor:
-    """DCL, or DCLW with sigma, of the joined batch; "none": [2N] local rows."""
+def dcl(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor, sigma: float) -> Tensor:
+    """DCL, or DCLW with sigma > 0, of the joined batch; "none": [2N] local rows."""
     layout = wide.connect(z1, z2, scale)
     a, b = (heads.unit(x, wide.normalize) for x in (z1, z2))
     lse = _tiles("lse", torch.cat((a, b)), None, scale, layout, views=2).row
@@ -130,7 +130,7 @@ def dcl(wide: Wide, z1: Tensor, z2: Tensor, scale: Tensor, sigma: float | None) 
         lse = torch.zeros_like(lse)
     similarity = heads.dots(a, b)
     positive = similarity * scale
-    if sigma is not None:
+    if sigma > 0:
         with torch.no_grad():  # softmax over the samples of all ranks
             logits = similarity / sigma
             total = torch.logsumexp(layout.ranks.stack(torch.logsumexp(logits, 0)), 0)

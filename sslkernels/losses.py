@@ -204,10 +204,15 @@ class SigLIPLoss(_Loss):
         reduction: str = "mean",
         group: distributed.Group = None,
         group_mode: str = "auto",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """See ``siglip_loss``."""
         super().__init__(
-            normalize=normalize, reduction=reduction, group=group, group_mode=group_mode
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            group_mode=group_mode,
+            compute_dtype=compute_dtype,
         )
 
     def forward(
@@ -234,6 +239,7 @@ class SupConLoss(_Loss):
         reduction: str = "mean",
         group: distributed.Group = None,
         group_mode: str = "auto",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """See ``sup_con_loss``."""
         super().__init__(
@@ -242,6 +248,7 @@ class SupConLoss(_Loss):
             reduction=reduction,
             group=group,
             group_mode=group_mode,
+            compute_dtype=compute_dtype,
         )
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -261,6 +268,7 @@ class DCLLoss(_Loss):
         reduction: str = "mean",
         group: distributed.Group = None,
         group_mode: str = "auto",
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """See ``dcl_loss``."""
         if sigma is not None:
@@ -272,6 +280,7 @@ class DCLLoss(_Loss):
             reduction=reduction,
             group=group,
             group_mode=group_mode,
+            compute_dtype=compute_dtype,
         )
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:

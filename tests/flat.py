@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sslkernels.backends.interface import Contrastive, Paired, Problem, Thresholds, Tiles
@@ -48,7 +49,24 @@ def contrastive(
     want_rank: bool = False,
     **problem: Any,
 ) -> Contrastive:
+    b = a.detach() if layout == "classes" else b
     return contrastive_op.contrastive(Problem(layout, a, b, bank, **problem), want_rank)
+
+
+# Layouts whose rows are cat(a, b), and all.
+JOINED = ("joint", "decoupled")
+LAYOUTS = (*JOINED, "cross", "both", "bank", "sigmoid", "classes")
+# Those that count the negatives above the positive.
+RANKED = ("joint", "cross", "both", "bank")
+
+
+def own_arguments(layout: str, n: int, acc: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What a layout has beyond the others' arguments; every third class is a single row."""
+    if layout == "sigmoid":
+        return {"bias": torch.tensor(-1.5, dtype=acc, requires_grad=True)}
+    if layout == "classes":
+        return {"ids_q": torch.arange(n) % max(2 * n // 3, 2)}
+    return {"sigma": 0.5} if layout == "decoupled" else {}
 
 
 def paired(query: Tensor, positive_key: Tensor, negative_keys: Tensor, **problem: Any) -> Any:

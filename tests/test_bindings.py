@@ -262,13 +262,15 @@ def everything() -> dict[str, list[Tensor | None]]:
     results["tiles"] = [x for name in ("pairwise_forward", "attend") for x in results[name]]
     for layout, keys in (("cross", None), ("bank", bank)):
         ids = (None, None) if keys is None else (ids_a, ids_b)
-        problem = Problem(layout, a, b, keys, scale, *ids, True, "none", False)
+        problem = Problem(layout, a, b, keys, scale, *ids, True, "none", False, None, 0.0)
         out, kept_tiles = cpu.contrastive_forward(problem, True, True)
         left = Kept(out.state, out.mean_key, kept_tiles)
         grads = cpu.contrastive_backward(problem, left, w, Wanted(True, True, True))
         results[f"contrastive_forward:{layout}"] = [*out, kept_tiles]
         results[f"contrastive_backward:{layout}"] = list(grads)
-    results["contrastive"] = results["contrastive_forward:cross"]
+    problem = Problem("sigmoid", a, b, None, scale, None, None, True, "none", False, bias)
+    out, _ = cpu.contrastive_forward(problem, False, False)
+    results["contrastive"] = [*results["contrastive_forward:cross"], out.loss]
     loss, state = cpu.regression_forward(a, b, "none")
     results["regression_forward"] = results["regression"] = [loss, state]
     results["regression_backward"] = [cpu.regression_backward(a, b, "none", state, w)]
@@ -345,6 +347,7 @@ def test_order_does_not_matter(renamed: Callable[[Renamed], None]) -> None:
         ("extremes", ("max_same", "min_other")),
         ("contrastive", ("a", "b")),
         ("contrastive", ("normalize", "bf16")),
+        ("contrastive", ("scale", "bias")),
         ("contrastive_backward", ("da", "db")),
         ("regression", ("prediction", "target")),
         ("paired", ("query", "positive_key")),

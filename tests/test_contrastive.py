@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flat import contrastive
+from flat import JOINED, LAYOUTS, RANKED, contrastive, own_arguments
 from helpers import check_loss
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from sslkernels.ops import registry
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 
-LAYOUTS = ("joint", "cross", "both", "bank")
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-11, torch.bfloat16: 1e-2}
 
 
@@ -29,14 +28,25 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 
 def run(backend: str, layout: str, reduction: str, *inputs: Tensor | None) -> list[Tensor]:
-    """Loss, lse and gradients of a, b and scale."""
+    """Loss, lse and gradients of a, b, scale and, where there is one, bias."""
     a, b, scale = (x.clone().requires_grad_() for x in inputs[:3] if x is not None)
     bank, weight = inputs[3:]
+    own = own_arguments(layout, len(a), scale.dtype)
     with registry.backend(backend):
-        out = contrastive(layout, a, b, bank, scale=scale, reduction=reduction, want_rank=True)
+        out = contrastive(
+            layout,
+            a,
+            b,
+            bank,
+            scale=scale,
+            reduction=reduction,
+            want_rank=layout in RANKED,
+            **own,
+        )
         out.loss.backward(weight if reduction == "none" else None)
     lse = State.split(out.state, len(a)).lse
-    return [out.loss.detach(), lse.detach(), a.grad, b.grad, scale.grad]
+    leaves = [x for x in (a, b, scale, own.get("bias")) if x is not None and x.grad is not None]
+    return [out.loss.detach(), lse.detach(), *(x.grad for x in leaves)]
 
 
 # (2, 3): less than a tile; (33, 24): half a block and one; (65, 129): odd rows, one feature too many;
@@ -56,11 +66,11 @@ def test_agrees_with_the_composition(isa: str, layout: str, shape, dtype: torch.
     for reduction in ("mean", "sum", "none"):
         for temperature in (1.0, 0.1, 0.03):  # the last one needs the online maximum
             scale = torch.tensor(1 / temperature, dtype=acc)
-            weight = torch.randn(2 * n if layout == "joint" else n, dtype=acc)
+            weight = torch.randn(2 * n if layout in JOINED else n, dtype=acc)
             ours = run("cpu", layout, reduction, a, b, scale, bank, weight)
             wide = [x if x is None else x.double() for x in (a, b, scale, bank, weight)]
             truth = run("chunked", layout, reduction, *wide)
-            for name, x, y in zip(("loss", "lse", "da", "db", "dscale"), ours, truth, strict=True):
+            for name, (x, y) in enumerate(zip(ours, truth, strict=True)):
                 error = (x.double() - y).abs().max().item()
                 size = max(y.abs().max().item(), 1e-3)
                 assert error <= TOLERANCE[dtype] * size, (name, isa, layout, reduction, error, size)
@@ -76,9 +86,14 @@ def test_some_gradients(isa: str, layout: str, wanted: tuple[int, ...]) -> None:
     grads = []
     for chosen in (wanted, (0, 1, 2)):
         leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(inputs)]
-        contrastive(layout, leaves[0], leaves[1], bank, scale=leaves[2]).loss.backward()
+        own = own_arguments(layout, 576)
+        if layout == "classes" and wanted == (1,):
+            return  # there is no b
+        contrastive(layout, leaves[0], leaves[1], bank, scale=leaves[2], **own).loss.backward()
         grads.append([x.grad for x in leaves])
     for i, (x, y) in enumerate(zip(*grads, strict=True)):
+        if layout == "classes" and i == 1:
+            continue
         assert (x is None) == (i not in wanted)
         if x is not None:
             # One side alone is another pass over the tiles, in another order.
@@ -92,7 +107,14 @@ def test_opcheck(layout: str) -> None:
     scale = torch.tensor(5.0, requires_grad=True)
     torch.library.opcheck(
         torch.ops.sslkernels.contrastive.default,
-        (layout, a, b, bank, scale, None, None, True, "mean", False, True),
+        (
+            *(layout, a, b.detach() if layout == "classes" else b, bank, scale),
+            *(torch.tensor([0, 1, 0, 0, 2]) if layout == "classes" else None, None),
+            *(True, "mean", False),
+            torch.tensor(0.5, requires_grad=True) if layout == "sigmoid" else None,
+            0.5 if layout == "decoupled" else 0.0,
+            layout in RANKED,
+        ),
     )
 
 
@@ -120,7 +142,7 @@ def test_halves_are_packed_by_groups(
 ) -> None:
     """16-bit rows are widened group by group: several groups, the last one ragged."""
     torch.manual_seed(0)
-    n = 1161 if layout == "joint" else 2323
+    n = 1161 if layout in JOINED else 2323
     size = 1.0 if normalize else 0.2
     inputs = [size * torch.randn(n, 24) for _ in range(2)]
     bank = (size * torch.randn(2500, 24)).to(dtype) if layout == "bank" else None
@@ -131,7 +153,8 @@ def test_halves_are_packed_by_groups(
             5.0, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32
         )
         keys = None if bank is None else bank.to(a.dtype)
-        return contrastive(layout, a, b, keys, scale=scale, normalize=normalize).loss
+        own = own_arguments(layout, n, scale.dtype)
+        return contrastive(layout, a, b, keys, scale=scale, normalize=normalize, **own).loss
 
     def chunked(a: Tensor, b: Tensor) -> Tensor:
         with sslkernels.backend("chunked"):
@@ -155,18 +178,24 @@ def test_bfloat16_arithmetic(layout: str, shape, dtype: torch.dtype, scale: floa
     a, b = (torch.randn(n, d).to(dtype).requires_grad_() for _ in range(2))
     bank = torch.randn(2 * n + 3, d).to(dtype) if layout == "bank" else None
     factor = torch.tensor(scale, requires_grad=True)
-    out = contrastive(layout, a, b, bank, scale=factor, bf16=True)
-    grads = torch.autograd.grad(out.loss, (a, b, factor))
+    own = own_arguments(layout, n)
+    out = contrastive(layout, a, b, bank, scale=factor, bf16=True, **own)
+    names = ("da", "dscale") if layout == "classes" else ("da", "db", "dscale")
+    inputs = (a, factor) if layout == "classes" else (a, b, factor)
+    grads = torch.autograd.grad(out.loss, inputs)
     with sslkernels.backend("chunked"):
         wide = [x.detach().double().requires_grad_() for x in (a, b, factor)]
         keys = None if bank is None else bank.double()
-        truth = contrastive(layout, *wide[:2], keys, scale=wide[2])
-        true_grads = torch.autograd.grad(truth.loss, wide)
+        own = own_arguments(layout, n, torch.float64)
+        truth = contrastive(layout, *wide[:2], keys, scale=wide[2], **own)
+        true_grads = torch.autograd.grad(
+            truth.loss, [wide[0], wide[2]] if len(names) == 2 else wide
+        )
     # Rounded similarities are off by 2^-8, which the scale multiplies.
     assert abs(out.loss.item() - truth.loss.item()) <= 2**-8 * scale
     if scale > 100:
         return  # exp(200 * 2^-8) is no small error: only finite
-    for name, x, y in zip(("da", "db", "dscale"), grads, true_grads, strict=True):
+    for name, x, y in zip(names, grads, true_grads, strict=True):
         assert x.isfinite().all(), name
         error = (x.double() - y).norm().item()
         floor = 2e-2 if name == "dscale" else 1e-4  # a sum that may cancel

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat import LAYOUTS, own_arguments
 from torch import nn
 
 import sslkernels
@@ -32,11 +33,17 @@ def test_every_op_is_opchecked() -> None:
 
 @pytest.mark.parametrize("backend", ["chunked", None])
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, False, True), (True, False, False)])
-@pytest.mark.parametrize("layout", ["joint", "cross", "both", "bank"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_contrastive_backward(backend: str | None, layout: str, wanted) -> None:
     a, b = torch.randn(5, 8), torch.randn(5, 8)
     bank = torch.randn(7, 8) if layout == "bank" else None
-    head = (layout, a, b, bank, torch.tensor(5.0), None, None, True, "mean", False)
+    own = own_arguments(layout, 5)
+    bias = own["bias"].detach() if "bias" in own else None
+    ids = (own.get("ids_q"), None)
+    head = (layout, a, b, bank, torch.tensor(5.0), *ids, True, "mean", False, bias)
+    head = (*head, own.get("sigma", 0.0))
+    if layout == "classes":  # there is no b
+        wanted = (wanted[0], False, wanted[2])
     with sslkernels.backend(backend):
         _, *state, _ = torch.ops.sslkernels.contrastive.default(*head, False)
         torch.library.opcheck(

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from flat import contrastive
+from flat import JOINED, contrastive, own_arguments
 from torch import Tensor
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 
-LAYOUTS = ("joint", "cross", "both")
+LAYOUTS = ("joint", "cross", "both", "decoupled", "sigmoid", "classes")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_BYTES = 4 << 20
 
@@ -54,10 +54,15 @@ def test_same_bits_as_recomputed(isa: str, layout: str, shape, dtype: torch.dtyp
     for scale in (5.0, 100.0):  # with one shift for all, and with running maxima
         for bf16 in (False, True) if isa == "avx512_bf16" and dtype != torch.float64 else (False,):
             a, b, s = inputs = leaves(n, d, dtype, scale)
-            kept = contrastive(layout, a, b, scale=s, reduction="none", bf16=bf16)
+            own = own_arguments(layout, n, s.dtype)
+            bias, ids = own.get("bias"), own.get("ids_q")
+            inputs = [a, s] if layout == "classes" else [*inputs, *([] if bias is None else [bias])]
+            b = a.detach() if layout == "classes" else b
+            kept = contrastive(layout, a, b, scale=s, reduction="none", bf16=bf16, **own)
             # The registered op keeps nothing but the state.
             plain = torch.ops.sslkernels.contrastive(
-                layout, a, b, None, s, None, None, True, "none", bf16, False
+                *(layout, a, b, None, s, ids, None, True, "none", bf16),
+                *(bias, own.get("sigma", 0.0), False),
             )
             assert torch.equal(kept.loss, plain[0])
             pairs = zip(gradients(kept.loss, inputs), gradients(plain[0], inputs), strict=True)
@@ -75,23 +80,23 @@ def saved_bytes(layout: str, n: int, d: int, grad: bool, dtype: torch.dtype = to
 
     inputs = [x.requires_grad_(grad) for x in leaves(n, d, dtype, 5.0)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        contrastive(layout, inputs[0], inputs[1], scale=inputs[2])
+        contrastive(layout, *inputs[:2], scale=inputs[2], **own_arguments(layout, n))
     return sum(size for at, size in sizes.items() if at not in {x.data_ptr() for x in inputs})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_kept_is_bounded(layout: str) -> None:
-    rows = 2 if layout == "joint" else 1
+    rows = 2 if layout in JOINED else 1
     for d in (32, 128, 512, 2048):
         few, many = 4 * d // rows, 4 * d // rows + 1
-        state = 5 * many * 4  # lse, positives and inverse norms
+        state = 8 * many * 4  # lse, positives and inverse norms
         assert saved_bytes(layout, many, d, True) <= state
         assert saved_bytes(layout, few, d, True) <= min(6 * few * rows * d * 4, MOST_BYTES) + state
         assert saved_bytes(layout, few, d, False) == 0
     # Bytes count, not numbers: these would be kept in float32.
-    many = 650 if layout == "joint" else 900
+    many = 650 if layout in JOINED else 900
     assert saved_bytes(layout, many, 400, True) > MOST_BYTES // 2
-    assert saved_bytes(layout, many, 400, True, torch.float64) <= 5 * many * 8
+    assert saved_bytes(layout, many, 400, True, torch.float64) <= 8 * many * 8
     assert saved_bytes(layout, 400, 400, True, torch.float64) > 400 * 400 * 8
     assert saved_bytes(layout, 256 // rows, 64, True) > 256 * 256 * 2  # a triangle at least
 
@@ -101,13 +106,15 @@ def test_only_the_instruction_set_that_kept_them_reads_them(layout: str) -> None
     """The size of a block differs between them; backward recomputes then."""
     isas = _C.available_isas()
     a, b, s = inputs = leaves(130, 100, torch.float32, 5.0)
-    expected = gradients(contrastive(layout, a, b, scale=s).loss, inputs)
+    own = own_arguments(layout, 130)
+    inputs = [a, s] if layout == "classes" else inputs
+    expected = gradients(contrastive(layout, a, b, scale=s, **own).loss, inputs)
     before = _C.isa()
     try:
         for first in isas:
             for second in isas:
                 _C.set_isa(first)
-                loss = contrastive(layout, a, b, scale=s).loss
+                loss = contrastive(layout, a, b, scale=s, **own).loss
                 _C.set_isa(second)
                 for ours, other in zip(gradients(loss, inputs), expected, strict=True):
                     torch.testing.assert_close(ours, other, rtol=2e-4, atol=1e-6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops on rows and tiles with positives in float64; what whole losses take in memory."""
+"""Ops on rows in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sslkernels.ops import rows
 from sslkernels.ops.distances import two_distances
-from sslkernels.ops.positives import with_positives
 from sslkernels.ops.unit import unit_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,90 +95,6 @@ def test_two_distances_of_equal_rows_have_gradient_0() -> None:
     assert d.tolist() == [0, 0, 0] and not dz.any()
 
 
-# -------------------------------------------------------------------------- tiles with positives
-
-
-def dense(
-    kind: str, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None, classes: Tensor
-) -> list[Tensor]:
-    """[row, positive] from the whole matrix."""
-    wide = q if q.dtype == torch.float64 else q.float()
-    keys = wide if k is None else k.to(wide.dtype)
-    dot = wide @ keys.T
-    own = torch.eye(len(q), dtype=torch.bool)
-    s = dot * scale + (0 if bias is None else bias)
-    if kind == "lse":
-        row = s.masked_fill(own, -torch.inf).logsumexp(1)
-    else:
-        row = F.softplus(s, threshold=40.0).masked_fill(own, 0).sum(1)
-    same = (classes[:, None] == classes) & ~own
-    return [row, dot.diagonal() if k is not None else (dot * same).sum(1)]
-
-
-@pytest.mark.usefixtures("chunked_rows")
-@pytest.mark.parametrize("kind", ["lse", "softplus"])
-@pytest.mark.parametrize("mode", ["cross", "self"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_with_positives(on_engine: str, dtype: torch.dtype, mode: str, kind: str) -> None:
-    """Both outputs with weights of their own; gradients of everything, the scale and bias too."""
-    n, d = len(CLASSES), 6
-    weight = matrix(2, n, 5)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs = [matrix(n, d).to(dtype), torch.full((), 1.5, dtype=acc)]
-    if mode == "cross":
-        inputs.insert(1, matrix(n, d, 2).to(dtype))
-    if kind == "softplus":
-        inputs.append(torch.full((), -0.5, dtype=acc))
-
-    def loss(function: Callable) -> Callable:
-        def run(q: Tensor, *rest: Tensor) -> Tensor:
-            k = rest[0] if mode == "cross" else None
-            scale, *bias = rest[1:] if mode == "cross" else rest
-            out = function(q, k, scale, bias[0] if bias else None)
-            return (torch.stack(list(out)) * weight).sum()
-
-        return run
-
-    def ours(q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None):
-        classes = CLASSES if k is None else None
-        return with_positives(kind, q, k, scale=scale, bias=bias, classes=classes)
-
-    check_loss(
-        loss(ours),
-        loss(lambda q, k, scale, bias: dense(kind, q, k, scale, bias, CLASSES)),
-        inputs,
-        name=f"{on_engine} {mode} {kind}",
-    )
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_with_positives_one_input_alone(wanted: tuple[int, ...]) -> None:
-    """The gradient of each input does not depend on who else wants one."""
-    values = [matrix(9, 6), matrix(9, 6, 1), torch.tensor(2.0)]
-
-    def gradients(who: tuple[int, ...]) -> list[Tensor]:
-        inputs = [x.clone().requires_grad_(i in who) for i, x in enumerate(values)]
-        out = with_positives("softplus", inputs[0], inputs[1], scale=inputs[2])
-        return list(torch.autograd.grad(sum(x.sum() for x in out), [inputs[i] for i in who]))
-
-    everything = gradients((0, 1, 2))
-    for i, got in zip(wanted, gradients(wanted), strict=True):
-        torch.testing.assert_close(got, everything[i], rtol=1e-6, atol=1e-6)
-
-
-def test_positive_of_a_class_of_one_is_0() -> None:
-    """Exactly, and so is its gradient: what rounding leaves would be a positive that is none."""
-    z = matrix(9, 6).requires_grad_()
-    positive = with_positives("lse", z, scale=torch.tensor(1.0), classes=CLASSES).positive
-    assert positive[6] == 0
-    assert not torch.autograd.grad(positive.sum(), z)[0][6].any()
-
-
-def test_self_mode_without_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="with_positives: self mode .* needs classes, got None"):
-        with_positives("lse", matrix(3, 2), scale=torch.tensor(1.0))
-
-
 # ---------------------------------------------------------------------------------- the torch ops
 
 
@@ -202,15 +117,6 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
             ops.two_distances_backward,
             (plain[0], first, ids, False, v.abs(), v.abs(), v, None),
         ),
-        "with_positives": (ops.with_positives, ("softplus", z, k, scale, bias, ids, ids, None)),
-        "with_positives self": (
-            ops.with_positives,
-            ("lse", z, None, scale, None, ids, None, CLASSES),
-        ),
-        "with_positives_backward": (
-            ops.with_positives_backward,
-            ("softplus", *plain, ids, ids, None, v, v, v, True, False, True),
-        ),
     }
 
 
@@ -232,20 +138,12 @@ def test_gradcheck() -> None:
     assert check(lambda z: two_distances(z, first, second, cosine=True), (z,))
     far = torch.arange(9).roll(2)
     assert check(lambda z: two_distances(z, far, second, cosine=False), (z,))
-    assert check(
-        lambda q, k, s, b: with_positives("softplus", q, k, scale=s, bias=b), (z, k, scale, bias)
-    )
-    assert check(lambda q, s: with_positives("lse", q, scale=s, classes=CLASSES), (z, scale))
 
 
 @pytest.mark.parametrize(
     ("name", "function"),
     [
         ("two_distances", lambda z: two_distances(z, CLASSES, CLASSES, cosine=True)[0]),
-        (
-            "with_positives",
-            lambda z: with_positives("lse", z, scale=torch.tensor(1.0), classes=CLASSES).row,
-        ),
     ],
 )
 def test_second_derivative_raises(name: str, function: Callable) -> None:
@@ -257,7 +155,7 @@ def test_second_derivative_raises(name: str, function: Callable) -> None:
 
 def test_one_output_used() -> None:
     """The other's gradient is absent, not an error and not garbage."""
-    z, k = matrix(9, 4), matrix(9, 4, 1)
+    z = matrix(9, 4)
     for i in range(2):
         leaf = z.clone().requires_grad_()
         pick = two_distances(leaf, CLASSES, CLASSES.flip(0), cosine=True)[i]
@@ -266,10 +164,6 @@ def test_one_output_used() -> None:
             distances(leaf, CLASSES, CLASSES.flip(0), True)[i].sum(), leaf
         )
         torch.testing.assert_close(got, want)
-        pick = with_positives("lse", leaf, k, scale=torch.tensor(1.5))[i]
-        (got,) = torch.autograd.grad(pick.sum(), leaf)
-        true = dense("lse", leaf, k, torch.tensor(1.5), None, CLASSES)[i]
-        torch.testing.assert_close(got, torch.autograd.grad(true.sum(), leaf)[0])
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
@@ -284,7 +178,6 @@ def test_same_bits_for_any_number_of_threads() -> None:
         unit = unit_rows(leaf)
         out = [
             *two_distances(unit, first, second, cosine=False),
-            *with_positives("lse", unit, scale=torch.tensor(2.0), classes=first),
         ]
         return [*out, *torch.autograd.grad(sum(x.sum() for x in out), leaf)]
 

@@ -343,9 +343,10 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
     run_mode<M, false>(pass, scratch, dk.at != nullptr);
   }
 
-  const double factor = softplus ? args.scale : 1.0;  // lse: the scale is in the weights already
-  if (dq.scratch != nullptr || softplus) dq.finish(b.dq, e.q.n, args.d, b.stride, pass.stride, factor);
-  if (dk.scratch != nullptr || softplus) dk.finish(b.dk, e.k.n, args.d, b.stride, pass.stride, factor);
+  const bool scaled = softplus && !b.unscaled;  // lse: the scale is in the weights already
+  const double factor = scaled ? args.scale : 1.0;
+  if (dq.scratch != nullptr || scaled) dq.finish(b.dq, e.q.n, args.d, b.stride, pass.stride, factor);
+  if (dk.scratch != nullptr || scaled) dk.finish(b.dk, e.k.n, args.d, b.stride, pass.stride, factor);
   if (b.dbias != nullptr) {
     double sum = 0;
     for (int64_t i = 0; softplus && i < e.blocks(e.q); ++i) sum += pass.g_sum[i];

@@ -230,8 +230,8 @@ def _contrastive(problem: Problem, a: Tensor, b: Tensor) -> _C._Contrastive:
         b=b.data_ptr(),
         b_stride=b.stride()[0],
         scale=problem.scale.data_ptr(),
+        bias=_address(problem.bias),
         ids_q=_address(problem.ids_q),
-        ids_k=_address(problem.ids_k),
         bf16=problem.bf16,
         n_threads=torch.get_num_threads(),
     )
@@ -242,15 +242,15 @@ def contrastive_forward(
 ) -> tuple[Contrastive, Tensor | None]:
     """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_forward`."""
     problem = _dense_ids(problem)
-    layout, a, b, bank, *_, bf16 = problem
-    if bf16 and not _C.has_bf16():
+    layout, a, b, bank, *_ = problem
+    if problem.bf16 and not _C.has_bf16():
         raise RuntimeError(
             "compute_dtype=torch.bfloat16 needs a processor with AVX512-BF16 and that instruction set "
             f"in use, got {_C.isa()!r}"
         )
     a, b = _rows(a), _rows(b)
     n, d = a.shape
-    acc, rows = problem.acc, problem.softmax_rows
+    acc, rows = problem.acc, problem.rows
     loss = _empty(problem.loss_shape, dtype=acc)
     state = _empty(rows + 3 * n, dtype=acc)
     mean_key = None if bank is None else _empty((n, d), dtype=acc)
@@ -266,6 +266,8 @@ def contrastive_forward(
         bank=_address(bank),
         bank_rows=bank_rows,
         bank_stride=bank_stride,
+        ids_k=_address(problem.ids_k),
+        sigma=problem.sigma,
         state=state.data_ptr(),
         mean_key=_address(mean_key),
         tiles=_address(tiles),
@@ -277,13 +279,14 @@ def contrastive_forward(
 
 def contrastive_backward(
     problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_backward`."""
     problem, (state, mean_key, tiles) = _dense_ids(problem), kept
     a, b = _rows(problem.a), _rows(problem.b)
     n, d = a.shape
     da = _empty((n, d), dtype=a.dtype) if wanted.dq else None
     db = _empty((n, d), dtype=a.dtype) if wanted.dk else None
+    dbias = None if problem.bias is None else _empty((), dtype=state.dtype)
     dscale = _C.contrastive_backward(
         _contrastive(problem, a, b),
         state=state.data_ptr(),
@@ -294,8 +297,10 @@ def contrastive_backward(
         da=_address(da),
         db=_address(db),
         want_dscale=wanted.dscale,
+        dbias=_address(dbias),
+        sigma=problem.sigma,
     )
-    return da, db, _scalar(dscale, dtype=state.dtype) if wanted.dscale else None
+    return da, db, _scalar(dscale, dtype=state.dtype) if wanted.dscale else None, dbias
 
 
 def _regression(prediction: Tensor, target: Tensor, reduction: str) -> _C._Regression:

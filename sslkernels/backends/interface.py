@@ -178,7 +178,7 @@ class Backend(Protocol):
 
 # ------------------------------------------------------------------------------------- whole losses
 
-Layout = Literal["joint", "cross", "both", "bank"]
+Layout = Literal["joint", "cross", "both", "bank", "decoupled", "sigmoid", "classes"]
 
 
 class Problem(NamedTuple):
@@ -186,14 +186,17 @@ class Problem(NamedTuple):
 
     layout: str  # see Layout
     a: Tensor  # [N, D], any strides
-    b: Tensor  # [N, D]
+    b: Tensor  # [N, D]; layout "classes": a again, detached, and not used
     bank: Tensor | None  # [K, D], layout "bank" only
     scale: Tensor  # 0-d acc
-    ids_q: Tensor | None = None  # [N] int64; None: the row number (bank: nothing is excluded)
+    # [N] int64; None: the row number (bank: nothing is excluded).  Layout "classes": the labels.
+    ids_q: Tensor | None = None
     ids_k: Tensor | None = None  # [K] int64, layout "bank" with ids_q only
     normalize: bool = True  # rows, of the bank too, are divided by max(norm, 1e-12) first
     reduction: str = "mean"  # "mean", "sum" or "none"
     bf16: bool = False  # negatives are multiplied in bfloat16; positives never are
+    bias: Tensor | None = None  # 0-d acc, layout "sigmoid" only
+    sigma: float = 0.0  # layout "decoupled": width of DCLW's weights; 0: they are 1
 
     @property
     def n(self) -> int:
@@ -206,14 +209,19 @@ class Problem(NamedTuple):
         return accumulation_dtype(self.a.dtype)
 
     @property
-    def softmax_rows(self) -> int:
-        """R: 2N where both sides are classified, N where one is."""
-        return (2 if self.layout in ("joint", "both") else 1) * self.a.shape[0]
+    def joined(self) -> bool:
+        """Whether the rows are cat(a, b)."""
+        return self.layout in ("joint", "decoupled")
+
+    @property
+    def rows(self) -> int:
+        """R, the rows that are reduced: 2N where both sides count, N where one does."""
+        return (2 if self.layout in ("joint", "both", "decoupled") else 1) * self.a.shape[0]
 
     @property
     def outputs(self) -> int:
         """Rows of the loss before it is reduced."""
-        return (2 if self.layout == "joint" else 1) * self.a.shape[0]
+        return (2 if self.joined else 1) * self.a.shape[0]
 
     @property
     def loss_shape(self) -> tuple[int, ...]:
@@ -230,10 +238,11 @@ class Kept(NamedTuple):
 
 
 class State(NamedTuple):
-    """Views of ``Kept.state``; R = ``Problem.softmax_rows``."""
+    """Views of ``Kept.state``; R = ``Problem.rows``."""
 
-    lse: Tensor  # [R] log-sum-exp over the negatives
-    positive: Tensor  # [N] <a_i, b_i> of the (normalised) rows, without scale
+    lse: Tensor  # [R] log-sum-exp over the negatives; layout "sigmoid": sum of softplus
+    # [N] <a_i, b_i> of the (normalised) rows, without scale; layout "classes": the sum of the positives
+    positive: Tensor
     inv: Tensor  # [2N] what the rows of a and b were multiplied with: 1 without normalize
 
     @classmethod
@@ -246,7 +255,7 @@ class State(NamedTuple):
 class Contrastive(NamedTuple):
     """Results of a whole loss."""
 
-    loss: Tensor  # 0-d, or [2N] (joint) or [N], acc
+    loss: Tensor  # 0-d, or [2N] (joint, decoupled) or [N], acc
     state: Tensor  # [R + 3N], see State
     mean_key: Tensor | None  # [N, D] acc; layout "bank" only
     rank: Tensor | None  # [R] int64, how many negatives are above the positive; if wanted
@@ -298,8 +307,8 @@ class WholeLosses(Protocol):
 
     def contrastive_backward(
         self, problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of a, b and scale."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of a, b, scale and bias (None without one)."""
         ...
 
     def regression_forward(

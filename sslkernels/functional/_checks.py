@@ -190,6 +190,12 @@ def check_compute_dtype(op: str, compute_dtype: torch.dtype | None, like: Tensor
     return True
 
 
+def no_compute_dtype(op: str, bf16: bool) -> None:
+    """Losses over ranks multiply in the accumulation dtype."""
+    if bf16:
+        raise ValueError(f"{op}: compute_dtype must be None with group")
+
+
 def check_choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     """One of a few strings."""
     if value not in allowed:

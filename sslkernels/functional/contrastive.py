@@ -375,8 +375,7 @@ def clip_loss(
     bf16 = checks.check_compute_dtype(op, compute_dtype, image_features)
     normalize, return_metrics = _flags(op, normalize, return_metrics)
     if group is not None:
-        if bf16:
-            raise ValueError(f"{op}: compute_dtype must be None with group")
+        checks.no_compute_dtype(op, bf16)
         if return_metrics:
             raise ValueError(f"{op}: return_metrics must be False with group")
         wide = distributed.Wide(op, group, group_mode, normalize, reduction)
@@ -397,6 +396,7 @@ def dcl_loss(
     reduction: Reduction = "mean",
     group: distributed.Group = None,
     group_mode: str = "auto",
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
@@ -427,6 +427,8 @@ def dcl_loss(
         group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
             blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
             rows on.
+        compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
+            fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
 
     Returns:
         The loss, which may be negative.
@@ -435,6 +437,7 @@ def dcl_loss(
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices differ, temperature or sigma <= 0, or the reduction is
             unknown.
+        RuntimeError: If compute_dtype is bfloat16 and the processor lacks AVX512-BF16.
 
     Reference:
         Yeh et al., Decoupled Contrastive Learning, arXiv:2110.06848.
@@ -445,10 +448,14 @@ def dcl_loss(
     checks.check_group_mode(op, group_mode)
     z1, z2 = checks.widen(z1, z2)
     scale = checks.inverse_temperature(op, temperature, z1)
-    if sigma is not None:
-        sigma = checks.positive(op, "sigma", sigma)
+    sigma = 0.0 if sigma is None else checks.positive(op, "sigma", sigma)
+    bf16 = checks.check_compute_dtype(op, compute_dtype, z1)
     normalize = checks.flag(op, "normalize", normalize)
     if group is not None:
+        checks.no_compute_dtype(op, bf16)
         wide = distributed.Wide(op, group, group_mode, normalize, reduction)
         return distributed.dcl(wide, z1, z2, scale, sigma)
-    return heads.reduce(formulas.dcl(z1, z2, scale, sigma, normalize), reduction)
+    layout = "decoupled"
+    return contrastive(
+        Problem(layout, z1, z2, None, scale, None, None, normalize, reduction, bf16, None, sigma)
+    ).loss

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sslkernels import distributed
 from sslkernels._types import Reduction
+from sslkernels.backends.interface import Problem
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import formulas, heads
+from sslkernels.ops.contrastive import contrastive
 
 
 def siglip_loss(
@@ -21,6 +24,7 @@ def siglip_loss(
     reduction: Reduction = "mean",
     group: distributed.Group = None,
     group_mode: str = "auto",
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """SigLIP's pairwise sigmoid loss.
 
@@ -48,6 +52,8 @@ def siglip_loss(
         group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
             blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
             rows on.
+        compute_dtype: None, or torch.bfloat16 to multiply the negatives in bfloat16 (about twice as
+            fast where the processor can; gradients then have 2 to 3 digits).  Positives stay exact.
 
     Returns:
         The loss; no rows give 0.
@@ -55,6 +61,7 @@ def siglip_loss(
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices differ or the reduction is unknown.
+        RuntimeError: If compute_dtype is bfloat16 and the processor lacks AVX512-BF16.
 
     Reference:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343.
@@ -68,12 +75,15 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         bias = checks.scalar(op, "logit_bias", logit_bias, image_features)
+    bf16 = checks.check_compute_dtype(op, compute_dtype, image_features)
     normalize = checks.flag(op, "normalize", normalize)
     if group is not None:
+        checks.no_compute_dtype(op, bf16)
         wide = distributed.Wide(op, group, group_mode, normalize, reduction)
         return distributed.siglip(wide, image_features, text_features, scale, bias)
-    rows = formulas.siglip(image_features, text_features, scale, bias, normalize)
-    return heads.reduce(rows, reduction)
+    a, b = image_features, text_features
+    problem = Problem("sigmoid", a, b, None, scale, None, None, normalize, reduction, bf16, bias)
+    return contrastive(problem).loss
 
 
 def sup_con_loss(
@@ -85,6 +95,7 @@ def sup_con_loss(
     reduction: Reduction = "mean",
     group: distributed.Group = None,
     group_mode: str = "auto",
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Supervised contrastive loss: every row of the same class is a positive.
 
@@ -112,6 +123,9 @@ def sup_con_loss(
         group_mode: "gather" holds the rows of all ranks, O(N_global * D); "ring" passes them round in
             blocks, O(N * D) for any number of ranks; "auto" takes the ring from 256 MB of gathered
             rows on.
+        compute_dtype: None, or torch.bfloat16 to multiply the rows in bfloat16 (about twice as fast
+            where the processor can; gradients then have 2 to 3 digits).  The sums of the positives
+            stay exact.
 
     Returns:
         The loss; 0 when no row has a positive.
@@ -119,6 +133,7 @@ def sup_con_loss(
     Raises:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If shapes or devices differ, temperature <= 0 or the reduction is unknown.
+        RuntimeError: If compute_dtype is bfloat16 and the processor lacks AVX512-BF16.
 
     Reference:
         Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
@@ -132,14 +147,16 @@ def sup_con_loss(
         labels = labels.repeat_interleave(z.shape[1])
         z = z.flatten(0, 1)
     scale = checks.inverse_temperature(op, temperature, z)
+    bf16 = checks.check_compute_dtype(op, compute_dtype, z)
     normalize = checks.flag(op, "normalize", normalize)
     if group is not None:
+        checks.no_compute_dtype(op, bf16)
         wide = distributed.Wide(op, group, group_mode, normalize, reduction)
         return distributed.sup_con(wide, z, labels, scale)
-    loss, used = formulas.sup_con(z, labels, scale, normalize)
-    if reduction == "mean":
-        return heads.reduce(loss, "sum") / heads.reduce(used.to(loss.dtype), "sum").clamp(min=1)
-    return heads.reduce(loss, reduction)
+    problem = Problem(
+        "classes", z, z.detach(), None, scale, labels, None, normalize, reduction, bf16
+    )
+    return contrastive(problem).loss
 
 
 def alignment_loss(

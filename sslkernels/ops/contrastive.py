@@ -3,15 +3,22 @@
 
 Layouts (csrc/sslkernels.h has the same list):
 
-    joint   NT-Xent: rows cat(a, b), the positive of row r is r + N mod 2N
-    cross   InfoNCE in the batch: rows a, columns b, the positive of row i is column i
-    both    CLIP: cross plus the same over the columns, averaged
-    bank    InfoNCE with a queue: rows a, positive b_i, negatives ``bank``, which gets no gradient
+    joint      NT-Xent: rows cat(a, b), the positive of row r is r + N mod 2N
+    cross      InfoNCE in the batch: rows a, columns b, the positive of row i is column i
+    both       CLIP: cross plus the same over the columns, averaged
+    bank       InfoNCE with a queue: rows a, positive b_i, negatives ``bank``, which gets no gradient
+    decoupled  DCL: the rows of joint with another head
+    sigmoid    SigLIP: the rows of cross, softplus instead of exp, another head
+    classes    SupCon: rows a against all other rows; the positives of a row are those with its label
 
-The positive is kept out of the tiles, so that a dominating one loses no digits:
+The positive is kept out of the tiles, so that a dominating one loses no digits.  With lse_r over the
+negatives of r and l_r = scale * <x_r, x_r'> + bias the heads are
 
-    loss_r = log(1 + exp(lse_r - p_r)),   lse_r over the negatives of r,   p_r = scale * <x_r, x_r'>
-    w_r = dloss_r sigmoid(lse_r - p_r) = d/d lse_r = -d/d p_r
+    softmax    loss_r = log(1 + exp(lse_r - l_r))
+    decoupled  loss_r = lse_r - w_r l_r, w_r = 1 or DCLW's 2 - N softmax_r(<x_r, x_r'> / sigma)
+    sigmoid    loss_r = log(1 + exp(-l_r)) + sum over the negatives of log(1 + exp(l_rj))
+    classes    loss_r = lse_r over all others - the mean l of the positives; 0 without any, and the mean
+               is over the rows that have some
 
 A backend with whole losses (``interface.WholeLosses``: the CPU) does all of it in one call; for the
 others it is composed from the primitives in ``composed.py``.
@@ -20,7 +27,7 @@ others it is composed from the primitives in ``composed.py``.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +37,7 @@ from sslkernels.backends.interface import Contrastive, Kept, Problem, State, Til
 from sslkernels.ops import composed, normalization, registry
 from sslkernels.ops._library import Gradient, Op, apply_plain, needs_grad, no_autocast, once
 from sslkernels.ops.eager import are_plain, is_plain_eager
+from sslkernels.ops.rows import accumulate_rows, segments
 from sslkernels.ops.tangents import tile_tangent
 
 
@@ -39,6 +47,7 @@ class ProblemGradients(NamedTuple):
     da: Tensor  # [N, D]
     db: Tensor  # [N, D]
     dscale: Tensor  # 0-d
+    dbias: Tensor  # 0-d, of layout "sigmoid" with a bias
 
 
 # --------------------------------------------------------------------------------------- kernels
@@ -58,11 +67,11 @@ def _compute(
 
 def _compute_backward(
     problem: Problem, kept: Kept, dloss: Tensor, want: Wanted
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     backend = registry.resolve(problem.a.device)
     fused = getattr(backend, "contrastive_backward", None)
     if fused is not None:
-        found: tuple[Tensor | None, Tensor | None, Tensor | None]
+        found: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
         found = fused(problem, kept, dloss, want)
         return found
     with no_autocast(problem.a.device):
@@ -77,11 +86,12 @@ def _backward(
     problem: Problem, state: Tensor, mean_key: Tensor, dloss: Tensor, want: Wanted
 ) -> ProblemGradients:
     kept = Kept(state, mean_key if problem.layout == "bank" else None)
-    da, db, dscale = _compute_backward(problem, kept, dloss, want)
+    da, db, dscale, dbias = _compute_backward(problem, kept, dloss, want)
     return ProblemGradients(
         problem.a.new_empty(0) if da is None else da,
         problem.b.new_empty(0) if db is None else db,
         torch.zeros_like(problem.scale) if dscale is None else dscale,
+        problem.a.new_empty(0) if dbias is None else dbias,
     )
 
 
@@ -93,6 +103,7 @@ def _backward_fake(
         a.new_empty(a.shape if want.dq else (0,)),
         b.new_empty(b.shape if want.dk else (0,)),
         torch.empty_like(problem.scale),
+        a.new_empty(0) if problem.bias is None else torch.empty_like(problem.bias),
     )
 
 
@@ -115,7 +126,7 @@ def _forward(problem: Problem, want_rank: bool) -> Contrastive:
 
 
 def _fake(problem: Problem, want_rank: bool) -> Contrastive:
-    a, rows = problem.a, problem.softmax_rows
+    a, rows = problem.a, problem.rows
     return Contrastive(
         a.new_empty(problem.loss_shape, dtype=problem.acc),
         a.new_empty((rows + 3 * problem.n,), dtype=problem.acc),
@@ -138,7 +149,7 @@ def _gradient(
 ) -> dict[str, Tensor]:
     want = Wanted(need.a, need.b, need.scale)
     found = BACKWARD.below(problem, state, mean_key, dloss, want)
-    return dict(zip(("a", "b", "scale"), found, strict=True))
+    return dict(zip(("a", "b", "scale", "bias"), found, strict=True))
 
 
 # --------------------------------------------------------------------------- forward-mode tangents
@@ -149,24 +160,24 @@ def _tangent(
 ) -> tuple[Tensor]:
     if tangents.bank is not None:
         raise RuntimeError("sslkernels::contrastive: the bank gets no gradient, pass bank.detach()")
-    moved = (tangents.a, tangents.b, tangents.scale)
+    moved = (tangents.a, tangents.b, tangents.scale, tangents.bias)
     if problem.reduction == "none":
         return (_row_tangents(problem, State.split(state, problem.n), mean_key, moved),)
     # One number: the tangent is <gradient, tangent>.
-    want = Wanted(*(t is not None for t in moved))
+    want = Wanted(*(t is not None for t in moved[:3]))
     found = BACKWARD.below(problem, state, mean_key, state.new_ones(()), want)
     total = state.new_zeros(())
-    for gradient, tangent in zip(found[:2], moved[:2], strict=True):
+    for gradient, tangent in zip(found, moved, strict=True):
         if tangent is not None:
             products = gradient.to(problem.acc) * tangent.to(problem.acc)
-            total = total + fixed_sum(products.sum(1))
-    return (total if moved[2] is None else total + found.dscale * moved[2],)
+            total = total + (products if products.ndim == 0 else fixed_sum(products.sum(1)))
+    return (total,)
 
 
 def _row_tangents(
     problem: Problem, state: State, mean_key: Tensor, moved: tuple[Tensor | None, ...]
 ) -> Tensor:
-    """d loss_r = w_r (d lse_r - d p_r), w_r without an incoming gradient."""
+    """d loss_r = w_r d lse_r - v_r d l_r, w_r and v_r without an incoming gradient."""
     n, scale, acc, layout = problem.n, problem.scale, problem.acc, problem.layout
     sides = []
     for x, dx, inv in zip(
@@ -178,21 +189,32 @@ def _row_tangents(
             d_unit = normalization.project(unit, 1 / inv, d_unit)
         sides.append((unit, d_unit))
     (a, da), (b, db) = sides
-    dscale = scale.new_zeros(()) if moved[2] is None else moved[2]
-    d_logit = scale * (da * b + a * db).sum(1) + dscale * state.positive
+    dscale, dbias = (scale.new_zeros(()) if t is None else t for t in moved[2:])
+    if layout == "classes":
+        index = segments(cast(Tensor, problem.ids_q))
+        sums, d_sums = (accumulate_rows(x, index, n)[index] - x for x in (a, da))
+        d_positive = (da * sums + a * d_sums).sum(1)
+    else:
+        d_positive = (da * b + a * db).sum(1)
+    d_logit = scale * d_positive + dscale * state.positive + dbias
     ids = torch.arange(n, device=a.device) if problem.ids_q is None else problem.ids_q
     if layout == "bank":
         d_lse = scale * (mean_key * da).sum(1) + dscale * (mean_key * a).sum(1)
-    elif layout == "joint":
+    elif layout == "classes":
+        own = torch.arange(n, device=a.device)
+        d_lse, _ = tile_tangent(
+            "lse", Tiles(a, None, scale, None, own), Tiles(da, None, dscale), state.lse, None
+        )
+    elif problem.joined:
         tiles = Tiles(torch.cat((a, b)), None, scale, None, ids.repeat(2))
         d_tiles = Tiles(torch.cat((da, db)), None, dscale)
         d_lse, _ = tile_tangent("lse", tiles, d_tiles, state.lse, None)
     else:
         col = state.lse[n:] if layout == "both" else None
-        tiles, d_tiles = Tiles(a, b, scale, None, ids, ids), Tiles(da, db, dscale)
-        d_lse = torch.cat(tile_tangent("lse", tiles, d_tiles, state.lse[:n], col))
-    weight = composed.row_weights(problem, state, state.lse.new_ones(problem.outputs))
-    total = weight * (d_lse - (d_logit.repeat(2) if len(weight) > n else d_logit))
+        tiles, d_tiles = Tiles(a, b, scale, problem.bias, ids, ids), Tiles(da, db, dscale, dbias)
+        d_lse = torch.cat(tile_tangent(composed.kind(problem), tiles, d_tiles, state.lse[:n], col))
+    weight, pull = composed.row_gradients(problem, state, state.lse.new_ones(problem.outputs))
+    total = weight * d_lse - pull * (d_logit.repeat(2) if len(pull) > n else d_logit)
     return total[:n] + total[n:] if layout == "both" else total
 
 
@@ -200,7 +222,7 @@ CONTRASTIVE = Op(
     "contrastive(*Problem, bool want_rank) -> Contrastive",
     _forward,
     _fake,
-    gradient=Gradient(("a", "b", "scale"), ("loss",), _save, _gradient, _tangent),
+    gradient=Gradient(("a", "b", "scale", "bias"), ("loss",), _save, _gradient, _tangent),
 )
 
 
@@ -219,6 +241,7 @@ class _Eager(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: Tensor,
+        bias: Tensor | None,
         problem: Problem,
         want_rank: bool,
         outs: list[Any],
@@ -226,17 +249,19 @@ class _Eager(torch.autograd.Function):
         out, tiles = _compute(problem, want_rank, True)
         outs += out  # all but the loss need no gradient: autograd is spared them
         loss, state, mean_key, _ = out
-        layout, _, _, _, _, ids_q, ids_k, normalize, reduction, bf16 = problem
-        ctx.plain = (layout, normalize, reduction, bf16, registry.override())
-        ids_k = None if layout == "bank" else ids_k
-        ctx.save_for_backward(a, b, scale, ids_q, ids_k, state, mean_key, tiles)
+        # Ids of a bank are of no use later; other layouts have none of their own.
+        layout, _, _, _, _, ids_q, _, normalize, reduction, bf16, _, sigma = problem
+        ctx.plain = (layout, normalize, reduction, bf16, sigma, registry.override())
+        ctx.save_for_backward(a, b, scale, bias, ids_q, state, mean_key, tiles)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        layout, normalize, reduction, bf16, backend = ctx.plain
-        a, b, scale, ids_q, ids_k, state, mean_key, tiles = ctx.saved_tensors
-        problem = Problem(layout, a, b, None, scale, ids_q, ids_k, normalize, reduction, bf16)
+        layout, normalize, reduction, bf16, sigma, backend = ctx.plain
+        a, b, scale, bias, ids_q, state, mean_key, tiles = ctx.saved_tensors
+        problem = Problem(
+            layout, a, b, None, scale, ids_q, None, normalize, reduction, bf16, bias, sigma
+        )
         want = Wanted(*ctx.needs_input_grad[:3])
 
         def compute() -> list[Tensor | None]:
@@ -245,7 +270,8 @@ class _Eager(torch.autograd.Function):
                     return [*_compute_backward(problem, Kept(state, mean_key, tiles), dloss, want)]
                 key = state.new_empty(0) if mean_key is None else mean_key
                 found = BACKWARD.below(problem, state, key, dloss, want)
-                return [x if w else None for x, w in zip(found, want, strict=True)]
+                wanted = ctx.needs_input_grad[:4]
+                return [x if w else None for x, w in zip(found, wanted, strict=True)]
 
         return *once("sslkernels::contrastive", compute, (dloss, a, b, scale)), None, None, None
 
@@ -253,18 +279,18 @@ class _Eager(torch.autograd.Function):
 def contrastive(problem: Problem, want_rank: bool = False) -> Contrastive:
     """One op for a whole loss; see the module for the layouts and the formula.
 
-    Differentiable once in a, b and scale, through ``loss``.
+    Differentiable once in a, b, scale and bias, through ``loss``.
 
     Args:
         problem: Which loss of what; rows may be strided, a bank may be overwritten between forward and
             backward.
         want_rank: Whether to count the negatives above each positive.
     """
-    _, a, b, bank, scale, *_ = problem
-    if is_plain_eager() and are_plain(a, b, bank, scale):
-        if needs_grad(a, b, scale):
+    _, a, b, bank, scale, *_, bias, _ = problem
+    if is_plain_eager() and are_plain(a, b, bank, scale, bias):
+        if needs_grad(a, b, scale, bias):
             outs: list[Any] = []
-            loss = apply_plain(_Eager, a, b, scale, problem, want_rank, outs)
+            loss = apply_plain(_Eager, a, b, scale, bias, problem, want_rank, outs)
             return Contrastive(loss, *outs[1:])
         return _compute(problem, want_rank, False)[0]
     result: Contrastive = CONTRASTIVE(problem, want_rank)

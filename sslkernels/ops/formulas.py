@@ -16,11 +16,10 @@ from torch import Tensor
 from sslkernels._types import ContrastiveMetrics
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import Thresholds, Tiles
-from sslkernels.ops import heads, rows
+from sslkernels.ops import heads
 from sslkernels.ops.distances import two_distances
 from sslkernels.ops.extremes import extremes
 from sslkernels.ops.pairwise import pairwise
-from sslkernels.ops.positives import with_positives
 
 # ------------------------------------------------------------------------------- softmax family
 
@@ -75,45 +74,6 @@ def learned_bank(
     if not want_metrics:
         return loss, None
     return loss, heads.metrics(rank, similarity, heads.mean_negative(q, negatives, *ids))
-
-
-def dcl(z1: Tensor, z2: Tensor, scale: Tensor, sigma: float | None, normalize: bool) -> Tensor:
-    """[2N]: the decoupled contrastive loss."""
-    n = len(z1)
-    z = heads.unit(torch.cat((z1, z2)), normalize)
-    ids = torch.arange(n, device=z.device).repeat(2)
-    lse = pairwise("lse", Tiles(z, None, scale, ids_q=ids)).row
-    if n == 1:
-        lse = torch.zeros_like(lse)
-    similarity = heads.dots(z[:n], z[n:])
-    positive = similarity * scale
-    if sigma is not None:
-        weights = 2 - n * torch.softmax(similarity.detach() / sigma, 0)
-        positive = positive * weights
-    return lse - positive.repeat(2)
-
-
-def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
-    """[N]: SigLIP's pairwise sigmoid loss."""
-    x, y = heads.unit(x, normalize), heads.unit(y, normalize)
-    # Positives stay out of the tiles: one in N * N, and the only ones with the other sign.
-    negatives, cosine = with_positives("softplus", x, y, scale=scale, bias=bias)
-    positive = cosine * scale
-    if bias is not None:
-        positive = positive + bias
-    return heads.softplus(-positive) + negatives
-
-
-def sup_con(z: Tensor, labels: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """[N]: the supervised contrastive loss, 0 for rows without a positive; [N] bool: the others."""
-    n = len(z)
-    z = heads.unit(z, normalize)
-    classes = rows.segments(labels)
-    ones = torch.ones((n, 1), dtype=scale.dtype, device=z.device)
-    counts = rows.take_rows(rows.accumulate_rows(ones, classes, n), classes)[:, 0] - 1
-    lse, positive = with_positives("lse", z, scale=scale, classes=classes)
-    positive = positive * scale / counts.clamp(min=1)
-    return torch.where(counts > 0, lse - positive, 0.0), counts > 0
 
 
 # ------------------------------------------------------------------------------------- geometry

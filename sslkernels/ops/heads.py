@@ -88,7 +88,7 @@ def problem_metrics(problem: Problem, out: Contrastive) -> ContrastiveMetrics:
     if problem.layout != "bank":
         ids_q = ids_k = torch.arange(n, device=a.device) if ids_q is None else ids_q
     q, k = a, b
-    if problem.layout == "joint":
+    if problem.joined:
         q = k = torch.cat((a, b))
         ids_q = ids_k = None if ids_q is None else ids_q.repeat(2)
     elif problem.bank is not None:

@@ -41,13 +41,17 @@ class TileGradients(NamedTuple):
     dbias: Tensor  # 0-d acc
 
 
+def nonzero_scale(scale: Tensor) -> Tensor:
+    """The scale, or what stands for 0 where something is divided by it."""
+    return torch.where(scale == 0, torch.full_like(scale, TINY), scale)
+
+
 def tile_gradients(
     kind: Kind, tiles: Tiles, row: RowState, col: RowState | None, want: Wanted
 ) -> TileGradients:
     """Gradients in the accumulation dtype; those of q and k belong to the caller, who may add to them."""
     if want.dscale:
-        scale = torch.where(tiles.scale == 0, torch.full_like(tiles.scale, TINY), tiles.scale)
-        tiles = tiles._replace(scale=scale)
+        tiles = tiles._replace(scale=nonzero_scale(tiles.scale))
     q, k = tiles.q, tiles.k
     with no_autocast(q.device):
         dq, dk, dbias = registry.resolve(q.device).pairwise_backward(
