@@ -3,6 +3,7 @@
 // negatives of its own for every query).
 
 #include "bindings.h"
+#include "classes.h"
 #include "narrow_ids.h"
 
 namespace sslk {
@@ -79,6 +80,21 @@ struct ContrastiveStateFields {
   }
 };
 
+// Ids as the kernels want them: 32 bits wide beside float lanes; labels as groups of rows.
+struct ContrastiveIds {
+  NarrowIds narrow;
+  GroupedRows grouped;
+
+  void apply(ContrastiveArgs* args) {
+    if (args->layout == Layout::classes) {
+      grouped.apply(args);
+      args->ids_q = nullptr;
+    } else {
+      narrow.apply(args->dtype, &args->ids_q, args->a.n, &args->ids_k, args->bank.n);
+    }
+  }
+};
+
 struct ContrastiveForward {
   using Args = ContrastiveArgs;
   static constexpr const char* kName = "contrastive_forward";
@@ -109,8 +125,8 @@ struct ContrastiveForward {
     all.bank = bank;
     all.ids_k = ids_k;
     all.sigma = sigma;
-    NarrowIds narrow;
-    narrow.apply(all.dtype, &all.ids_q, all.a.n, &all.ids_k, bank.n);
+    ContrastiveIds ids;
+    ids.apply(&all);
     check(kernels().contrastive_forward(all, out.split(all), loss, rank));
   }
 };
@@ -145,8 +161,8 @@ struct ContrastiveBackward {
     out.dbias = dbias != nullptr ? &bias_gradient : nullptr;
     ContrastiveArgs all = *args;
     all.sigma = sigma;
-    NarrowIds narrow;
-    narrow.apply(all.dtype, &all.ids_q, all.a.n, &all.ids_k, 0);
+    ContrastiveIds ids;
+    ids.apply(&all);
     check(kernels().contrastive_backward(all, kept.split(all), out));
     if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
     return dscale;

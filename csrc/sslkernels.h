@@ -94,6 +94,13 @@ enum class Layout : int { joint = 0, cross = 1, both = 2, bank = 3, decoupled = 
 
 enum class Reduction : int { none = 0, mean = 1, sum = 2 };
 
+// Rows grouped by label: class c is the rows order[begin[c]], ..., order[begin[c + 1] - 1], ascending.
+struct Classes {
+  const int64_t* order = nullptr;  // [N]
+  const int64_t* begin = nullptr;  // [count + 1]
+  int64_t count = 0;
+};
+
 struct ContrastiveArgs {
   Layout layout = Layout::joint;
   Reduction reduction = Reduction::mean;
@@ -106,8 +113,9 @@ struct ContrastiveArgs {
   double scale = 1.0;
   double bias = 0.0;               // layout sigmoid only
   double sigma = 0.0;              // layout decoupled: w_i = 2 - N softmax_i(positive / sigma); 0: w_i = 1
-  const int64_t* ids_q = nullptr;  // [N] or null: the row number (bank: nothing is excluded); classes: the labels
+  const int64_t* ids_q = nullptr;  // [N] or null; null: the row number (bank: nothing is excluded)
   const int64_t* ids_k = nullptr;  // bank: [K] or null; otherwise ids_q serves both sides
+  Classes classes;                 // layout classes only
   bool bf16 = false;               // as in PairwiseArgs; the positives are never rounded
   int n_threads = 1;
 

@@ -160,9 +160,13 @@ def test_names_are_checked() -> None:
         (
             {"layout": "Joint"},
             ValueError,
-            "layout must be one of joint, cross, both, bank, got 'Joint'",
+            "layout must be one of joint, cross, both, bank, decoupled, sigmoid, classes, got 'Joint'",
         ),
-        ({"layout": 0}, TypeError, "layout must be one of joint, cross, both, bank, got 0"),
+        (
+            {"layout": 0},
+            TypeError,
+            "layout must be one of joint, cross, both, bank, decoupled, sigmoid, classes, got 0",
+        ),
         ({"dtype": "\ud800"}, ValueError, "dtype must be one of float32, "),
         ({"n": 64.0}, TypeError, "n must be an integer of 64 bits, got 64.0"),
         ({"n": 2**63}, TypeError, "n must be an integer of 64 bits, got 9223372036854775808"),

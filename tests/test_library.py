@@ -29,7 +29,8 @@ def test_schemas_that_torch_sees() -> None:
     )
     assert CONTRASTIVE.schema == (
         "contrastive(str layout, Tensor a, Tensor b, Tensor? bank, Tensor scale, Tensor? ids_q, "
-        "Tensor? ids_k, bool normalize, str reduction, bool bf16, bool want_rank) "
+        "Tensor? ids_k, bool normalize, str reduction, bool bf16, Tensor? bias, "
+        "float sigma, bool want_rank) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     )
 

@@ -92,7 +92,8 @@ int row_threads(const ContrastiveArgs& args) { return args.a.n * args.d < kSeria
 // Inverse norms, and for every row the sum of its dot products with the others of its class.
 template <class T>
 void prepare_classes(const ContrastiveArgs& args, const ContrastiveState& state, const PerThread<T>& buffers,
-                     const PerThread<double>& sums, const Classes& classes) {
+                     const PerThread<double>& sums) {
+  const Classes& classes = args.classes;
   T* inv = static_cast<T*>(state.inv);
   T* positive = static_cast<T*>(state.positive);
   const Rows part[2] = {args.a, Rows{}};
@@ -165,8 +166,7 @@ PairwiseArgs tiles(const ContrastiveArgs& args, const ContrastiveState& state, i
     p.ids_k = args.ids_k;
     return p;
   }
-  const bool given = args.ids_q != nullptr && args.layout != Layout::classes;
-  for (int64_t i = 0; i < 2 * n; ++i) row_ids[i] = given ? args.ids_q[i % n] : i % n;
+  for (int64_t i = 0; i < 2 * n; ++i) row_ids[i] = args.ids_q != nullptr ? args.ids_q[i % n] : i % n;
   p.ids_q = row_ids;
   if (args.self()) {
     p.self = true;
@@ -189,7 +189,6 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
   Workspace w;
   PerThread<T> buffers;
   PerThread<double> sums;
-  Classes classes;
   T* threshold = nullptr;
   int64_t* row_ids = nullptr;
   double* positive_weight = nullptr;
@@ -197,14 +196,13 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
   w.plan(&threshold, 2 * n);
   w.plan(&row_ids, 2 * n);
   if (by_class || args.sigma > 0) w.plan(&positive_weight, n);
-  if (by_class) classes.plan(w, n), w.plan(&sums, args.d, args.n_threads);
+  if (by_class) w.plan(&sums, args.d, args.n_threads);
   if (!w.allocate()) return -1;
 
   int64_t terms = rows;
   if (by_class) {
-    classes.fill(args.ids_q);
-    terms = classes.fill_weights(positive_weight);
-    prepare_classes(args, state, buffers, sums, classes);
+    terms = fill_class_weights(args.classes, positive_weight);
+    prepare_classes(args, state, buffers, sums);
   } else {
     prepare(args, state, buffers);
   }
@@ -264,9 +262,10 @@ void finish_row(const ContrastiveArgs& args, const T* x_hat, T inv, T* g) {
 // gradients of the positives' logits, C the sum of a class and V its sum of v_j x_j, row i gets
 // -(v_i (C - x_i) + V - v_i x_i).
 template <class T>
-void add_classes(const ContrastiveArgs& args, const ContrastiveBackwardArgs& b, const Classes& classes,
-                 const PerThread<T>& buffers, const PerThread<double>& sums, const T* pull, const T* inv,
-                 const T* from_tiles, int64_t stride, double* along) {
+void add_classes(const ContrastiveArgs& args, const ContrastiveBackwardArgs& b, const PerThread<T>& buffers,
+                 const PerThread<double>& sums, const T* pull, const T* inv, const T* from_tiles, int64_t stride,
+                 double* along) {
+  const Classes& classes = args.classes;
   const int64_t d = args.d;
   const Rows part[2] = {args.a, Rows{}};
   const Source<T> rows = make_source<T>(args.dtype, part, args.normalize ? inv : nullptr, d);
@@ -364,7 +363,6 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   Workspace w;
   PerThread<T> buffers;
   PerThread<double> sums;
-  Classes classes;
   T *weight = nullptr, *pull = nullptr, *ga = nullptr, *gb = nullptr;
   double *along = nullptr, *positive_weight = nullptr;
   int64_t* row_ids = nullptr;
@@ -372,7 +370,7 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   w.plan(&weight, 2 * n);
   w.plan(&pull, n);
   if (by_class || args.sigma > 0) w.plan(&positive_weight, n);
-  if (by_class) classes.plan(w, n), w.plan(&sums, 2 * d, args.n_threads);
+  if (by_class) w.plan(&sums, 2 * d, args.n_threads);
   w.plan(&along, n);
   w.plan(&row_ids, 2 * n);
   const bool scratch_a = want_a && !(in_place && b.da != nullptr), scratch_b = want_b && !in_place;
@@ -386,10 +384,7 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   const T* inv = static_cast<const T*>(state.inv);
   const T* dloss = static_cast<const T*>(b.dloss);
   int64_t terms = rows;
-  if (by_class) {
-    classes.fill(args.ids_q);
-    terms = classes.fill_weights(positive_weight);
-  }
+  if (by_class) terms = fill_class_weights(args.classes, positive_weight);
   const double mean = args.reduction == Reduction::mean ? 1.0 / double(max64(terms, 1)) : 1.0;
   const double half = args.layout == Layout::both && args.reduction != Reduction::mean ? 0.5 : 1.0;
   const int64_t outputs = joint ? 2 * n : n;
@@ -434,7 +429,7 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   }
 
   if (by_class) {
-    add_classes(args, b, classes, buffers, sums, pull, inv, ga, stride, along);
+    add_classes(args, b, buffers, sums, pull, inv, ga, stride, along);
   } else {
     add_pairs(args, b, buffers, pull, bank ? weight : nullptr, state, ga, gb, stride, along);
   }
