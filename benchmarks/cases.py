@@ -62,15 +62,16 @@ class Case:
     def flops(self) -> float | None:
         """Floating-point operations that count; None where time alone is meaningful.
 
-        The least that an exact method does: symmetric for nt_xent and sup_con (4 N^2 D), one pass
-        over a queue without gradient (4 n K D), both gradients kept (6 N^2 D) for clip and siglip.
+        What an exact method in O(N D) memory does: S twice and a product for each gradient, 8 N^2 D
+        for clip and siglip; half of it where S is symmetric (nt_xent, sup_con); one pass over a queue
+        without gradient, 4 n K D.
         """
         if self.op in ("nt_xent", "sup_con"):
             return 4.0 * self.size**2 * self.dim
         if self.op == "moco":
             return 4.0 * self.batch * self.size * self.dim
         if self.op in ("clip", "siglip"):
-            return 6.0 * self.size**2 * self.dim
+            return 8.0 * self.size**2 * self.dim
         return None
 
     @property
