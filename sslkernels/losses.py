@@ -424,6 +424,19 @@ class FeatureReconstructionLoss(_Loss):
         return functional.feature_reconstruction_loss(features, targets, **self._keywords)
 
 
+class AdversarialLoss(_Loss):
+    """``adversarial_loss``: (fake, real) → loss of the discriminator, (fake) → of the generator."""
+
+    def __init__(self, form: str = "non_saturating", *, reduction: Reduction = "mean") -> None:
+        """See ``adversarial_loss``."""
+        checks.check_choice(type(self).__name__, "form", form, functional.FORMS)
+        super().__init__(form=form, reduction=reduction)
+
+    def forward(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+        """Loss of logits [N, ...]."""
+        return functional.adversarial_loss(fake, real, **self._keywords)
+
+
 class MoCoLoss(AllOrNothing):
     """MoCo: InfoNCE against a queue of earlier keys, then the new keys are enqueued.
 

@@ -237,9 +237,22 @@ def dcl_loss(
 # -------------------------------------------------------------------------------- regression
 
 
-def byol_loss(prediction: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+def byol_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    rho: float | None = None,
+    weight_decay: float = 0.0,
+    parameters: Sequence[Tensor] = (),
+    reduction: str = "mean",
+) -> Tensor:
     """2 - 2 cos(prediction, target), no gradient into the target (arXiv:2006.07733)."""
     prediction, target = _widen(prediction, target.detach())
+    if rho is not None:
+        gap = (prediction - target).square().sum(1) - rho
+        return _reduce(gap.square(), reduction) + weight_decay * sum(
+            _acc(theta).square().sum() for theta in parameters
+        )
     cosine = (_unit(prediction) * _unit(target)).sum(1)
     return _reduce(2 - 2 * cosine, reduction)
 
@@ -419,6 +432,114 @@ def feature_reconstruction_loss(
         each = rho.flatten(1).sum(1) / max(1, math.prod(f.shape[1:]))
         total = total + (each if weights is None else weights[i] * each)
     return _reduce(torch.as_tensor(total), reduction)
+
+
+# ------------------------------------------------------------------------------- adversarial
+
+
+def adversarial_loss(
+    fake: Tensor,
+    real: Tensor | None = None,
+    *,
+    form: str = "non_saturating",
+    reduction: str = "mean",
+) -> Tensor:
+    """Of the discriminator, or without ``real`` of the generator (arXiv:1406.2661 and others)."""
+    f = _acc(fake)
+    if real is None:
+        loss = {
+            "non_saturating": lambda: -F.logsigmoid(f),
+            "minimax": lambda: F.logsigmoid(-f),
+            "least_squares": lambda: (f - 1) ** 2 / 2,
+        }.get(form, lambda: -f)()
+    else:
+        f, r = _widen(fake, real)
+        loss = {
+            "hinge": lambda: F.relu(1 - r) + F.relu(1 + f),
+            "least_squares": lambda: ((r - 1) ** 2 + f**2) / 2,
+            "wasserstein": lambda: f - r,
+        }.get(form, lambda: -F.logsigmoid(r) - F.logsigmoid(-f))()
+    if loss.ndim > 1:
+        loss = loss.flatten(1).sum(1) / max(1, math.prod(loss.shape[1:]))
+    return _reduce(loss, reduction)
+
+
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    mix: Tensor,
+    weight: float = 10.0,
+    target: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Weight * (|grad D(x)| - target)^2 between real and generated samples (arXiv:1704.00028)."""
+    share = mix.view(-1, *(1 for _ in real.shape[1:]))
+    x = (share * real + (1 - share) * fake).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return _reduce(weight * (norm - target) ** 2, reduction)
+
+
+def r1_penalty(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    *,
+    weight: float = 10.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Weight / 2 * |grad D(x)|^2 at the data (arXiv:1801.04406)."""
+    x = real.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    return _reduce(weight / 2 * gradient.flatten(1).square().sum(1), reduction)
+
+
+def moment_kl_loss(z: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """Mean over features of KL( N(mean, variance) || N(0, 1) ) of the batch."""
+    z = _acc(z)
+    if not z.numel():
+        return z.sum()
+    mean, variance = z.mean(0), z.var(0, unbiased=False) + eps
+    return ((mean**2 + variance - 1 - variance.log()) / 2).mean()
+
+
+def adversarial_byol_loss(
+    prediction: Tensor,
+    target: Tensor,
+    fake: Tensor | None = None,
+    *,
+    adversarial_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    clr_weight: float = 0.0,
+    temperature: float = 0.1,
+    form: str = "non_saturating",
+) -> Tensor:
+    """BYOL with adversarial, KL and contrastive terms."""
+    prediction, target = _widen(prediction, target.detach())
+    loss = byol_loss(prediction, target)
+    if fake is not None:
+        loss = loss + adversarial_weight * adversarial_loss(fake, form=form)
+    loss = loss + kl_weight * moment_kl_loss(prediction)
+    return loss + clr_weight * _loss_of(nt_xent_loss(prediction, target, temperature))
+
+
+def contrastive_kl_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    *,
+    kl_weight: float = 0.01,
+) -> Tensor:
+    """InfoNCE and the KL of standardised queries."""
+    loss = _loss_of(info_nce_loss(query, positive_key, negative_keys, temperature))
+    spread = query.shape[1] ** 0.5 * _unit(query)
+    return loss + kl_weight * moment_kl_loss(spread)
+
+
+def _loss_of(result: Tensor | tuple[Tensor, ContrastiveMetrics]) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
 
 
 # ------------------------------------------------------------------ alignment and uniformity

@@ -58,7 +58,9 @@ def test_sup_con_of_two_views_is_nt_xent() -> None:
 def test_reductions_agree() -> None:
     """mean = none.mean() and sum = none.sum(), for every loss that has them."""
     for case in CASES:
-        if case.name.startswith(("triplet", "uniformity", "sup_con")):
+        if case.name.startswith(("triplet", "uniformity", "sup_con", "moment")) or (
+            case.name in ("adversarial_byol_loss", "contrastive_kl_loss")
+        ):
             continue
         inputs = case.make(9, 6)
         rows = case.call(ssl, inputs, reduction="none")

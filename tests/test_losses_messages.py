@@ -222,6 +222,59 @@ ERRORS = [
     ),
     (lambda: ssl.feature_reconstruction_loss(3, GOOD), TypeError, "features must be a tensor or"),
     (
+        lambda: ssl.adversarial_loss(GOOD, GOOD[:3]),
+        ValueError,
+        r"adversarial_loss: fake and real must have the same shape, got \[8, 4\] and \[3, 4\]",
+    ),
+    (
+        lambda: ssl.adversarial_loss(GOOD, form="saturating"),
+        ValueError,
+        "adversarial_loss: form must be one of .*, got 'saturating'",
+    ),
+    (lambda: ssl.adversarial_loss(GOOD[0, 0]), ValueError, "at least 1 dimension, got shape"),
+    (
+        lambda: ssl.gradient_penalty(lambda x: 3, GOOD, GOOD),
+        TypeError,
+        "gradient_penalty: discriminator must return a tensor of logits, got int",
+    ),
+    (
+        lambda: ssl.gradient_penalty(lambda x: x, GOOD, GOOD, mix=torch.ones(3)),
+        ValueError,
+        r"gradient_penalty: mix must have 8 elements, got \[3\]",
+    ),
+    (
+        lambda: ssl.r1_penalty(lambda x: x, GOOD.long()),
+        TypeError,
+        "r1_penalty: real must be float64",
+    ),
+    (lambda: ssl.moment_kl_loss(GOOD, eps=0.0), ValueError, "eps must be > 0, got 0"),
+    (
+        lambda: ssl.adversarial_byol_loss(GOOD, GOOD[:2]),
+        ValueError,
+        "adversarial_byol_loss: prediction and target must have the same shape",
+    ),
+    (
+        lambda: ssl.contrastive_kl_loss(GOOD, GOOD, kl_weight="1"),
+        TypeError,
+        "contrastive_kl_loss: kl_weight must be a number, got str",
+    ),
+    (lambda: ssl.AdversarialLoss("x"), ValueError, "AdversarialLoss: form must be one of"),
+    (
+        lambda: ssl.byol_loss(GOOD, GOOD, weight_decay=0.1),
+        ValueError,
+        "byol_loss: weight_decay and parameters need rho",
+    ),
+    (
+        lambda: ssl.byol_loss(GOOD, GOOD, rho=0.0, weight_decay=0.1, reduction="none"),
+        ValueError,
+        "byol_loss: weight_decay needs a reduction",
+    ),
+    (
+        lambda: ssl.byol_loss(GOOD, GOOD, rho=-1.0),
+        ValueError,
+        "byol_loss: rho must be at least 0, got -1",
+    ),
+    (
         lambda: ssl.VAELoss(likelihood="x"),
         ValueError,
         "VAELoss: likelihood must be one of",

@@ -27,7 +27,17 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels
 
 CASES = {**LOSSES, **UNREDUCED}
-TWICE = ("simsiam", "alignment", "contrastive", "margin")  # made of torch operations
+TWICE = (  # made of torch operations
+    "simsiam",
+    "alignment",
+    "contrastive",
+    "margin",
+    "byol regularised",
+    "adversarial",
+    "adversarial hinge",
+    "adversarial generator",
+    "moment kl",
+)
 Loss = Callable[..., Tensor]
 
 

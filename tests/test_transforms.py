@@ -73,6 +73,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "alignment": lambda f, x, y, t, **k: t * f.alignment_loss(x, y, **k),
     "contrastive": lambda f, x, y, t, **k: t * f.contrastive_loss(x, y, LABELS == 1, **k),
     "margin": lambda f, x, y, t, **k: t * f.margin_loss(x, y, OTHER, x, **k),
+    "byol regularised": lambda f, x, y, t, **k: t * f.byol_loss(x * y, OTHER, rho=0.5, **k),
+    "adversarial": lambda f, x, y, t, **k: t * f.adversarial_loss(x, y, **k),
+    "adversarial hinge": lambda f, x, y, t, **k: t * f.adversarial_loss(x, y, form="hinge", **k),
+    "adversarial generator": lambda f, x, y, t, **k: t * f.adversarial_loss(x * y, **k),
     "vae": lambda f, x, y, t, **k: f.vae_loss(x * y, OTHER.sigmoid(), x, y, beta=t, **k),
     "vae gaussian": lambda f, x, y, t, **k: f.vae_loss(
         x, y, x, y, likelihood="gaussian", x_log_variance=x + y, beta=t, **k
@@ -90,6 +94,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 UNREDUCED = {
     "uniformity": lambda f, x, y, t: t * f.uniformity_loss(x * y),
     "uniformity raw": lambda f, x, y, t: t * f.uniformity_loss(x + y, normalize=False),
+    "moment kl": lambda f, x, y, t: t * f.moment_kl_loss(x * y),
+    "adversarial byol": lambda f, x, y, t: (
+        t * f.adversarial_byol_loss(x * y, OTHER, x, kl_weight=0.5, clr_weight=0.5)
+    ),
+    "contrastive kl": lambda f, x, y, t: f.contrastive_kl_loss(x, y, BANK, t, kl_weight=0.5),
     **{
         f"triplet {mining} {distance}": lambda f, x, y, t, m=mining, d=distance: (
             t * f.triplet_loss(x + y, LABELS, 1.0, mining=m, distance=d)

@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions."""
 
+from sslkernels.functional.adversarial import (
+    FORMS,
+    adversarial_byol_loss,
+    adversarial_loss,
+    contrastive_kl_loss,
+    gradient_penalty,
+    moment_kl_loss,
+    r1_penalty,
+)
 from sslkernels.functional.autoencoders import (
     DISTANCES,
     LIKELIHOODS,
@@ -22,19 +31,26 @@ from sslkernels.functional.regression import byol_loss, byol_loss_symmetric, sim
 
 __all__ = [
     "DISTANCES",
+    "FORMS",
     "LIKELIHOODS",
     "NORMALIZATIONS",
     "VAEParts",
+    "adversarial_byol_loss",
+    "adversarial_loss",
     "alignment_loss",
     "byol_loss",
     "byol_loss_symmetric",
     "clip_loss",
+    "contrastive_kl_loss",
     "contrastive_loss",
     "dcl_loss",
     "feature_reconstruction_loss",
+    "gradient_penalty",
     "info_nce_loss",
     "margin_loss",
+    "moment_kl_loss",
     "nt_xent_loss",
+    "r1_penalty",
     "reparameterize",
     "siglip_loss",
     "simsiam_loss",

@@ -3,31 +3,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from sslkernels._types import Reduction
+from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import formulas, heads
 from sslkernels.ops.regression import regression
 
 
-def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def byol_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    rho: float | None = None,
+    weight_decay: float = 0.0,
+    parameters: Iterable[Tensor] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """BYOL's regression of one view: 2 - 2 cos(prediction, target).
 
     The target gets no gradient.  A zero row has cosine 0.
+
+    With ``rho`` it is a regularised regression, a form found in articles, not in the paper:
+
+        (|prediction - target|^2 - rho)^2 + weight_decay sum |theta|^2
+
+    without normalisation.  It asks for a squared distance of rho: predictions nearer than that are
+    pushed away, and for rho = 0 it is the fourth power of the distance.  The second term is added once
+    to the reduced loss, and is what an optimiser's coupled weight decay of 2 weight_decay does.
 
     Args:
         prediction: [N, D], output of the predictor.
         target: [N, D], projection of the target network; same device.  Where dtypes differ, the
             wider one counts.
+        rho: None: the paper's loss.  A number of at least 0: the form above.
+        weight_decay: At least 0; with ``rho`` only.
+        parameters: theta, tensors on the same device (``network.parameters()``).
         reduction: "mean" over N, "sum", or "none": [N].
 
     Returns:
-        The loss in [0, 4] a row, float32 (float64 for float64 inputs).
+        The loss, in [0, 4] a row without rho, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If shapes or devices differ or the reduction is unknown.
+        ValueError: If shapes or devices differ, the reduction is unknown, or options don't fit.
 
     Reference:
         Grill et al., Bootstrap Your Own Latent, arXiv:2006.07733.
@@ -36,7 +58,29 @@ def byol_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mea
     checks.check_pair(op, "prediction", prediction, "target", target)
     checks.check_reduction(op, reduction)
     prediction, target = checks.widen(prediction, target.detach())
-    return regression(prediction, target, reduction)
+    if rho is None:
+        if weight_decay or parameters is not None:
+            raise ValueError(f"{op}: weight_decay and parameters need rho, the regularised form")
+        return regression(prediction, target, reduction)
+    rho, weight_decay = (
+        checks.number(op, "rho", rho),
+        checks.number(op, "weight_decay", weight_decay),
+    )
+    for name, value in (("rho", rho), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    acc = accumulation_dtype(prediction.dtype)
+    squared = (prediction.to(acc) - target.to(acc)).square().sum(1)
+    loss = heads.reduce((squared - rho).square(), reduction)
+    if not weight_decay:
+        return loss
+    if reduction == "none":
+        raise ValueError(f"{op}: weight_decay needs a reduction, it is no loss of a row")
+    for theta in parameters or ():
+        checks.check_floating(op, "parameters", theta)
+        checks.check_device(op, "prediction", prediction, "parameters", theta)
+        loss = loss + weight_decay * theta.to(acc).square().sum()
+    return loss
 
 
 def byol_loss_symmetric(
