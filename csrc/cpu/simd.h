@@ -134,6 +134,22 @@ inline __attribute__((always_inline)) IVec<T> lanes_below(int64_t count) {
   return lane < splat_int<T>(Int<T>(count < 0 ? 0 : (count > lanes ? lanes : count)));
 }
 
+// Bit l: whether lane l of a mask is all ones.
+template <class T>
+inline __attribute__((always_inline)) uint32_t lane_bits(IVec<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+  if constexpr (sizeof(T) == 8) return uint32_t(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < Simd<T>::kLanes; ++l) bits |= uint32_t(mask[l] & 1) << l;
+  return bits;
+#endif
+}
+
 template <class T>
 inline __attribute__((always_inline)) T sum_lanes(Vec<T> v) {
   T s = v[0];
