@@ -300,7 +300,7 @@ def on_one_rank(name: str, **keywords: Any) -> Any:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", set(CASES) - {"info_nce fixed keys", "dclw"})
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"info_nce fixed keys", "dclw"}))
 def test_gradients_by_differences(one_rank: None, name: str, reduction: str) -> None:
     assert torch.autograd.gradcheck(on_one_rank(name, reduction=reduction), leaves())
 

@@ -121,8 +121,13 @@ def test_a_run_in_plain_pytorch_is_the_same_run(
     ours, theirs = (rows(tmp_path / backend) for backend in ("fused", "eager"))
     assert len(ours) == 2
     for a, b in zip(ours, theirs, strict=True):
-        for name in ("loss", "top1", "top5", "positive_similarity", "negative_similarity"):
+        for name in ("loss", "positive_similarity", "negative_similarity"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
+        for name in (
+            "top1",
+            "top5",
+        ):  # counts: rounding may move some of the few hundred rows by a place
+            assert a[name] == pytest.approx(b[name], abs=0.02), name
     fused, plain = (checkpoint(tmp_path / backend)["method"] for backend in ("fused", "eager"))
     assert fused.keys() == plain.keys()
 

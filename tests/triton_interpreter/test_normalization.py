@@ -45,9 +45,9 @@ LOSSES: dict[str, tuple[Callable[[object], Loss], int, int, int, int]] = {
         3,
     ),
     "clip": (lambda m: lambda a, b: m.clip_loss(a, b, 5.0, normalize=True), 2, 2, 2, 2),
-    "siglip": (lambda m: lambda a, b: m.siglip_loss(a, b, 5.0, -3.0, normalize=True), 2, 2, 0, 2),
-    "dcl": (lambda m: lambda a, b: m.dcl_loss(a, b, 0.2), 2, 1, 0, 1),
-    "sup_con": (lambda m: lambda a: m.sup_con_loss(a, _labels(), 0.2), 1, 1, 0, 1),
+    "siglip": (lambda m: lambda a, b: m.siglip_loss(a, b, 5.0, -3.0, normalize=True), 2, 2, 2, 2),
+    "dcl": (lambda m: lambda a, b: m.dcl_loss(a, b, 0.2), 2, 2, 2, 2),
+    "sup_con": (lambda m: lambda a: m.sup_con_loss(a, _labels(), 0.2), 1, 1, 1, 1),
     "triplet": (
         lambda m: lambda a: m.triplet_loss(a, _labels(), 0.5, mining="hard", normalize=True),
         1,
