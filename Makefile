@@ -4,6 +4,7 @@
 #   PYTHON=python3.12     another interpreter (3.10 or newer; the pins are for 3.11 and newer)
 #   PIP_FLAGS="..."       flags for every `pip install`, for example an index with CPU builds of torch
 #   ARGS="..."            more arguments for train, test, bench
+#   JOBS=N                processes of the tests (as many as cores, at most 4; 0: in one, which -s and --pdb need)
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,6 +22,9 @@ PEERS := .venv-peers
 TOOLS := .venv-tools
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
 	--prefer-binary --retries 5 --timeout 60 -c constraints.txt $(PIP_FLAGS)
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+# Threads of two processes that wait for each other on the same cores must not spin.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # The CUDA module is compiled where nvcc is found (10 s on two cores); it needs no GPU to be compiled.
 export SSLKERNELS_CUDA ?= auto
 
@@ -46,15 +50,15 @@ train: ## train and evaluate SimCLR, BYOL and MoCo on digits (some minutes); res
 
 .PHONY: test
 test: test-setup ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 .PHONY: test-fast
 test-fast: test-setup ## run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 .PHONY: test-all
 test-all: test-setup ## run every test and the campaigns, which take longer than all of them
-	$(BIN)/python -m pytest -m "campaign or not campaign" $(ARGS)
+	$(PYTEST) -m "campaign or not campaign" $(ARGS)
 
 .PHONY: test-peers
 test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)
