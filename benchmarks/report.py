@@ -132,7 +132,9 @@ def _comparison(rows: list[Row], metric: str, show: Callable[[Row], str]) -> str
         if metric == "time":
             cells += [_share(here)]
         lines.append(cells)
-    header = ["shape", *providers] + (["ours of the ceiling"] if metric == "time" else [])
+    # As code: Markdown would take the underscores of _foreach_lerp_ for emphasis.
+    names = [f"`{name}`" if "_" in name else name for name in providers]
+    header = ["shape", *names] + (["ours of the ceiling"] if metric == "time" else [])
     return _table(header, lines)
 
 

@@ -399,14 +399,14 @@ def queue() -> str:
         parts.append(text(54 + i * 48, 75, f"row {i}", "middle", font_size=12))
     parts.append(text(30, 32, "before: queue_ptr = 8; a batch of 4 keys goes to rows 8, 9, 0, 1"))
     parts.append(arrow(126 + 24, 124, 126 + 24, 94))
-    parts.append(text(30, 142, "after: queue_ptr = 2, the row that is written next; fill = 10"))
+    parts.append(text(30, 150, "after: queue_ptr = 2, the row that is written next; fill = 10"))
     parts += [
-        box(330, 112, 16, 16, "#f4a742"),
-        text(352, 125, "newest"),
-        box(420, 112, 16, 16, "#b9ccf3"),
-        text(442, 125, "older"),
+        box(330, 104, 16, 16, "#f4a742"),
+        text(352, 117, "newest"),
+        box(420, 104, 16, 16, "#b9ccf3"),
+        text(442, 117, "older"),
     ]
-    return page(560, 158, "A queue is a ring", *parts)
+    return page(560, 166, "A queue is a ring", *parts)
 
 
 def grad_cache() -> str:
