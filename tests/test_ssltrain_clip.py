@@ -127,8 +127,6 @@ def test_captions_that_are_missing_are_named(
     assert main(["clip", "--data", str(folder), *words]) == 2
     said = capsys.readouterr().err
     assert "1 of the 144 images of pairs have no caption (first train/blue-cross-2.png)" in said
-    assert main(["memory", "clip", "--data", str(folder)]) == 2
-    assert "not clip" in capsys.readouterr().err
     table.write_text("file_name,species\ntrain/blue-cross-2.png,cat\n")
     assert load(str(folder), DataOptions()).train.captions is None
 

@@ -76,6 +76,16 @@ def test_micro_batches_and_batches_scale_the_activations(data: str) -> None:
     assert whole["loss"] == parts["loss"]
 
 
+def test_a_pair_is_a_view_and_its_caption(data: str) -> None:
+    """The text tower keeps more than its tokens; the logits are those of one view each."""
+    clip, simclr = (
+        predicted(method, data, "--loss-backend", "eager") for method in ("clip", "simclr")
+    )
+    captions = clip["activations"] - simclr["activations"] // 2
+    assert 64 * 32 * 4 < captions
+    assert clip["loss"] == 4 * memory.EAGER_MATRICES * 64**2 + 4 * 128 * 16 * 4
+
+
 def test_plain_losses_grow_with_the_square(data: str) -> None:
     one, two = (
         predicted("simclr", data, "--loss-backend", "eager", "--batch-size", batch)["loss"]
@@ -125,7 +135,7 @@ def test_the_command_measures_both_in_fresh_processes(
     assert (tmp_path / "memory-simclr-a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("method", ["simclr", "supcon", "moco", "moco3", "byol", "simsiam"])
+@pytest.mark.parametrize("method", ["simclr", "supcon", "moco", "moco3", "byol", "simsiam", "clip"])
 @pytest.mark.parametrize("backend", ["fused", "eager"])
 def test_every_method_can_be_probed(method: str, backend: str, data: str) -> None:
     if not sys.platform.startswith("linux"):

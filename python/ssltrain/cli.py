@@ -310,8 +310,6 @@ def _memory(arguments: list[str]) -> int:
     """Print and draw what a run takes, with the losses of ``sslkernels`` and with plain ones."""
     if not arguments or arguments[0] not in METHODS:
         raise UserError(f"ssltrain memory METHOD [flags]: METHOD is one of {', '.join(METHODS)}")
-    if arguments[0] == "clip":
-        raise UserError("ssltrain memory knows the methods that train on images alone, not clip")
     config, resume = read_arguments(arguments[0], arguments[1:])
     if resume is not None:
         raise UserError("ssltrain memory takes the settings of a new run: drop --resume")

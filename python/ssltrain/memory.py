@@ -20,7 +20,7 @@ from torch import Tensor
 from ssltrain.config import TITLES, TrainConfig
 from ssltrain.data import DataOptions, ImageData, Part, Subset, load
 from ssltrain.errors import UserError
-from ssltrain.methods import Batch, SimCLR
+from ssltrain.methods import CLIP, Batch, SimCLR
 from ssltrain.parallel import World, choose_device
 from ssltrain.plots import CLASS_STYLES, INK, new_figure, plain, tidy
 from ssltrain.runs import epoch_order
@@ -34,6 +34,7 @@ SAMPLE = (4, 8)  # images of the two forward passes that the activations are ext
 # the forward pass, the gradient of both in the backward pass.
 EAGER_MATRICES = 3
 PASSING_TENSORS = 3  # of the largest size, that a forward pass without gradient holds at once
+IN_PARTS = ("simclr", "supcon", "moco3", "clip")  # --micro-batch goes through cached_step
 KEPT_LOGITS = 4 * MEBIBYTE  # what the fused losses may keep of small batches
 
 
@@ -50,9 +51,11 @@ def predict(trainer: Trainer) -> dict[str, int]:
     queue = getattr(method, "queue", None)
     views = 2 + config.crops
     together = config.micro_batch or config.batch_size
-    in_parts = bool(config.micro_batch) and config.method in ("simclr", "supcon", "moco3")
+    in_parts = bool(config.micro_batch) and config.method in IN_PARTS
     if config.method == "moco":
         views = 2 if config.symmetric and not config.micro_batch else 1
+    if config.method == "clip":  # a view and its caption
+        views = 1
     per_view, largest = activations_of_a_view(trainer)
     passing = 0
     if config.method == "byol":  # the target's forward pass, while the online one is kept
@@ -82,7 +85,7 @@ def logits_shape(config: TrainConfig) -> tuple[int, int]:
     if config.method == "moco":
         together = config.micro_batch or batch * (2 if config.symmetric else 1)
         return together, config.queue_size + 1
-    if config.method == "moco3":
+    if config.method in ("moco3", "clip"):
         return batch, batch
     together = config.micro_batch or batch  # byol, simsiam: logits of the metrics only
     return together, together
@@ -94,7 +97,10 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def activations_of_a_view(trainer: Trainer) -> tuple[int, int]:
-    """Bytes that one view of one image keeps for the backward pass, and its largest tensor."""
+    """Bytes that one view of one image keeps for the backward pass, and its largest tensor.
+
+    With its caption, where the method has captions.
+    """
     channels, size = trainer.data.channels, trainer.data.size
     found, largest = [], []
     own = {p.untyped_storage().data_ptr() for p in trainer.method.online.parameters()}
@@ -108,10 +114,12 @@ def activations_of_a_view(trainer: Trainer) -> tuple[int, int]:
                 storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        view = torch.rand(count, channels, *size, device=trainer.world.device)
+        inputs = [torch.rand(count, channels, *size, device=trainer.world.device)]
+        if trainer.tokens is not None:
+            inputs.append(trainer.tokens[:count].to(trainer.world.device))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             with trainer.method.autocast():
-                out = trainer.method.online(view)
+                out = trainer.method.online(*inputs)
         found.append(sum(storages.values()))
         largest.append(max(storages.values()))
         del out
@@ -201,6 +209,7 @@ def _repeat(data: ImageData, count: int) -> None:
             part.names[rows],
             part.sizes[rows],
             part.title,
+            None if part.captions is None else [part.captions[row] for row in rows],
         )
 
 
@@ -238,6 +247,8 @@ def loss_alone(trainer: Trainer, rows: int = 0) -> Callable[[], None]:
     def run() -> None:
         if isinstance(method, SimCLR):  # and SupCon
             loss, _ = method.loss([a, b, *more], Batch(a, b, labels=labels))
+        elif isinstance(method, CLIP):
+            loss, _ = method.loss(a, b, torch.tensor(1 / t, device=device, requires_grad=True))
         elif config.method in ("moco", "moco3"):
             loss, _ = method.ops.info_nce_loss(a, b.detach(), queue, t, return_metrics=True)
         elif config.method == "byol":
