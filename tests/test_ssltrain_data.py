@@ -172,7 +172,17 @@ def test_npz_errors(tmp_path: Path, arrays: dict[str, np.ndarray], expected: str
 
 def test_broken_npz(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no zip")
-    with pytest.raises(UserError, match="cannot read .*a.npz"):
+    with pytest.raises(
+        UserError, match="cannot read .*a.npz: it is no .npz file, or was cut short"
+    ):
+        load(str(tmp_path / "a.npz"))
+
+
+def test_a_pixel_that_is_no_number_is_found(tmp_path: Path) -> None:
+    images = np.zeros((12, 8, 8), np.float32)
+    images[7, 3, 3] = np.nan
+    np.savez(tmp_path / "a.npz", images=images)
+    with pytest.raises(UserError, match=r"a has pixels .* not a number \(first in image 7 of 12\)"):
         load(str(tmp_path / "a.npz"))
 
 

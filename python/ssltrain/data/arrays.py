@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssltrain.data.files import range_note
 from ssltrain.data.fingerprint import hash_images, split
-from ssltrain.data.pixels import choose_range, extent, to_bytes
+from ssltrain.data.pixels import Extent, choose_range, extent, to_bytes
 from ssltrain.data.types import UNLABELLED, ArrayImages, DataOptions, ImageData, Part
 from ssltrain.errors import UserError
 
@@ -115,7 +115,7 @@ def _bytes(
 ) -> tuple[list[Tensor], str, list[str]]:
     """Arrays of any type as uint8 [N, C, H, W] with 1 or 3 channels, and the range they had."""
     try:
-        deep = [extent(array) for array in arrays if array.dtype not in (np.uint8, np.bool_)]
+        deep = [_extent(array) for array in arrays if array.dtype not in (np.uint8, np.bool_)]
         chosen, notes = options.pixel_range, []
         if deep:
             whole = deep[0].join(deep[-1])
@@ -125,6 +125,15 @@ def _bytes(
         return [_opaque(_scaled(array, chosen), options) for array in arrays], chosen, notes
     except UserError as error:
         raise UserError(f"{name} {error}") from error
+
+
+def _extent(array: np.ndarray) -> Extent:
+    """``extent``, whose error names the first image at fault."""
+    try:
+        return extent(array)
+    except UserError as error:
+        row = next(i for i, image in enumerate(array) if not np.isfinite(image).all())
+        raise UserError(f"{error} (first in image {row} of {len(array)})") from error
 
 
 def _scaled(array: np.ndarray, pixel_range: str) -> np.ndarray:
@@ -355,15 +364,11 @@ def load_npz(path: Path, options: DataOptions) -> ImageData:
             return _read_npz(path, file, options)
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"cannot read {path}: it is no .npz file, or was cut short or damaged ({error})"
+        ) from error
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
