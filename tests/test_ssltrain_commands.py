@@ -48,8 +48,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs on the same data, a/ and b/."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_parts(folder / "some.npz", *digits(168), train=128)
+    network = ["--stem-stride", "2", "--pool", "2"]  # an export must build the same one
     for name, seed in (("a", "0"), ("b", "1")):
-        assert run("simclr", data, folder / name, *WORDS, "--seed", seed) == 0
+        assert run("simclr", data, folder / name, *WORDS, *network, "--seed", seed) == 0
     return folder
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ssltrain.data import DataOptions, ImageData, load
 from ssltrain.errors import UserError
 from ssltrain.methods import Batch
 from ssltrain.methods.simclr import classes
+from ssltrain.models import EveryOther, SmallResNet
 from ssltrain.parallel import World
 from ssltrain.presets import recipe, recipe_names
 from ssltrain.trainer import Trainer
@@ -243,6 +245,35 @@ def test_the_head_of_moco_v1_and_a_16_bit_queue(data: ImageData) -> None:
 def test_layers_of_the_projector(method: str, layers: int, data: ImageData) -> None:
     projector = trainer(method, data, projector_layers=layers).method.network.projector
     assert sum(isinstance(module, nn.Linear) for module in projector) == layers
+
+
+def test_features_are_means_over_the_parts_of_the_last_map() -> None:
+    net = SmallResNet(1, 4, 2, 1, stem_stride=2, pool=2).eval()
+    images = torch.rand(3, 1, 16, 16)
+    maps = net.layers(net.stem(images))
+    assert maps.shape == (3, 8, 4, 4), "halved by the stem, and again by the second stage"
+    parts = [maps[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in (0, 2) for x in (0, 2)]
+    torch.testing.assert_close(net(images), torch.stack(parts, 2).flatten(1))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_shortcut_is_a_strided_convolution_and_survives() -> None:
+    """torch 2.13 dies in the backward pass of the strided one: 8 channels, 64 x 64, channels last."""
+    ours = EveryOther(8, 16, 2)
+    images = torch.randn(4, 8, 7, 64)
+    theirs = torch.nn.functional.conv2d(images, ours.weight, stride=2)
+    torch.testing.assert_close(ours(images), theirs)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            images = torch.randn(16, 8, 64, 64).contiguous(memory_format=torch.channels_last)
+            ours.to(memory_format=torch.channels_last)(images).sum().backward()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -99,6 +99,12 @@ class TrainConfig:
     width: int = _option(32, "model", "channels of the first stage of resnet")
     stages: int = _option(4, "model", "stages of resnet; each after the first halves the image")
     blocks: int = _option(2, "model", "residual blocks a stage of resnet")
+    stem_stride: int = _option(
+        1, "model", "stride of the first convolution of resnet; 2 costs a quarter"
+    )
+    pool: int = _option(
+        1, "model", "features of resnet are means over so many parts a side of its last map"
+    )
     batch_norm: Literal["auto", "sync", "shuffle", "local"] = _option(
         "auto",
         "model",
@@ -218,8 +224,8 @@ class TrainConfig:
     def validate(self) -> TrainConfig:
         """Return self, or raise a ``UserError`` that names the flag and what must hold."""
         positive = (
-            "width", "stages", "blocks", "projector_hidden", "projector_dim", "queue_size",
-            "epochs", "batch_size", "log_every", "save_every",
+            "width", "stages", "blocks", "stem_stride", "pool", "projector_hidden", "projector_dim",
+            "queue_size", "epochs", "batch_size", "log_every", "save_every",
         )  # fmt: skip
         not_negative = (
             "image_size", "micro_batch", "weight_decay", "cache_mb", "clip_grad",

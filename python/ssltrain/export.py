@@ -107,9 +107,11 @@ def _torch_example(read: str, config: TrainConfig, channels: int) -> str:
     """How to load weights into the backbone alone."""
     name, _, attribute = config.backbone.partition(":")
     if name == "resnet":
+        c = config
+        sizes = (channels, c.width, c.stages, c.blocks, c.stem_stride, c.pool)
         lines = [
             "from ssltrain.models import SmallResNet",
-            f"backbone = SmallResNet({channels}, {config.width}, {config.stages}, {config.blocks})",
+            f"backbone = SmallResNet({', '.join(map(str, sizes))})",
         ]
     elif name == "timm":
         lines = [
