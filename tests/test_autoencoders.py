@@ -13,6 +13,7 @@ from helpers import SLACK, check_budget, check_loss, threads
 from peaks import Training
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as ssl
 from sslkernels import reference
@@ -472,3 +473,54 @@ def test_modules_compute_what_their_functions_do() -> None:
     )
     assert torch.equal(module(inputs[0], inputs[1]), expected)
     assert "beta=0.5" in repr(module)
+
+
+# ---------------------------------------------------------------------------------- the torch ops
+
+
+class _Recorded(TorchDispatchMode):
+    """Calls of this library's ops, with what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "sslkernels":
+            self.calls[function._opname] = (function, args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_opcheck() -> None:
+    """Of ops.vae, ops.vae_backward, ops.features, ops.features_backward and ops.reparameterize_backward.
+
+    Schema, fake, autograd registration and AOT dispatch, with the arguments that a training step gives.
+    """
+    recon, mean, log_variance, feature = (draw(5, 6, seed=s).requires_grad_() for s in range(4))
+    target = draw(5, 6, seed=4).sigmoid()
+    with _Recorded() as recorded:
+        z = ssl.reparameterize(mean, log_variance, 3)
+        loss = ssl.vae_loss(recon, target, mean, log_variance)
+        loss = loss + ssl.feature_reconstruction_loss([feature], [target]) + z.sum()
+        loss.backward()
+    assert recorded.calls.keys() >= {
+        "vae",
+        "vae_backward",
+        "features",
+        "features_backward",
+        "reparameterize_backward",
+    }
+    for name, (op, args) in recorded.calls.items():
+        # What has a gradient: of backward nothing, and of forward no target.
+        graded = [
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and not name.endswith("_backward")
+            and not a.name.startswith(("x", "target"))
+            for a, x in zip(op._schema.arguments, args, strict=True)
+        ]
+        args = [
+            x.detach().requires_grad_(wanted) if isinstance(x, Tensor) else x
+            for x, wanted in zip(args, graded, strict=True)
+        ]
+        torch.library.opcheck(op, tuple(args))
