@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels on another processor: cross-compiled for 64-bit Arm, whose 128-bit vectors come from the same
-``simd.h``, run under qemu, and compared with this machine's baseline number by number.
+"""The CPU kernels on 64-bit Arm: cross-compiled, run under qemu, compared with x86-64 number by number.
+
+Its 128-bit vectors come from the same ``simd.h`` as those of the baseline here.
 """
 
 from __future__ import annotations
