@@ -108,13 +108,6 @@ def _labels(problem: Problem) -> Tensor:
     return problem.ids_q
 
 
-def _terms(problem: Problem) -> int | Tensor:
-    """What a mean divides by."""
-    if problem.layout == "classes":
-        return fixed_sum((_one_in(problem) > 0).to(problem.acc)).clamp(min=1)
-    return max(1, problem.rows)
-
-
 class _Head(NamedTuple):
     """What the head sees, by reduced row."""
 
@@ -146,6 +139,12 @@ class _Head(NamedTuple):
         negatives = -self.logit if layout == "sigmoid" else self.row - self.logit
         loss = torch.nn.functional.softplus(negatives, threshold=40.0)
         return loss + self.row if layout == "sigmoid" else loss
+
+    def terms(self, problem: Problem) -> int | Tensor:
+        """What the mean of the loss divides by."""
+        if problem.layout == "classes":
+            return fixed_sum((cast(Tensor, self.weight) != 0).to(problem.acc)).clamp(min=1)
+        return max(1, problem.outputs)
 
     def slopes(self, layout: str) -> tuple[Tensor, Tensor]:
         """[R] each: the derivative by ``row``, and minus the one by ``logit``."""
@@ -181,12 +180,13 @@ def forward(backend: ModuleType, problem: Problem, want_rank: bool) -> Contrasti
         lse, col, rank, rank_col = backend.pairwise_forward(kind(problem), tiles, both, thresholds)
         if both:
             lse, rank = torch.cat((lse, col)), torch.cat((rank, rank_col))
-    per_row = _Head.make(problem, lse, positive).loss(layout)
+    head = _Head.make(problem, lse, positive)
+    per_row = head.loss(layout)
     if layout == "both":
         per_row = (per_row[:n] + per_row[n:]) / 2
     loss = per_row if reduction == "none" else fixed_sum(per_row)
     if reduction == "mean":
-        loss = loss / (max(1, n) if layout == "both" else _terms(problem))
+        loss = loss / head.terms(problem)
     if sides is None:
         inv = torch.ones(2 * n, dtype=problem.acc, device=problem.a.device)
     else:
@@ -199,11 +199,12 @@ def forward(backend: ModuleType, problem: Problem, want_rank: bool) -> Contrasti
 
 def row_gradients(problem: Problem, state: State, dloss: Tensor) -> tuple[Tensor, Tensor]:
     """[R] each: the gradient of the reduced row, and minus that of the positive's logit."""
+    head = _Head.make(problem, state.lse, state.positive)
     if problem.reduction == "mean":
-        dloss = dloss / (max(1, problem.n) if problem.layout == "both" else _terms(problem))
+        dloss = dloss / head.terms(problem)
     if problem.layout == "both":
         dloss = (dloss.repeat(2) if problem.reduction == "none" else dloss) / 2
-    by_row, pull = _Head.make(problem, state.lse, state.positive).slopes(problem.layout)
+    by_row, pull = head.slopes(problem.layout)
     return by_row * dloss, pull * dloss
 
 
