@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from ssltrain.config import TITLES, TrainConfig
 from ssltrain.errors import UserError
@@ -104,6 +105,8 @@ def draw_comparison(out: Path, folders: list[RunFolder]) -> None:
             )
         axes.set_title(heading, color=INK, fontsize=11)
         axes.set_xlabel(across, color=INK)
+        if across == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes)
     handles, labels = axes.get_legend_handles_labels()
     columns_of_legend = max(1, min(4, 110 // (max(map(len, labels)) + 6)))

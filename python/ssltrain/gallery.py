@@ -13,7 +13,7 @@ from ssltrain.data import UNLABELLED, ImageData, Part, Subset
 from ssltrain.evaluate import embed
 from ssltrain.models import Encoder
 from ssltrain.neighbours import nearest
-from ssltrain.plots import INK, MUTED, ORANGE, new_figure, plain, short, spread_rows
+from ssltrain.plots import INK, MUTED, RED, new_figure, plain, short, spread_rows
 
 
 def draw_neighbours(
@@ -52,12 +52,12 @@ def draw_neighbours(
             name = _class(data, data.train, other)
             wrong = bool(own) and bool(name) and name != own
             text = f"{similarities[line, place]:.2f}" + (f"  {name}" if wrong else "")
-            show(panels[line, place + 1], data.train, other, text, ORANGE if wrong else MUTED)
+            show(panels[line, place + 1], data.train, other, text, RED if wrong else MUTED)
     with_labels = data.test.labels is not None and data.train.labels is not None
     figure.suptitle(
         f"{TITLES[config.method]} on {plain(data.name)}: a test image, and the training images "
         "nearest to it by cosine similarity"
-        + ("\nanother class is named, and framed in orange" if with_labels else ""),
+        + ("\nanother class is named, and framed in red" if with_labels else ""),
         color=INK,
         fontsize=10,
     )
@@ -72,7 +72,7 @@ def _class(data: ImageData, part: Part, row: int) -> str:
 def show(
     axes: object, part: Part, row: int, text: str, colour: str, framed: bool | None = None
 ) -> None:
-    """An image with a title, framed where asked (without a word: where its colour is orange)."""
+    """An image with a title, framed where asked (without a word: where its colour is red)."""
     image = part.images.read(torch.tensor([row]))[0].permute(1, 2, 0).numpy()
     pixels = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
     axes.imshow(pixels, interpolation="nearest")  # type: ignore[attr-defined]
@@ -81,4 +81,4 @@ def show(
     axes.set_title(text, fontsize=8, color=colour, pad=3)  # type: ignore[attr-defined]
     for spine in axes.spines.values():  # type: ignore[attr-defined]
         spine.set_color(colour)
-        spine.set_linewidth(2.2 if (colour == ORANGE if framed is None else framed) else 0.8)
+        spine.set_linewidth(2.2 if (colour == RED if framed is None else framed) else 0.8)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ssltrain.config import TITLES, TrainConfig
 from ssltrain.data import UNLABELLED, ImageData, Part
@@ -25,7 +26,8 @@ _COLOURS = (
     "#aa4499", "#222222",
 )  # fmt: skip
 CLASS_STYLES = [(colour, marker) for marker in "o^" for colour in _COLOURS]
-INK, MUTED, BLUE, ORANGE, GREEN = "#222222", "#777777", "#2563a8", "#d9772b", "#44aa99"
+INK, MUTED = "#222222", "#777777"
+BLUE, RED, GREEN = _COLOURS[0], _COLOURS[1], _COLOURS[6]
 # A name in a script that the font lacks is drawn as boxes; that is no news to who chose the name.
 warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
 
@@ -48,32 +50,32 @@ def draw_loss(folder: RunFolder, config: TrainConfig, data_name: str) -> None:
 
     left, right = figure.subplots(1, 2)
     panels = [
-        (left, "loss", [("loss", "loss", BLUE)]),
+        (left, "loss", [("loss", "loss", BLUE, "-")]),
         (
             right,
             "accuracies and spread of features",
             [
-                ("top1", "view finds its partner (top-1)", BLUE),
-                ("knn", "neighbour has the class (k-NN)", GREEN),
-                ("feature_std", "spread of features (0 = collapse)", ORANGE),
+                ("top1", "view finds its partner (top-1)", BLUE, "-"),
+                ("knn", "neighbour has the class (k-NN)", GREEN, ".-"),
+                ("feature_std", "spread of features (0 = collapse)", RED, "--"),
             ],
         ),
     ]
     for axes, heading, series in panels:
         axes.set_title(heading, color=INK, fontsize=11)
-        for name, title, colour in series:
+        for name, title, colour, line in series:
             known = ~np.isnan(column(name))
             if known.any():
-                mark = "." if name == "knn" else ""
                 axes.plot(
                     epochs[known],
                     column(name)[known],
-                    mark + "-",
+                    line,
                     color=colour,
                     lw=1.8,
                     label=title,
                 )
         axes.set_xlabel("epoch", color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes)
     right.set_ylim(0, 1)
     right.legend(frameon=False, loc="best")
@@ -218,9 +220,9 @@ def draw_confusion(
     axes.set_ylabel("is", color=INK)
     ticks = range(len(names)) if len(names) <= 40 else []
     labels = [short(name) for name in names] if ticks else []
-    axes.set_xticks(
-        ticks, labels, rotation=45 if max(map(len, names)) > 3 else 0, ha="center", fontsize=8
-    )
+    long = max(map(len, names)) > 3
+    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    axes.set_xticks(ticks, labels, fontsize=8, **slant)
     axes.set_yticks(ticks, labels, fontsize=8)
     if len(names) <= 24:
         for row, column in np.argwhere(counts):
