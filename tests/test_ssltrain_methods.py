@@ -401,7 +401,7 @@ def test_flags_beat_a_recipe_beats_the_preset(capsys: pytest.CaptureFixture[str]
     assert main(["simclr", "--recipe", "moco"]) == 2
     assert "use 'ssltrain moco'" in capsys.readouterr().err
     assert main(["simclr", "--recipe", "resnet"]) == 2
-    assert "--recipe must be one of byol, clip" in capsys.readouterr().err
+    assert "--recipe must be one of byol, byol-fashion, clip" in capsys.readouterr().err
 
 
 def test_recipes_can_be_listed_and_saved(
