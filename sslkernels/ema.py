@@ -184,6 +184,9 @@ class EMA(AllOrNothing):
         torch.Size([3, 2])
     """
 
+    # 2: stochastic rounding uses all four words of a counter; an average of version 1 goes on with new bits.
+    _version = 2
+
     def __init__(
         self,
         online: nn.Module,

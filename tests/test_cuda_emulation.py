@@ -71,16 +71,17 @@ def test_emulator_notices(leave_out: int, complaint: str) -> None:
 
 
 def test_philox_known_answers() -> None:
-    """Random123's kat_vectors for philox4x32-10, first word."""
-    assert twin.philox_words(1, seed=0, step=0, tensor=0)[0] == 0x6627E8D5
+    """Random123's kat_vectors for philox4x32-10: a counter gives words to four elements."""
+    got = twin.philox_words(4, seed=0, step=0, tensor=0)
+    assert got.tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
-    got = twin.philox_words(1, seed=2**64 - 1, step=ones, tensor=ones, first=2**64 - 1)
-    assert got[0] == 0x408F276D
+    got = twin.philox_words(4, seed=2**64 - 1, step=ones, tensor=ones, first=4 * (2**64 - 1))
+    assert got.tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     pi = 0x85A308D3243F6A88  # counter words 0 and 1, low first
     got = twin.philox_words(
-        1, seed=0x299F31D0A4093822, step=0x13198A2E, tensor=0x03707344, first=pi
+        4, seed=0x299F31D0A4093822, step=0x13198A2E, tensor=0x03707344, first=4 * pi
     )
-    assert got[0] == 0xD16CFE09
+    assert got.tolist() == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
 @pytest.mark.parametrize("dtype", [twin.BFLOAT16, twin.FLOAT16], ids=["bfloat16", "float16"])

@@ -312,7 +312,7 @@ def test_compiles_in_one_graph() -> None:
 def philox_numpy(n: int, seed: int, step: int, tensor: int) -> np.ndarray:
     """Philox4x32-10 as published, in unsigned arithmetic."""
     mask = np.uint64(0xFFFFFFFF)
-    i = np.arange(n, dtype=np.uint64)
+    i = np.arange(n, dtype=np.uint64) // np.uint64(4)
     c = [i & mask, i >> np.uint64(32), np.full(n, step, np.uint64), np.full(n, tensor, np.uint64)]
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
@@ -324,13 +324,15 @@ def philox_numpy(n: int, seed: int, step: int, tensor: int) -> np.ndarray:
             p0 & mask,
         ]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c[0].astype(np.uint32)
+    return np.stack(c)[np.arange(n) % 4, np.arange(n)].astype(np.uint32)
 
 
 def test_philox_known_answer() -> None:
-    # Random123's known answers for philox4x32 with 10 rounds, first words.
-    assert int(philox_numpy(1, 0, 0, 0)[0]) == 0x6627E8D5
-    assert int(philox_words(1, 0, 0, 0)[0]) == 0x6627E8D5
+    # Random123's known answer for philox4x32 with 10 rounds: a word each for four elements.
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox_numpy(4, 0, 0, 0).tolist() == words
+    assert philox_words(4, 0, 0, 0).tolist() == words
+    assert philox_words(2, 0, 0, 0, first=2).tolist() == words[2:]
     for seed, step, tensor in [(0, 0, 0), (2**63 + 12345, 7, 3), (2**32 - 1, 2**32 - 1, 2**32 - 1)]:
         want = philox_numpy(1000, seed, step, tensor).astype(np.int64)
         assert np.array_equal(philox_words(1000, seed, step, tensor).numpy(), want)

@@ -58,11 +58,11 @@ struct Random {
   uint32_t tensor;
 };
 
-// First word of the counter (element low, element high, step, tensor).
-inline __attribute__((always_inline)) uint32_t philox_word(const Random& random, uint64_t element) {
-  uint32_t words[4] = {uint32_t(element), uint32_t(element >> 32), random.step, random.tensor};
+// Counter (group low, group high, step, tensor): a word each for the four elements of a group.
+inline __attribute__((always_inline)) void philox_group(const Random& random, uint64_t group, uint32_t out[4]) {
+  uint32_t words[4] = {uint32_t(group), uint32_t(group >> 32), random.step, random.tensor};
   philox(random.key0, random.key1, words);
-  return words[0];
+  for (int i = 0; i < 4; ++i) out[i] = words[i];
 }
 
 // To one of the two neighbours, the nearer the likelier: with n bits to drop from the significand m,
@@ -148,9 +148,12 @@ void update_mixed(T* target, const S* source, int64_t n, Decay<typename AccOfPai
     for (int i = 0; i < count; ++i) wide[i] = fused(decay.keep, wide[i], decay.take * online[i]);
     if constexpr (sizeof(T) == 2) {
       if (stochastic) {
-        uint32_t words[kBlock];
-        for (int i = 0; i < count; ++i) words[i] = philox_word(random, uint64_t(first + b + i));
-        for (int i = 0; i < count; ++i) round_stochastic(float(wide[i]), words[i], &target[b + i]);
+        // Element e has word e mod 4 of group e / 4; a part of a tensor may begin inside of a group.
+        uint32_t words[kBlock + 8];
+        const uint64_t element = uint64_t(first + b);
+        const int skip = int(element % 4);
+        for (int g = 0; 4 * g < skip + count; ++g) philox_group(random, element / 4 + uint64_t(g), words + 4 * g);
+        for (int i = 0; i < count; ++i) round_stochastic(float(wide[i]), words[skip + i], &target[b + i]);
         continue;
       }
     }

@@ -44,11 +44,15 @@ struct Random {
   uint32_t tensor;
 };
 
-// First word of Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as
-// 1, 2, 3"), counter = (element low, element high, step, tensor).
-__device__ __forceinline__ uint32_t philox_word(const Random& random, int64_t element) {
-  uint32_t c0 = static_cast<uint32_t>(element);
-  uint32_t c1 = static_cast<uint32_t>(static_cast<uint64_t>(element) >> 32);
+struct Words {
+  uint32_t word[4];
+};
+
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3") with
+// counter = (group low, group high, step, tensor): a word each for the four elements of a group.
+__device__ __forceinline__ Words philox(const Random& random, int64_t group) {
+  uint32_t c0 = static_cast<uint32_t>(group);
+  uint32_t c1 = static_cast<uint32_t>(static_cast<uint64_t>(group) >> 32);
   uint32_t c2 = random.step, c3 = random.tensor;
   uint32_t k0 = random.key0, k1 = random.key1;
 #pragma unroll
@@ -62,7 +66,16 @@ __device__ __forceinline__ uint32_t philox_word(const Random& random, int64_t el
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return c0;
+  return {{c0, c1, c2, c3}};
+}
+
+// The word of one element alone: number element mod 4 of its group. Selected, for an array that is indexed
+// by a run-time value would leave the registers.
+__device__ __forceinline__ uint32_t philox_word(const Random& random, int64_t element) {
+  const Words words = philox(random, element >> 2);
+  const uint32_t low = (element & 1) != 0 ? words.word[1] : words.word[0];
+  const uint32_t high = (element & 1) != 0 ? words.word[3] : words.word[2];
+  return (element & 2) != 0 ? high : low;
 }
 
 constexpr uint32_t kExponentMask = 0x7f800000u;
@@ -94,16 +107,27 @@ __device__ __forceinline__ __half round_stochastic(float x, uint32_t word, __hal
   return __ushort_as_half(static_cast<unsigned short>(((bits >> 16) & 0x8000u) | units));
 }
 
+// Whether elements of a type take random words.
+template <typename Dst, bool kStochastic>
+constexpr bool kTakesWords = kStochastic && sizeof(Dst) == 2;
+
 template <typename Dst, typename Src, bool kStochastic>
-__device__ __forceinline__ Dst update(Dst target, Src source, Decay decay, const Random& random, int64_t element) {
+__device__ __forceinline__ Dst update_with(Dst target, Src source, Decay decay, uint32_t word) {
   using Acc = typename Accumulator<Dst, Src>::type;
   const Acc mean = fused_multiply_add(static_cast<Acc>(decay.keep), widen<Acc>(target),
                                       static_cast<Acc>(decay.take) * widen<Acc>(source));
-  if constexpr (kStochastic && sizeof(Dst) == 2) {
-    return round_stochastic(static_cast<float>(mean), philox_word(random, element), Dst{});
+  if constexpr (kTakesWords<Dst, kStochastic>) {
+    return round_stochastic(static_cast<float>(mean), word, Dst{});
   } else {
     return narrow<Dst>(mean);
   }
+}
+
+template <typename Dst, typename Src, bool kStochastic>
+__device__ __forceinline__ Dst update(Dst target, Src source, Decay decay, const Random& random, int64_t element) {
+  uint32_t word = 0;
+  if constexpr (kTakesWords<Dst, kStochastic>) word = philox_word(random, element);
+  return update_with<Dst, Src, kStochastic>(target, source, decay, word);
 }
 
 template <bool kStochastic, typename Dst, typename Src, int kWidth>
@@ -111,6 +135,20 @@ __device__ __forceinline__ Vector<Dst, kWidth> update_vector(const Vector<Dst, k
                                                              const Vector<Src, kWidth>& source, Decay decay,
                                                              const Random& random, int64_t element) {
   Vector<Dst, kWidth> mean;
+  if constexpr (kTakesWords<Dst, kStochastic>) {
+    static_assert(kWidth % 4 == 0, "a vector is whole groups of random words");
+    if ((element & 3) == 0) {  // but where the first aligned element is in the middle of a group
+#pragma unroll
+      for (int e = 0; e < kWidth; e += 4) {
+        const Words words = philox(random, (element + e) >> 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          mean.element[e + i] = update_with<Dst, Src, kStochastic>(target.element[e + i], source.element[e + i], decay,
+                                                                   words.word[i]);
+      }
+      return mean;
+    }
+  }
 #pragma unroll
   for (int e = 0; e < kWidth; ++e)
     mean.element[e] = update<Dst, Src, kStochastic>(target.element[e], source.element[e], decay, random, element + e);

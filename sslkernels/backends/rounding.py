@@ -5,9 +5,10 @@ The same numbers are produced, bit for bit, by ``csrc/cpu/philox.h`` and by ``cs
 this file is what runs on a device for which neither exists.
 
 Random bits: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
-3", SC 2011), key = (seed low, seed high), counter = (element low, element high, step, tensor
-index); the first word of the output is used.  It depends on nothing but these five numbers, so
-neither the number of threads nor the order of the work changes a result.
+3", SC 2011), key = (seed low, seed high), counter = (group low, group high, step, tensor index),
+where group is element // 4: each of the four words of the output goes to one element, number
+element % 4.  It depends on nothing but these numbers, so neither the number of threads nor the order
+of the work changes a result.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def philox_words(
     device: torch.device | str = "cpu",
     first: int = 0,
 ) -> Tensor:
-    """First output word of Philox4x32-10 for the elements first … first + numel - 1.
+    """The words of Philox4x32-10 for the elements first … first + numel - 1, four elements a counter.
 
     Args:
         numel: How many elements.
@@ -53,9 +54,12 @@ def philox_words(
     Returns:
         [numel] int64 with values below 2^32.
     """
-    element = torch.arange(first, first + numel, dtype=torch.int64, device=device)
+    first_group, skipped = divmod(first, 4)
+    groups = -(-(skipped + numel) // 4)
+    group = torch.arange(first_group, first_group + groups, dtype=torch.int64, device=device)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    return philox(element, step & _MASK32, tensor_index & _MASK32, k0, k1)[0]
+    words = philox(group, step & _MASK32, tensor_index & _MASK32, k0, k1)
+    return torch.stack(words, 1).view(-1)[skipped : skipped + numel]
 
 
 def philox(

@@ -41,10 +41,10 @@ def narrow(x: np.ndarray, dtype: int) -> np.ndarray:
 
 
 def philox_words(n: int, seed: int, step: int, tensor: int, first: int = 0) -> np.ndarray:
-    """[n] uint64: the first word of Philox4x32-10 for elements first .. first + n - 1."""
-    element = np.arange(first, first + n, dtype=np.uint64)
-    c0, c1 = element & _MASK32, element >> np.uint64(32)
-    c2, c3 = np.full_like(element, step), np.full_like(element, tensor)
+    """[n] uint64: words of Philox4x32-10 for elements first .. first + n - 1, four to a counter."""
+    group = np.array([(first + i) // 4 for i in range(n)], dtype=np.uint64)
+    c0, c1 = group & _MASK32, group >> np.uint64(32)
+    c2, c3 = np.full_like(group, step), np.full_like(group, tensor)
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
         product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
@@ -52,7 +52,8 @@ def philox_words(n: int, seed: int, step: int, tensor: int, first: int = 0) -> n
         c2 = (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
         c1, c3 = product1 & _MASK32, product0 & _MASK32
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0
+    which = [(first + i) % 4 for i in range(n)]
+    return np.stack((c0, c1, c2, c3))[which, np.arange(n)] if n else c0
 
 
 def round_stochastic(x: np.ndarray, words: np.ndarray, dtype: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from dense import randn
@@ -84,21 +86,38 @@ def test_ema_in_float64_keeps_the_digits_of_decay() -> None:
     assert torch.allclose(target, torch.full_like(target, 1e-9), rtol=1e-6)
 
 
-def test_ema_plan_is_one_launch_a_dtype_pair_and_rounds_stochastically_like_torch() -> None:
-    """161 tensors, one launch; the random bits are those of every other backend."""
-    targets = [torch.ones(10) for _ in range(161)]
-    plan = backend.EmaPlan(targets, [torch.zeros(10) for _ in range(161)])
+def test_ema_plan_is_one_launch_a_dtype_pair() -> None:
+    """161 tensors, one launch; and the plan keeps no tensor alive."""
+    targets, sources = ([make(10) for _ in range(161)] for make in (torch.ones, torch.zeros))
+    plan = backend.EmaPlan(targets, sources)
     with recorded_launches() as log:
         plan.run(0.5)
     assert [entry.kernel for entry in log] == ["ema_kernel"]
     assert all(torch.equal(t, torch.full((10,), 0.5)) for t in targets)
-    ours, theirs = torch.ones(1000, dtype=torch.bfloat16), torch.ones(1000, dtype=torch.bfloat16)
-    source = torch.zeros(1000)
-    backend.EmaPlan([ours], [source]).run(0.999, stochastic_rounding=True, seed=5, step=7)
-    updates_torch.EmaPlan([theirs], [source]).run(0.999, stochastic_rounding=True, seed=5, step=7)
-    assert torch.equal(ours, theirs) and len(ours.unique()) == 2
-    with pytest.raises(TypeError, match="decay must be a number"):
-        plan.run(torch.tensor(0.5), stochastic_rounding=True)
+    alive = weakref.ref(targets[0])
+    del targets
+    assert alive() is None and plan.HOLDS_NO_TENSORS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ema_rounds_stochastically_as_every_backend_does(dtype: torch.dtype) -> None:
+    """The same bits for all magnitudes, infinities and NaN, several tensors, and beyond one program."""
+    sizes = [3, 0, 5000]
+    scales = torch.exp2(torch.linspace(-45, 20, 5000))
+    sources = [(randn(n, seed=n) * scales[:n]) for n in sizes]
+    sources[2][:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    ours = [torch.zeros(n, dtype=dtype) for n in sizes]
+    theirs = [t.clone() for t in ours]
+    options = {"stochastic_rounding": True, "seed": 2**63 + 5, "step": 2**32 - 1}
+    for decay in (0.0, 0.3):
+        backend.EmaPlan(ours, sources).run(decay, **options)
+        updates_torch.EmaPlan(theirs, sources).run(decay, **options)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine.view(torch.int16), other.view(torch.int16))
+    # A decay that a replayed graph reads anew.
+    backend.EmaPlan(ours, sources).run(torch.tensor(0.3, dtype=torch.float64), **options)
+    updates_torch.EmaPlan(theirs, sources).run(0.3, **options)
+    assert torch.equal(ours[2].view(torch.int16), theirs[2].view(torch.int16))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

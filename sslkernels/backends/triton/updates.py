@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..updates_torch import EmaPlan as TorchEmaPlan
 from .runtime import launch
 
 _TL_DTYPES = {
@@ -201,16 +200,57 @@ def normalize_rows_backward(dunit: Tensor, x: Tensor, norm: Tensor, eps: float =
 # ---- EMA -----------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["decay_bits", "rest_bits"])
+@triton.jit
+def _words(group, seed, step, tensor):
+    """Random words of the elements of groups: four each, see ``backends/rounding.py``."""
+    zero = (group * 0).to(tl.uint32)
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(
+        seed, low, high, zero + step.to(tl.uint32), zero + tensor.to(tl.uint32)
+    )
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+    return tl.reshape(words, (4 * group.shape[0],))
+
+
+@triton.jit
+def _round_stochastic(x, word, DTYPE: tl.constexpr):
+    """float32 to a neighbour in 16 bits: ``rounding.round_stochastic`` has the definition."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if DTYPE == tl.bfloat16:
+        half = (magnitude + (word >> 16)) >> 16
+        nan = 0x7FC0
+    else:
+        exponent = (magnitude >> 23).to(tl.int32)
+        # 13 bits are dropped from 2^-14 on, and one more for each power of two below.
+        drop = tl.minimum(126 - tl.maximum(exponent, 1), 62)
+        significand = (magnitude & 0x7FFFFF) | tl.where(exponent > 0, 0x800000, 0).to(tl.uint32)
+        wide = word.to(tl.int64)
+        few = wide >> tl.maximum(32 - drop, 0).to(tl.int64)
+        many = wide << tl.maximum(drop - 32, 0).to(tl.int64)
+        random = tl.where(drop <= 32, few, many)
+        small = (significand.to(tl.int64) + random) >> tl.maximum(drop, 0).to(tl.int64)
+        normal = (magnitude + (word >> 19) - (112 << 23)) >> 13
+        half = tl.minimum(tl.where(exponent >= 113, normal, small.to(tl.uint32)), 0x7C00)
+        nan = 0x7E00
+    half = tl.where(magnitude > 0x7F800000, nan, half | ((bits >> 16) & 0x8000))
+    return half.to(tl.uint16).to(DTYPE, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["decay_bits", "rest_bits", "seed", "step"])
 def ema_kernel(
     address_ptr,  # [tensors, 2] int64: addresses of target and source
     numel_ptr,  # [tensors] int64
     tensor_ptr,  # [programs] int32: which tensor
     start_ptr,  # [programs] int64: its first element
+    place_ptr,  # [tensors] int32: its place in the list, for the random words
     decay_ptr,  # 0-d float; only with HAS_DECAY_PTR
     decay_bits,  # float64 as int64: Triton would round a float argument to float32
     rest_bits,  # 1 - decay likewise
+    seed,  # 64 bits
+    step,  # 32 bits
     HAS_DECAY_PTR: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # targets of 16 bits are rounded with random words
     TARGET: tl.constexpr,
     SOURCE: tl.constexpr,
     ACC: tl.constexpr,
@@ -238,7 +278,15 @@ def ema_kernel(
     target = _convert(tl.load(target_ptr + offsets, mask=mask, other=0.0), ACC)
     source = _convert(tl.load(source_ptr + offsets, mask=mask, other=0.0), ACC)
     mixed = tl.fma(tl.zeros((BLOCK,), ACC) + decay, target, rest * source)
-    tl.store(target_ptr + offsets, _convert(mixed, TARGET), mask=mask)
+    if STOCHASTIC:
+        group = start // 4 + tl.arange(0, BLOCK // 4)
+        words = _words(
+            group, tl.cast(seed, tl.int64), tl.cast(step, tl.int64), tl.load(place_ptr + tensor)
+        )
+        rounded = _round_stochastic(mixed.to(tl.float32), words, TARGET)
+    else:
+        rounded = _convert(mixed, TARGET)
+    tl.store(target_ptr + offsets, rounded, mask=mask)
 
 
 def _bits(value: float) -> int:
@@ -249,7 +297,8 @@ class EmaPlan:
     """target = decay * target + (1 - decay) * source over pairs of tensors, a launch per dtype pair.
 
     The tables of addresses are built here and copied to the device once: make the plan outside of a
-    CUDA graph's capture, ``run`` may be captured.  The plan holds addresses and references.
+    CUDA graph's capture, ``run`` may be captured.  The plan holds addresses, not tensors: the caller
+    keeps the tensors alive and makes a new plan when one of them moves.
 
     Args:
         targets: Contiguous tensors of one device, float32, float64, bfloat16 or float16, whose memory
@@ -257,33 +306,37 @@ class EmaPlan:
         sources: As many, of the same sizes; dtypes may differ.
     """
 
+    HOLDS_NO_TENSORS = True  # of the caller
+    COPIES_TABLE = True  # to the device, which a stream that captures a graph can't
+
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """See the class."""
-        self._targets, self._sources = list(targets), list(sources)
-        self._stochastic: TorchEmaPlan | None = None
         self._groups: list[dict[str, Any]] = []
-        kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-        for target, source in zip(self._targets, self._sources, strict=True):
+        kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, Tensor, Tensor]]] = {}
+        for place, (target, source) in enumerate(zip(targets, sources, strict=True)):
             if target.numel():
-                kinds.setdefault((target.dtype, source.dtype), []).append((target, source))
+                kinds.setdefault((target.dtype, source.dtype), []).append((place, target, source))
         for (target_dtype, source_dtype), pairs in kinds.items():
-            device = pairs[0][0].device
-            addresses = [[t.data_ptr(), s.data_ptr()] for t, s in pairs]
+            device = pairs[0][1].device
+            addresses = [[t.data_ptr(), s.data_ptr()] for _, t, s in pairs]
             tensors, starts = [], []
-            for index, (target, _) in enumerate(pairs):
+            for index, (_, target, _) in enumerate(pairs):
                 for start in range(0, target.numel(), EMA_BLOCK):
                     tensors.append(index)
                     starts.append(start)
+            tables = (
+                (addresses, torch.int64),
+                ([target.numel() for _, target, _ in pairs], torch.int64),
+                (tensors, torch.int32),
+                (starts, torch.int64),
+                ([place for place, _, _ in pairs], torch.int32),
+            )
             self._groups.append(
                 {
                     "device": device,
-                    "tables": (
-                        torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device),
-                        torch.tensor(
-                            [t.numel() for t, _ in pairs], dtype=torch.int64, device="cpu"
-                        ).to(device),
-                        torch.tensor(tensors, dtype=torch.int32, device="cpu").to(device),
-                        torch.tensor(starts, dtype=torch.int64, device="cpu").to(device),
+                    "tables": tuple(
+                        torch.tensor(values, dtype=dtype, device="cpu").to(device)
+                        for values, dtype in tables
                     ),
                     "flags": {
                         "TARGET": _TL_DTYPES[target_dtype],
@@ -292,6 +345,7 @@ class EmaPlan:
                         "ALIGNED": all(a % 16 == 0 for pair in addresses for a in pair),
                         "BLOCK": EMA_BLOCK,
                     },
+                    "narrow": target_dtype in (torch.bfloat16, torch.float16),
                 }
             )
 
@@ -308,20 +362,11 @@ class EmaPlan:
         Args:
             decay: In [0, 1]: a number, or one float32 or float64 on the device, which a replayed CUDA
                 graph reads anew.
-            stochastic_rounding: Of bfloat16 and float16 targets; runs the plain torch formula of
-                ``updates_torch`` with the same random bits as every other backend.
-            seed: Key of the random bits.
-            step: Counter of the random bits.
+            stochastic_rounding: Of bfloat16 and float16 targets; others ignore it.  The random bits are
+                those of every other backend.
+            seed: Key of the random bits, 64 bits are used.
+            step: Counter of the random bits, 32 bits are used.
         """
-        if stochastic_rounding:
-            if isinstance(decay, Tensor):
-                raise TypeError(
-                    "ema_update_: decay must be a number with stochastic_rounding, got a tensor"
-                )
-            if self._stochastic is None:
-                self._stochastic = TorchEmaPlan(self._targets, self._sources)
-            self._stochastic.run(decay, stochastic_rounding=True, seed=seed, step=step)
-            return
         by_tensor = isinstance(decay, Tensor)
         value = 0.0 if isinstance(decay, Tensor) else float(decay)
         for group in self._groups:
@@ -333,9 +378,18 @@ class EmaPlan:
                 decay if by_tensor else None,
                 _bits(value),
                 _bits(1.0 - value),
+                _signed(seed),
+                step & 0xFFFFFFFF,
                 HAS_DECAY_PTR=by_tensor,
+                STOCHASTIC=stochastic_rounding and group["narrow"],
                 **group["flags"],
             )
+
+
+def _signed(seed: int) -> int:
+    """The low 64 bits as what an int64 argument takes."""
+    low = seed & 0xFFFFFFFFFFFFFFFF
+    return low - (1 << 64) if low >> 63 else low
 
 
 def ema_update_(
