@@ -30,6 +30,11 @@ class KeyQueue(AllOrNothing):
     The loss for a batch must be computed before the batch is enqueued, or each positive is one of
     its own negatives; ``MoCoLoss`` does both in that order.
 
+    An enqueue may be captured in a CUDA graph: the pointer lives on the device, so every replay goes on
+    where the one before ended.  From then on ``len`` and ``keys`` ask the device how many rows are valid
+    (a synchronisation) until the queue is full, which a replay does not change.  The shape of ``keys`` is
+    part of what a graph captures, so reading them during a capture is an error until the queue is full.
+
     Args:
         size: K, how many keys are held.
         dim: D, their dimension.
@@ -96,6 +101,8 @@ class KeyQueue(AllOrNothing):
         # It counts as long as the tensor and its version are those that were seen.
         self._n_valid = 0
         self._fill_seen: tuple[Tensor, int] = (self.fill, self.fill._version)
+        # Whether a CUDA graph holds an enqueue: replays change the tensors and tell nobody.
+        self._replays: bool = False
         self._plan: _ops.EnqueuePlan | None = None
         self._gather_rows = _ranks.PackedGather()
 
@@ -121,7 +128,11 @@ class KeyQueue(AllOrNothing):
         before = len(self)
         if labels is not None or self._plan is None or not self._plan.run(keys, self.normalize):
             self._enqueue(keys, labels)
-        self._remember(min(before + keys.shape[0], self.size))
+        if not torch.compiler.is_compiling() and _ops.capturing(self.queue):
+            self.__dict__["_replays"] = True
+            self._remember(before)  # nothing has been written yet
+        else:
+            self._remember(min(before + keys.shape[0], self.size))
 
     @torch.no_grad()
     def _of_all_ranks(self, keys: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -145,19 +156,31 @@ class KeyQueue(AllOrNothing):
         """[len(queue), dim]: the valid rows, a view of ``queue`` (in order of rows, not of age).
 
         The view changes when keys are enqueued; clone it to keep it.
+
+        Raises:
+            RuntimeError: If a CUDA graph is being captured and the queue is not full.
         """
-        return self.queue[: len(self)]
+        return self.queue[: self._shape_of_keys()]
 
     @property
     def key_labels(self) -> Tensor:
         """[len(queue)] int64: the labels of ``keys``.
 
         Raises:
-            RuntimeError: If the queue was made without labels.
+            RuntimeError: If the queue was made without labels; as for ``keys``.
         """
         if self.labels is None:
             raise RuntimeError("KeyQueue: this queue holds no labels; make it with labels=True")
-        return self.labels[: len(self)]
+        return self.labels[: self._shape_of_keys()]
+
+    def _shape_of_keys(self) -> int:
+        count = len(self)
+        if count < self.size and not torch.compiler.is_compiling() and _ops.capturing(self.queue):
+            raise RuntimeError(
+                "KeyQueue: the number of keys is part of what a CUDA graph captures and would stay "
+                f"{count} in every replay; fill the queue before the capture (its size is {self.size})"
+            )
+        return count
 
     def __len__(self) -> int:
         """How many rows are valid."""
@@ -167,6 +190,8 @@ class KeyQueue(AllOrNothing):
             if fill is None:
                 raise RuntimeError("KeyQueue: the buffer 'fill' was removed")
             if seen is not fill or version != fill._version:  # moved, loaded or written by others
+                self._remember(min(max(int(fill), 0), self.size))
+            elif self._replays and self._n_valid < self.size and not _ops.capturing(self.queue):
                 self._remember(min(max(int(fill), 0), self.size))
         return self._n_valid
 

@@ -12,7 +12,8 @@ import ctypes
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ from cuda_emulation import toolchain
 from torch import Tensor
 
 import sslkernels
-from sslkernels.backends import updates_torch
+from sslkernels.backends import devices, updates_torch
 from sslkernels.ops import ema as ema_ops
 from sslkernels.ops import registry
 
@@ -137,6 +138,155 @@ def test_ema_module(emulated: ModuleType) -> None:
         assert p.dtype == torch.float32
         torch.testing.assert_close(p.double(), truth, rtol=2e-7, atol=2e-7)
     assert int(ema.module[1].num_batches_tracked) == 7
+
+
+class _Capture:
+    """What a stream that captures does: launches are recorded with their addresses, and not run."""
+
+    def __init__(self, extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[tuple[str, dict[str, object]]] = []
+        self.active = False
+        self.extension = extension
+        for name in ("ema_update", "enqueue"):
+            monkeypatch.setattr(extension, name, self._launcher(name, getattr(extension, name)))
+        monkeypatch.setattr(devices, "capturing", lambda device: self.active)
+
+    def _launcher(self, name: str, run: Callable[..., None]) -> Callable[..., None]:
+        self.__dict__[name] = run
+
+        def launch(**arguments: object) -> None:
+            if self.active:
+                self.launches.append((name, arguments))
+            else:
+                run(**arguments)
+
+        return launch
+
+    def __enter__(self) -> None:
+        self.active = True
+
+    def __exit__(self, *_: object) -> None:
+        self.active = False
+
+    def replay(self) -> None:
+        for name, arguments in self.launches:
+            self.__dict__[name](**arguments)
+
+
+@pytest.fixture
+def capture(
+    emulated: ModuleType, extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> _Capture:
+    """A stream that can capture; CPU tensors are taken for those of a GPU."""
+    monkeypatch.setattr(ema_ops, "_CAPTURED", set())
+    run = ema_ops.Update.run
+
+    def run_on_gpu(self: ema_ops.Update, *args: object) -> None:
+        self._gpus = [torch.device("cuda")]
+        run(self, *args)
+
+    monkeypatch.setattr(ema_ops.Update, "run", run_on_gpu)
+    return _Capture(extension, monkeypatch)
+
+
+def test_a_captured_plan_outlives_all_others(capture: _Capture) -> None:
+    """Its table is what a graph reads: 40 more plans, and it is still there, with the same addresses."""
+    target, source = torch.zeros(5000), torch.ones(5000)
+    sslkernels.ema_update_([target], [source], 0.5)
+    (_, plan), *_ = ema_ops._PLANS.values()
+    table = weakref.ref(plan._parts[0]._table)
+    with capture:
+        sslkernels.ema_update_([target], [source], 0.5)
+    assert (target == 0.5).all()  # not run yet
+    others = [torch.zeros(3) for _ in range(40)]
+    for other in others:
+        sslkernels.ema_update_([other], [torch.ones(3)], 0.5)
+    del plan
+    assert all(known is not table for known in ema_ops._PLANS.values())
+    assert table() is not None, "the graph would read a table that was given away"
+    capture.replay()
+    capture.replay()
+    assert (target == 0.875).all()
+
+
+def test_a_plan_that_did_not_run_in_a_capture_is_given_up(capture: _Capture) -> None:
+    target, source = torch.zeros(50), torch.ones(50)
+    sslkernels.ema_update_([target], [source], 0.5)
+    (_, plan), *_ = ema_ops._PLANS.values()
+    table = weakref.ref(plan._parts[0]._table)
+    del plan
+    others = [torch.zeros(3) for _ in range(40)]
+    for other in others:
+        sslkernels.ema_update_([other], [torch.ones(3)], 0.5)
+    assert table() is None and len(ema_ops._PLANS) == ema_ops._MAX_PLANS
+
+
+def test_a_first_update_inside_of_a_capture_is_an_error(capture: _Capture) -> None:
+    """Its table would have to be copied while the stream records."""
+    ema = sslkernels.EMA(torch.nn.Linear(3, 2), 0.5)
+    with capture, pytest.raises(RuntimeError, match="update once before the capture"):
+        sslkernels.ema_update_([torch.zeros(3)], [torch.ones(3)], 0.5)
+    online = torch.nn.Linear(3, 2)
+    with capture, pytest.raises(RuntimeError, match="update once before the capture"):
+        ema.update(online)
+    ema.update(online)
+    with capture:
+        ema.update(online)
+    assert len(capture.launches) == 1
+
+
+def test_the_op_of_a_compiled_step_keeps_its_table(
+    cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tensor objects, the same memory: one table for all steps; another address makes another."""
+    made = []
+    plan = cuda.EmaPlan
+
+    class Counted(plan):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: object) -> None:
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(cuda, "EmaPlan", Counted)
+    monkeypatch.setattr(registry, "resolve", lambda device, family="tiles": cuda)
+    monkeypatch.setattr(ema_ops, "_OP_PLANS", {})
+    monkeypatch.setattr(ema_ops, "_on_gpu", lambda tensors: True)
+    target, source = torch.zeros(100), torch.ones(100)
+    for _ in range(5):
+        torch.ops.sslkernels.ema_update_([target.view(-1)], [source.view(-1)], 0.5)
+    assert len(made) == 1 and torch.equal(target, torch.full((100,), 1 - 0.5**5))
+    other = torch.zeros(100)
+    torch.ops.sslkernels.ema_update_([other], [source], 0.5)
+    assert len(made) == 2 and torch.equal(other, torch.full((100,), 0.5))
+    for _ in range(40):
+        torch.ops.sslkernels.ema_update_([torch.zeros(3)], [torch.ones(3)], 0.5)
+    assert len(ema_ops._OP_PLANS) <= ema_ops._MAX_PLANS
+
+
+def test_a_queue_counts_what_replays_enqueue(capture: _Capture) -> None:
+    """The pointer moves on the device; the host asks it until the queue is full."""
+    queue = sslkernels.KeyQueue(10, 4, labels=True)
+    keys, labels = torch.randn(3, 4), torch.arange(3)
+    queue.enqueue(keys, labels)
+    with capture:
+        queue.enqueue(keys, labels)
+        with pytest.raises(RuntimeError, match="would stay 3 in every replay"):
+            _ = queue.keys
+        with pytest.raises(RuntimeError, match="fill the queue before the capture"):
+            _ = queue.key_labels
+    assert len(queue) == 3 and int(queue.queue_ptr) == 3
+    for count in (6, 9, 10, 10):
+        capture.replay()
+        assert len(queue) == len(queue.keys) == len(queue.key_labels) == count
+    assert int(queue.queue_ptr) == (5 * 3) % 10
+    with capture:
+        assert queue.keys.shape == (10, 4)
+    queue.reset()
+    capture.replay()
+    queue.enqueue(keys, labels)
+    assert len(queue) == 6
+    capture.replay()
+    assert len(queue) == 9
 
 
 def test_source_may_be_its_own_target(cuda: ModuleType) -> None:

@@ -115,6 +115,9 @@ class EmaPlan:
             device, or its address is no multiple of its element size.
     """
 
+    HOLDS_NO_TENSORS = True  # of the caller
+    COPIES_TABLE = True  # to the device, which a stream that captures a graph can't
+
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """See the class."""
         op = "ema_update_"

@@ -78,6 +78,14 @@ def _gpu(index: int) -> Gpu:
     return Gpu(properties.name, arch, int(properties.multi_processor_count))
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device records a CUDA graph instead of running what it is given."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def triton() -> Triton | None:
     """The installed Triton, None where there is none."""

@@ -11,6 +11,15 @@ Two ways lead to the same kernel:
 * ``update``: in plain eager mode the checks are made once and kept as a *plan* of addresses.  Every
   call compares the identity and the address of each tensor with the plan, so that a parameter that
   was moved, loaded by assignment or replaced is noticed, and the plan is made again.
+
+A compiled graph calls the op with tensors that are other objects each time.  Plans of the op are
+therefore found by what they depend on: addresses, sizes, dtypes.
+
+**CUDA graphs.**  A graph replays launches with the addresses that they were given, the table of a plan
+among them.  So a plan that ran while a stream was capturing is kept until the process ends, whatever
+becomes of the tensors (a table has 16 bytes for 4096 elements).  It must have been made before, for its
+table is copied to the device: the first update of a list raises an error inside of a capture.  Decay, seed
+and step are part of what is captured.
 """
 
 from __future__ import annotations
@@ -22,7 +31,7 @@ import torch
 from torch import Tensor
 
 from sslkernels._numbers import number, type_name
-from sslkernels.backends import updates_torch
+from sslkernels.backends import devices, updates_torch
 from sslkernels.ops import registry
 from sslkernels.ops._library import refuse_transforms
 from sslkernels.ops.eager import WRITES_LISTS, are_plain, bump_versions, is_plain_eager, watch
@@ -191,6 +200,7 @@ class Update:
         by_device: dict[torch.device, list[int]] = {}
         for index, target in enumerate(targets):
             by_device.setdefault(target.device, []).append(index)
+        self._gpus = [device for device in by_device if device.type == "cuda"]
         # The tensor index that seeds stochastic rounding counts over the pairs of one device.
         self._parts: list[Any] = []
         self._requested = registry.requested()
@@ -204,6 +214,12 @@ class Update:
             pairs = [self._flatten(*pair) for pair in zip(*on_device, strict=True)]
             backend: Any = registry.resolve(device, "updates")
             lists = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            if getattr(backend.EmaPlan, "COPIES_TABLE", False) and devices.capturing(device):
+                raise RuntimeError(
+                    f"{op}: this list of tensors is updated for the first time while a CUDA graph is "
+                    "being captured, and its table of addresses would have to be copied to "
+                    f"{device}; update once before the capture, with tensors that stay where they are"
+                )
             if places is None:
                 plan = backend.EmaPlan(*lists)
             else:  # the kernels of GPUs know whole tensors only
@@ -228,18 +244,37 @@ class Update:
         self._kept += [target, source]
         return target, source
 
+    @property
+    def keepable(self) -> bool:
+        """Whether it holds addresses and no tensors, neither copies nor the caller's own."""
+        return self.reusable and all(
+            getattr(plan, "HOLDS_NO_TENSORS", False) for plan in self._parts
+        )
+
     def serves(self) -> bool:
         """Whether the backend asked for is still the one that this plan was made with."""
         return registry.requested() == self._requested
 
     def run(self, decay: float, stochastic_rounding: bool, seed: int, step: int) -> None:
         """Update every target in place; version counters are the caller's business."""
+        if self._gpus and any(devices.capturing(device) for device in self._gpus):
+            _CAPTURED.add(self)
         for plan in self._parts:
             plan.run(decay, stochastic_rounding=stochastic_rounding, seed=seed, step=step)
         for strided, copy in self._copied_back:
             strided.copy_(copy)
         for plan in self._copies:
             plan.run()
+
+
+def _on_gpu(tensors: Sequence[Tensor]) -> bool:
+    """Where a plan costs a copy that the host waits for."""
+    return len(tensors) > 0 and tensors[0].device.type == "cuda"
+
+
+def _places_in_memory(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """All that a plan depends on, whichever objects the tensors are."""
+    return tuple((x.data_ptr(), x.dtype, x.device, x.shape, x.stride()) for x in tensors)
 
 
 def _impl(
@@ -251,7 +286,15 @@ def _impl(
     step: int = 0,
 ) -> None:
     decay = check_decay("ema_update_", decay)
-    Update(targets, sources).run(decay, stochastic_rounding, seed, step)
+    plan, key = None, None
+    if _on_gpu(targets) and are_plain(*targets, *sources):
+        key = (_places_in_memory(targets), _places_in_memory(sources))
+        plan = _OP_PLANS.get(key)
+    if plan is None or not plan.serves():
+        plan = Update(targets, sources)
+        if key is not None and plan.keepable:
+            _keep(_OP_PLANS, key, plan)
+    plan.run(decay, stochastic_rounding, seed, step)
     bump_versions(targets)
 
 
@@ -270,10 +313,21 @@ _LIBRARY.impl("ema_update_", _impl, "CompositeExplicitAutograd")
 _LIBRARY.impl("ema_update_", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("sslkernels::ema_update_", _fake, lib=_LIBRARY)
 
-# Plans of `update`, by the first tensors of the lists; they hold addresses and weak references
-# only.
+# Plans of `update`, by the first tensors of the lists, and of the op, by addresses; of the latter those
+# only that hold no tensor.
 _PLANS: dict[tuple[int, int, int], tuple[Any, Update]] = {}
+_OP_PLANS: dict[Any, Update] = {}
 _MAX_PLANS = 16
+# Plans whose addresses a CUDA graph may replay: see the module.
+_CAPTURED: set[Update] = set()
+
+
+def _keep(plans: dict[Any, Any], key: Any, plan: Any) -> None:
+    """Keep a plan in place of the oldest one."""
+    plans.pop(key, None)
+    while len(plans) >= _MAX_PLANS:
+        del plans[next(iter(plans))]
+    plans[key] = plan
 
 
 def call_op(
@@ -313,9 +367,7 @@ def update(
             plan = Update(targets, sources)
             seen = watch([*targets, *sources]) if plan.reusable else None
             if seen is not None:
-                while len(_PLANS) >= _MAX_PLANS:
-                    del _PLANS[next(iter(_PLANS))]
-                _PLANS[key] = (seen, plan)
+                _keep(_PLANS, key, (seen, plan))
             with torch.no_grad():
                 plan.run(decay, stochastic_rounding, seed, step)
             bump_versions(targets)

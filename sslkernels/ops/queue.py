@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkernels.backends import devices
 from sslkernels.ops import registry
 from sslkernels.ops._library import refuse_transforms
 from sslkernels.ops.eager import are_plain, bump_versions, is_plain_eager, watch
@@ -202,6 +203,11 @@ class EnqueuePlan:
         self._write(*self._state, keys, normalize, None, None)
         bump_versions(self._state)
         return True
+
+
+def capturing(queue: Tensor) -> bool:
+    """Whether what is done to a queue now is recorded in a CUDA graph, and not done."""
+    return devices.capturing(queue.device)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
