@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import sslkernels
-from benchmarks import cuda_updates, measure
+from benchmarks import cuda_updates, gpu_model, measure
 from benchmarks.cases import LOGIT_SCALE, Case
 from benchmarks.contenders import CONTENDERS
 from sslkernels.backends.triton import why_unavailable
@@ -253,10 +253,13 @@ def benchmark(report: Report, on_gpu: bool, shapes: list[tuple[str, int, int]]) 
         "Contenders take turns in one run, with the L2 cache flushed before each call; the error is the "
         "largest of loss and gradients, by norm, against float64.",
         "",
-        "% of tensor peak: FLOPs that count over those of a large matrix product in the same run.",
+        "% of tensor peak: FLOPs that count over those of a large matrix product in the same run. Model: "
+        "what benchmarks/gpu_model.py gives the launches in bfloat16 on an H100 at 1.83 GHz, without the "
+        "host; where it differs from what was measured, the model is to be corrected.",
         "",
-        "| op | shape | dtype | provider | ms (p25, p50, p75) | extra MiB | % of tensor peak | error |",
-        "|---|---|---|---|---|---:|---:|---:|",
+        "| op | shape | dtype | provider | ms (p25, p50, p75) | model ms | extra MiB | % of tensor peak | "
+        "error |",
+        "|---|---|---|---|---|---:|---:|---:|---:|",
     )
     peaks: dict[str, float] = {}
     for op, size, dim in shapes:
@@ -268,12 +271,22 @@ def benchmark(report: Report, on_gpu: bool, shapes: list[tuple[str, int, int]]) 
                 op, size, dim, 256 if on_gpu else 32, dtype, "cuda" if on_gpu else "cpu"
             )
             if dtype == "float32" and (case.flops or 0.0) > FLOAT32_FLOPS:
-                report.say(f"| {op} | {case.shape} | {dtype} | left out: minutes a call | | | | |")
+                report.say(
+                    f"| {op} | {case.shape} | {dtype} | left out: minutes a call | | | | | |"
+                )
                 continue
             _one_case(report, case, peaks[dtype], on_gpu)
             gc.collect()
             if on_gpu:
                 torch.cuda.empty_cache()
+
+
+def model_ms(case: Case) -> str:
+    """What the model predicts for a case; empty where it has no opinion."""
+    if case.dtype != "bfloat16" or case.device != "cuda":
+        return ""
+    seconds = gpu_model.predicted(case.op, case.size, case.dim, case.batch)
+    return "" if seconds is None else f"{1e3 * seconds:.3f}"
 
 
 def _one_case(report: Report, case: Case, peak: float, on_gpu: bool) -> None:
@@ -299,7 +312,7 @@ def _one_case(report: Report, case: Case, peak: float, on_gpu: bool) -> None:
         if record["metric"] != "time":
             continue
         if not on_gpu:
-            cells = [NOTHING, "", "", f"{errors[name]:.1e}"]
+            cells = [NOTHING, "", "", "", f"{errors[name]:.1e}"]
         else:
             extra = measure.measure_memory(case, name)[0]
             quartiles = ", ".join(f"{1e3 * s:.3f}" for s in record["values"])
@@ -307,12 +320,13 @@ def _one_case(report: Report, case: Case, peak: float, on_gpu: bool) -> None:
             share = (
                 "" if case.flops is None else f"{100 * case.flops / record['values'][1] / peak:.0f}"
             )
-            cells = [quartiles, memory, share, f"{errors[name]:.1e}"]
+            model = model_ms(case) if name == "sslkernels" else ""
+            cells = [quartiles, model, memory, share, f"{errors[name]:.1e}"]
         report.say(
             f"| {case.op} | {case.shape} | {case.dtype} | {name} | " + " | ".join(cells) + " |"
         )
     for note in notes:
-        report.say(f"| {case.op} | {case.shape} | {case.dtype} | {note} | | | | |")
+        report.say(f"| {case.op} | {case.shape} | {case.dtype} | {note} | | | | | |")
 
 
 def tune(report: Report, on_gpu: bool) -> None:

@@ -226,6 +226,17 @@ def test_amd(machine: Machine, arch: str, served: bool) -> None:
         assert f"AMD Radeon is {arch}" in ssl.info().backends["cuda/tiles"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "served"), [("sm_110", True), ("sm_121", True), ("sm_130", False)]
+)
+def test_a_capability_without_a_table(machine: Machine, arch: str, served: bool) -> None:
+    """Tiles of another architecture might spill or not fit: chunked serves, and info() says why."""
+    machine(("GPU of tomorrow", arch))
+    assert chosen(0) == ("triton" if served else "chunked")
+    told = ssl.info().backends["cuda/tiles"]
+    assert served or ("11.0, 12.0, 12.1, GPU of tomorrow has 13.0" in told)
+
+
 def test_updates_without_the_cuda_extension(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,8 +120,24 @@ def test_a_case_with_a_device(gpu: None, report, monkeypatch: pytest.MonkeyPatch
     assert [row[3].split(":")[0] for row in rows] == ["sslkernels", "eager", "inf_cl"]
     for row in rows[:2]:
         assert re.fullmatch(r"[\d.]+, [\d.]+, [\d.]+", row[4])
-        assert re.fullmatch(r"\d+", row[6]) and float(row[7]) < 1e-3
+        assert re.fullmatch(r"\d+", row[7]) and float(row[8]) < 1e-3
     assert "Inf-CL needs a GPU" in rows[2][3]
+
+
+def test_the_model_stands_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the cases and the dtype that it is a model of."""
+    asked = []
+
+    def predicted(*arguments: Any) -> float | None:
+        asked.append(arguments)
+        return None if arguments[0] == "siglip" else 1.5e-3
+
+    monkeypatch.setattr(gpu_check.gpu_model, "predicted", predicted)
+    on_gpu = {"dtype": "bfloat16", "device": "cuda"}
+    shown = [gpu_check.model_ms(case(op, 64).at(**on_gpu)) for op in ("clip", "siglip")]
+    assert shown == ["1.500", ""] and asked == [("clip", 64, 64, 16), ("siglip", 64, 64, 16)]
+    assert gpu_check.model_ms(case("clip", 64).at(device="cuda")) == ""  # float32
+    assert len(asked) == 2
 
 
 def test_out_of_memory_leaves_out_the_matrix_first(gpu, report, monkeypatch) -> None:

@@ -18,6 +18,7 @@ from sslkernels._numbers import number as number
 from sslkernels._numbers import positive as positive
 from sslkernels._numbers import type_name
 from sslkernels._ranks import MODES
+from sslkernels.backends import devices
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.ops.eager import is_plain_eager
 
@@ -148,20 +149,25 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
             )
         return value.to(acc) if value.ndim == 0 else value.to(acc).reshape(())
     value = number(op, name, value, "a number or a tensor of shape [] or [1]")
-    if like.device.type == "cpu" and is_plain_eager():
-        return _cpu_scalar(value, acc)
+    if is_plain_eager():
+        if like.device.type == "cpu":
+            return _kept_scalar(value, acc, like.device, 0)
+        # Filled on the stream that it is used on.  What a capture makes is the graph's.
+        if like.device.type == "cuda" and not devices.capturing(like.device):
+            stream = torch.cuda.current_stream(like.device).cuda_stream
+            return _kept_scalar(value, acc, like.device, stream)
     # full, not tensor: a fill kernel instead of a copy from the host.
     return torch.full((), value, dtype=acc, device=like.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _cpu_scalar(value: float, dtype: torch.dtype) -> Tensor:
+def _kept_scalar(value: float, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
     """Made once: nobody writes to it, and a temperature hardly ever changes.
 
     An ordinary tensor, though the first call may be an evaluation: autograd saves no inference tensor.
     """
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device="cpu")
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def number_or_scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
