@@ -126,6 +126,7 @@ def test_wide_divisions_are_counted() -> None:
     assert aot._wide_divisions(llir) == 2
 
 
+@pytest.mark.campaign  # a change of a kernel makes `make gpu-report` necessary, which takes minutes
 def test_the_committed_table_is_of_these_kernels() -> None:
     """docs/gpu.md was generated from the code as it is: else run `make gpu-report`."""
     text = DOCS.read_text()

@@ -16,16 +16,26 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the GPU backend needs triton (pip install triton)")
 
 import triton  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
+from sslkernels.backends import triton as ours  # noqa: E402
+from sslkernels.backends.interface import (  # noqa: E402
+    Kept,
+    Problem,
+    RowState,
+    Thresholds,
+    Tiles,
+    Wanted,
+)
 from sslkernels.backends.triton import (  # noqa: E402
     aot,
     configs,
+    contrastive,
     gradients,
     launch,
     plan,
@@ -53,7 +63,7 @@ def launches(
         assert not unknown, f"{kernel.__name__} has no {unknown}"
         seen.append((kernel.__name__, grid, {**dict(zip(names, args, strict=True)), **flags}))
 
-    for module in (launch, gradients, plan, updates):
+    for module in (contrastive, launch, gradients, plan, updates):
         monkeypatch.setattr(module, "launch", record)
     monkeypatch.setattr(configs, "arch_of", lambda device: request.param)
     monkeypatch.setattr(configs, "interpreting", lambda: True)
@@ -127,6 +137,63 @@ def test_nothing_is_read_on_the_host(size, dtype: torch.dtype, launches) -> None
             assert arguments[key] >= 0, (name, key)
 
 
+class _DeviceWork(TorchDispatchMode):
+    """Collects operations of torch that would be launches: all but views and memory."""
+
+    FREE = (
+        "empty", "device", "slice", "select", "view", "as_strided", "detach", "unbind", "split", "alias",
+        "expand",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0].removeprefix("new_")
+        if not name.startswith(self.FREE):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [Wanted(True, True), Wanted(True, True, True), Wanted(True, False)]
+)
+@pytest.mark.parametrize("n", [128, 1937])
+def test_few_launches(
+    n: int, wanted: Wanted, dtype: torch.dtype, reduction: str, launches, monkeypatch
+) -> None:
+    """NT-Xent forward and backward: at most eight in all, nothing of torch's, nothing that nobody wants."""
+    monkeypatch.setattr(contrastive, "exact_dtype", lambda a: a.dtype)
+    a, b, scale = torch.empty(n, 64, dtype=dtype), torch.empty(n, 64, dtype=dtype), torch.empty(())
+    problem = Problem("joint", a, b, None, scale, reduction=reduction)
+    assert ours.serves_contrastive(problem)
+    with _DeviceWork() as work:
+        found, _ = ours.contrastive_forward(problem, False, False)
+        forward = len(launches)
+        dloss = torch.empty_like(found.loss)
+        da, db, dscale, _ = ours.contrastive_backward(
+            problem, Kept(found.state, None), dloss, wanted
+        )
+    assert not work.seen
+    assert found.loss.shape == problem.loss_shape and found.state.shape == (5 * n,)
+    for got, x, want in ((da, a, wanted.dq), (db, b, wanted.dk), (dscale, scale, wanted.dscale)):
+        assert (got is not None) == want
+        assert got is None or (got.shape, got.dtype) == (x.shape, x.dtype)
+    names = [name for name, *_ in launches]
+    expected = ["prepare_kernel", "forward_kernel", "combine_kernel", "sum_kernel"]
+    assert names[:forward] == expected[:forward]
+    assert forward <= (3 if reduction == "none" else 4)
+    assert len(names) <= 7 + wanted.dscale + (dtype == torch.float16)
+    *_, (_, grid, arguments) = [entry for entry in launches if entry[0] == "backward_kernel"]
+    # One view alone: half of the rows, where its blocks are whole.
+    one = wanted.dq != wanted.dk and not wanted.dscale and n % plan.WHOLE == 0
+    assert arguments["N"] == (n if one else 2 * n) and arguments["M"] == 2 * n
+
+
 def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any, ...]]:
     """What Triton would compile for sm_90 for every primitive on a batch of n."""
     backend = triton.compiler.make_backend(aot.target_of("sm_90"))
@@ -138,7 +205,7 @@ def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any,
         found.add((kernel.__name__, repr(specialization), repr(sorted(options.items()))))
 
     with monkeypatch.context() as patch:
-        for module in (launch, gradients, plan, updates):
+        for module in (contrastive, launch, gradients, plan, updates):
             patch.setattr(module, "launch", record)
         patch.setattr(configs, "arch_of", lambda device: "sm_90")
         patch.setattr(configs, "interpreting", lambda: True)
@@ -154,6 +221,9 @@ def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any,
             launch.pairwise_backward("lse", tiles, state, col, Wanted(True, col is not None))
         launch.attend(cross._replace(ids_q=ids, ids_k=ids), row)
         launch.extremes(own)
+        loss = Problem("joint", q, k, None, scale)
+        whole, _ = ours.contrastive_forward(loss, True, False)
+        ours.contrastive_backward(loss, Kept(whole.state, None), scale, Wanted(True, True, True))
         unit, norm = updates.normalize_rows(q)
         updates.normalize_rows_backward(torch.zeros_like(unit), q, norm)
     return found
@@ -210,7 +280,7 @@ def test_a_host_read_is_noticed(launches) -> None:
 def test_no_source_line_reads_a_tensor() -> None:
     """Nor is there a call that waits for the device in the host code's source."""
     rows = (updates.normalize_rows, updates.normalize_rows_backward)
-    for module in (launch, gradients, plan, *rows):
+    for module in (contrastive, launch, gradients, plan, *rows):
         source = inspect.getsource(module)
         for call in (".item(", ".tolist(", ".cpu(", "synchronize", ".numpy("):
             assert call not in source, f"{module.__name__}: {call}"

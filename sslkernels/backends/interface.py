@@ -296,7 +296,8 @@ class PairedState(NamedTuple):
 class WholeLosses(Protocol):
     """What a backend may have beyond the primitives; the ops compose it where one lacks it.
 
-    The CPU has it.  Gradients have the dtype of their inputs.
+    The CPU has it, and Triton contrastive_* of the problems of which its ``serves_contrastive`` is true.
+    Gradients have the dtype of their inputs.
     """
 
     def contrastive_forward(

@@ -27,6 +27,7 @@ others it is composed from the primitives in ``composed.py``.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,11 +54,17 @@ class ProblemGradients(NamedTuple):
 # --------------------------------------------------------------------------------------- kernels
 
 
+def _whole(backend: ModuleType, name: str, problem: Problem) -> Any | None:
+    """``backend.name`` of ``interface.WholeLosses`` if the backend has it for this problem."""
+    serves = getattr(backend, "serves_contrastive", None)
+    return None if serves is not None and not serves(problem) else getattr(backend, name, None)
+
+
 def _compute(
     problem: Problem, want_rank: bool, keep_tiles: bool
 ) -> tuple[Contrastive, Tensor | None]:
     backend = registry.resolve(problem.a.device)
-    fused = getattr(backend, "contrastive_forward", None)
+    fused = _whole(backend, "contrastive_forward", problem)
     if fused is not None:
         both: tuple[Contrastive, Tensor | None] = fused(problem, want_rank, keep_tiles)
         return both
@@ -69,7 +76,7 @@ def _compute_backward(
     problem: Problem, kept: Kept, dloss: Tensor, want: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     backend = registry.resolve(problem.a.device)
-    fused = getattr(backend, "contrastive_backward", None)
+    fused = _whole(backend, "contrastive_backward", problem)
     if fused is not None:
         found: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
         found = fused(problem, kept, dloss, want)

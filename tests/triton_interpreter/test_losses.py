@@ -14,6 +14,9 @@ from torch import Tensor
 
 import sslkernels
 from sslkernels import reference
+from sslkernels.backends import triton as backend
+from sslkernels.backends.interface import Kept, Problem, Wanted
+from sslkernels.backends.triton import contrastive
 from sslkernels.backends.triton.runtime import recorded_launches
 from sslkernels.ops import normalization
 
@@ -53,6 +56,34 @@ def _inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Normalised halves are halves again, which CPU tensors are spared."""
     monkeypatch.setattr(normalization, "operand_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(contrastive, "exact_dtype", lambda x: x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 33, 66, 260])
+def test_nt_xent_by_row_numbers(n: int, dtype: torch.dtype) -> None:
+    """Loss, ranks and gradients where several multiples of n lie in a tile, and where at most one does."""
+    a = randn(n, 16, seed=1).to(dtype)
+    b = (a.float() + 0.5 * randn(n, 16, seed=2)).to(dtype)
+    problem = Problem("joint", a, b, None, torch.tensor(5.0))
+    assert backend.serves_contrastive(problem)
+    found, _ = backend.contrastive_forward(problem, True, False)
+    kept, one = Kept(found.state, None), torch.tensor(1.0)
+    grads = backend.contrastive_backward(problem, kept, one, Wanted(True, True, True))[:3]
+    leaves = [x.double().requires_grad_() for x in (a, b, problem.scale)]
+    z = torch.nn.functional.normalize(torch.cat(leaves[:2]), dim=1)
+    s = (z @ z.T * leaves[2]).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
+    labels = (torch.arange(2 * n) + n) % (2 * n)
+    loss = torch.nn.functional.cross_entropy(s, labels)
+    assert abs(found.loss - loss) < 1e-6
+    if dtype == torch.float32:
+        assert torch.equal(found.rank, (s > s.gather(1, labels[:, None])).sum(1))
+    slack = {torch.float32: 2e-7, torch.float16: 4e-6}[dtype]
+    for ours, true in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
+        assert (ours.double() - true).abs().max() < slack * (1 + 20 / n)
+    alone = backend.contrastive_backward(problem, kept, one, Wanted(True, False))
+    assert torch.allclose(alone[0].float(), grads[0].float(), rtol=2e-3, atol=1e-6)
+    assert alone[1] is None and alone[2] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -25,10 +25,13 @@ from ..autoencoders_torch import features_backward as features_backward
 from ..autoencoders_torch import features_forward as features_forward
 from ..interface import (
     Attend,
+    Contrastive,
     Extremes,
+    Kept,
     Kind,
     PairwiseBackward,
     PairwiseForward,
+    Problem,
     RowState,
     Thresholds,
     Tiles,
@@ -44,6 +47,8 @@ __all__ = [
     "CopyPlan",
     "EmaPlan",
     "attend",
+    "contrastive_backward",
+    "contrastive_forward",
     "enqueue_",
     "extremes",
     "features_backward",
@@ -55,6 +60,7 @@ __all__ = [
     "reparameterize",
     "reparameterize_backward",
     "reroute",
+    "serves_contrastive",
     "vae_backward",
     "vae_forward",
     "why_unavailable",
@@ -69,6 +75,8 @@ _UPDATES = ("EmaPlan", "ema_update_", "enqueue_", "normalize_rows", "normalize_r
 # memory in a program; MFMA and waves of 64.
 OLDEST_TRITON = (3, 7)
 OLDEST_CAPABILITY = 80
+# Those that configs.py has a table for, compiled within the budgets; Thor (11.0) is a Blackwell.
+CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 AMD = ("gfx90a", "gfx942", "gfx950")
 
 
@@ -99,6 +107,12 @@ def why_unavailable(device: torch.device) -> str:
         return (
             f"its tiles need the shared memory of compute capability {OLDEST_CAPABILITY / 10} or "
             f"newer, {gpu.name} has {gpu.capability / 10}"
+        )
+    elif gpu.capability not in CAPABILITIES:
+        known = ", ".join(f"{c / 10}" for c in CAPABILITIES)
+        return (
+            f"its tables of tiles are for compute capabilities {known}, {gpu.name} has "
+            f"{gpu.capability / 10}"
         )
     return ""
 
@@ -145,6 +159,29 @@ def pairwise_backward(
 ) -> PairwiseBackward:
     """See ``Backend.pairwise_backward``."""
     return _engine(tiles.q).pairwise_backward(kind, tiles, row, col, wanted)
+
+
+def serves_contrastive(problem: Problem) -> bool:
+    """Whether ``contrastive_forward`` and ``contrastive_backward`` compute a problem."""
+    if reroute(problem.a):
+        return False
+    return importlib.import_module(".contrastive", __name__).serves(problem)
+
+
+def contrastive_forward(
+    problem: Problem, want_rank: bool, keep_tiles: bool
+) -> tuple[Contrastive, Tensor | None]:
+    """See ``WholeLosses``; logits are never kept."""
+    module = importlib.import_module(".contrastive", __name__)
+    return module.contrastive_forward(problem, want_rank), None
+
+
+def contrastive_backward(
+    problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``WholeLosses``."""
+    module = importlib.import_module(".contrastive", __name__)
+    return module.contrastive_backward(problem, kept, dloss, wanted)
 
 
 def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:

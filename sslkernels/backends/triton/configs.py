@@ -70,6 +70,7 @@ _LIMITS = {
     "sm_90": Limits(232_448, "227 KB"),
     "sm_100": Limits(232_448, "227 KB"),
     "sm_103": Limits(232_448, "227 KB"),
+    "sm_110": Limits(232_448, "227 KB"),
     "sm_120": Limits(101_376, "99 KB"),
     "sm_121": Limits(101_376, "99 KB"),
     "gfx950": Limits(163_840, "160 KB"),
@@ -89,7 +90,7 @@ def family(arch: str) -> str:
         return "ampere"  # mma.sync, 163 KB
     if arch == "sm_90":
         return "hopper"  # wgmma, 227 KB
-    if arch in ("sm_100", "sm_103"):
+    if arch in ("sm_100", "sm_103", "sm_110"):
         return "blackwell"  # tcgen05, 227 KB and tensor memory
     if arch.startswith("sm_"):
         return "small"  # mma.sync, 99 KB or less: sm_86, sm_89, sm_120, ...
@@ -191,10 +192,13 @@ _STREAMED = Config(128, 64, 64, 8, 3, hold_x=False)
 _STREAMED_NARROW = Config(64, 64, 64, 4, 3, hold_x=False, programs=2)
 _PANEL = Config(128, 128, 64, 8, 3, hold_x=False)  # one tile a program
 _PRODUCT = Config(128, 64, 256, 8, 3)  # no epilogue
+# The best of every place of a tile and where it was take four registers an element.
 _EXTREMES: _Rows = [
-    (128, Config(128, 64, 128, 8, 3)),
-    (256, Config(128, 64, 128, 8, 2)),
-    (ANY_D, _STREAMED),
+    (128, Config(64, 64, 128, 4, 3, programs=2)),
+    # 64 columns spill where a chunk is masked (D = 200).
+    (255, Config(64, 32, 128, 4, 2, programs=2)),
+    (256, Config(64, 64, 128, 4, 2, programs=2)),
+    (ANY_D, Config(64, 64, 64, 4, 3, hold_x=False, programs=2)),
 ]
 # float32 on NVIDIA is FMA, not tensor cores: operands of a step sit in registers, so the step over the
 # summed side is short (16).  128 x 64 with 8 warps is 32 sums a thread, the most that compiles clean.
@@ -206,14 +210,14 @@ for _family in ("ampere", "small", "hopper", "blackwell"):
     TABLE[_family, "product", "half"] = [(ANY_D, _PRODUCT)]
     TABLE[_family, "forward", "float32"] = [(ANY_D, _FP32_TILE)]
     TABLE[_family, "narrow", "float32"] = [(ANY_D, _FP32_NARROW)]
-    TABLE[_family, "extremes", "float32"] = [(ANY_D, _FP32_TILE)]
+    TABLE[_family, "extremes", "float32"] = [(ANY_D, _FP32_NARROW)]
     TABLE[_family, "fused", "float32"] = [(64, Config(64, 32, 32, 8, 1)), (ANY_D, None)]
     # 128 rows spill where ids are compared.
     TABLE[_family, "panel", "float32"] = [(ANY_D, Config(64, 64, 16, 8, 2, hold_x=False))]
     TABLE[_family, "product", "float32"] = [(ANY_D, Config(128, 16, 64, 8, 2))]
 
 TABLE["hopper", "forward", "half"] = [
-    (64, Config(128, 64, 64, 4, 3, programs=3)),
+    (64, Config(128, 64, 64, 4, 3, programs=2)),
     (128, Config(128, 64, 128, 4, 3, programs=2)),
     # Two programs, each with x and one tile of y in shared memory: chunks of the next wait in registers.
     (256, Config(128, 64, 128, 4, 1, prefetch=2, programs=2)),
@@ -267,6 +271,10 @@ TABLE["small", "fused", "half"] = TABLE["ampere", "fused", "half"]
 
 # Products are in tensor memory until they are read, but Triton gives their sums registers as well: tiles that
 # fit elsewhere spill here.
+TABLE["blackwell", "extremes", "half"] = [
+    (256, Config(64, 32, 128, 4, 2, programs=2)),
+    (ANY_D, Config(64, 32, 64, 4, 3, hold_x=False, programs=2)),
+]
 TABLE["blackwell", "forward", "half"] = [
     (128, Config(128, 64, 128, 8, 3)),
     (256, Config(64, 64, 128, 8, 2)),

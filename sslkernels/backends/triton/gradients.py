@@ -51,14 +51,15 @@ class Side:
 
 
 @dataclass
-class _Weights:
+class Weights:
     """One factor a row of a side, and for which spans of rows it may be used."""
 
     weight: Tensor  # [n]
     calm: Tensor  # [spans] int32
 
     @classmethod
-    def make(cls, side: Side, center: Tensor, lift: Tensor | None) -> _Weights:
+    def make(cls, side: Side, center: Tensor, lift: Tensor | None) -> Weights:
+        """One launch; the first element of ``center`` is c."""
         if side.lse is None or side.grad is None:
             raise ValueError("triton backend: weights need a log-sum-exp and a gradient")
         n = len(side.vectors)
@@ -89,11 +90,50 @@ def gradient(
         zero = torch.zeros((), dtype=torch.float32, device=device) if want_dbias else None
         return torch.zeros(N, D, dtype=torch.float32, device=device), zero
     lift = _lift(x.grad, y.grad) if dtype == torch.float16 else None
-    center, weights_x, weights_y = None, None, None
-    if kind == 0 and x.grad is not None and y.grad is not None:
-        center = x.lse
-        weights_x = _Weights.make(x, center, lift)  # type: ignore[arg-type]
-        weights_y = weights_x if y is x else _Weights.make(y, center, lift)  # type: ignore[arg-type]
+    weighed = None
+    if kind == 0 and x.lse is not None and x.grad is not None and y.grad is not None:
+        weights = Weights.make(x, x.lse, lift)
+        weighed = (x.lse, weights, weights if y is x else Weights.make(y, x.lse, lift))
+    parts, total, shared, held = partial_gradient(
+        kind, x, y, scale, bias, factor, excluded, want_dbias, lift, weighed
+    )
+    return parts[0] if shared is None else gathered(parts, shared, held), total
+
+
+def partial_gradient(
+    kind: int,
+    x: Side,
+    y: Side,
+    scale: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    excluded: Excluded,
+    want_dbias: bool,
+    lift: Tensor | None,
+    weighed: tuple[Tensor, Weights, Weights] | None,
+) -> tuple[Tensor, Tensor | None, Line | None, int]:
+    """``gradient`` whose last sum is left to the caller.
+
+    Args:
+        kind: As for ``gradient``, which the arguments are those of; there are rows, columns and gradients.
+        x: Rows.
+        y: Columns.
+        scale: 0-d.
+        bias: 0-d or None.
+        factor: What dx is multiplied with.
+        excluded: Pairs that are left out.
+        want_dbias: Whether to sum G.
+        lift: A power of two, for float16.
+        weighed: The log-sum-exp that stands for all, weights of the rows and of the columns; where both
+            sides have a gradient.
+
+    Returns:
+        (Partial sums [slots, N, D], sum G or None, how they were dealt, rows of a held block); dealt None:
+        there is one slot, and it is complete.
+    """
+    N, D = x.vectors.shape
+    M, device, dtype = y.vectors.shape[0], x.vectors.device, x.vectors.dtype
+    center, weights_x, weights_y = (None, None, None) if weighed is None else weighed
     inputs = (
         x.vectors, y.vectors, scale, bias, factor, center, lift,
         None if weights_x is None else weights_x.weight, None if weights_y is None else weights_y.weight,
@@ -112,7 +152,8 @@ def gradient(
     }
     config = configs.choose("fused", device, D, dtype)
     if config is None:
-        return _by_panels(x is y, x.vectors, y.vectors, inputs, sizes, flags, factor, lift)
+        dx, total = _by_panels(x is y, x.vectors, y.vectors, inputs, sizes, flags, factor, lift)
+        return dx[None], total, None, 1
     row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     shared = line(
         row_blocks, col_blocks, configs.capacity(device, config),
@@ -133,8 +174,13 @@ def gradient(
         **flags,
         **tile_flags(config, x.vectors, y.vectors),
     )
-    dx = gathered(parts, shared, config.block_n)
-    return dx, None if sums is None else sums.sum()
+    total = None if sums is None else sums.sum()
+    return parts, total, shared if shared.slots > 1 else None, config.block_n
+
+
+def gathered_by(shared: Line | None) -> tuple[int, int]:
+    """(Tiles of a program, tiles of a block): by which a kernel knows who shared a block."""
+    return (1, 1) if shared is None else (shared.share, shared.tiles)
 
 
 def gathered(

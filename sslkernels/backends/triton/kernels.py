@@ -22,7 +22,6 @@ from .pairs import (
 )
 from .tiles import (
     EXCLUDE_IDS,
-    EXCLUDE_NONE,
     EXCLUDE_PERIOD,
     HUGE,
     KIND_LSE,
@@ -39,7 +38,6 @@ from .tiles import (
     load_chunk,
     softplus2,
     tile_dot,
-    tree_sum,
 )
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -93,9 +91,8 @@ def _sweep(
         offset += tl.load(bias_ptr) * LOG2_E
     if HOLD_X:
         xs = load_block(x_ptr, x_start, BLOCK_N, STRIDE_X, D, BLOCK_D, NUM_D)
-    if EXCLUDE != EXCLUDE_NONE:
-        short_x = tl.load(short_x_ptr + rows)
     if EXCLUDE == EXCLUDE_IDS:
+        short_x = tl.load(short_x_ptr + rows)
         low_x, high_x = span_of(span_x_ptr, x_start, BLOCK_N)
     if HAS_RANK_ROW:
         threshold_row = tl.load(threshold_row_ptr + rows)
@@ -105,7 +102,7 @@ def _sweep(
     # Differences j - i of the tile lie in [low, low + BLOCK_M + BLOCK_N - 2].
     low = lo * BLOCK_M - (block + 1) * BLOCK_N + 1
     multiple = low
-    if EXCLUDE == EXCLUDE_PERIOD:
+    if EXCLUDE % 2 == 1:
         multiple = first_multiple(low, period)
     if PREFETCH > 0:
         coming = ()
@@ -145,14 +142,17 @@ def _sweep(
             if (block + 1) * BLOCK_N > N:  # rows from N on must not enter the columns
                 real_branch(scale_ptr)
                 t = tl.where(row_ok[None, :], t, float("-inf"))
-        meet = False
-        if EXCLUDE == EXCLUDE_PERIOD:
-            meet = multiple < low + (BLOCK_M + BLOCK_N - 1)
+        if EXCLUDE % 2 == 1:
+            if multiple < low + (BLOCK_M + BLOCK_N - 1):
+                if EXCLUDE == EXCLUDE_PERIOD:
+                    apart = cols[:, None] - rows[None, :]
+                    t = tl.where(apart != multiple, t, float("-inf"))
+                else:
+                    same = (cols % period)[:, None] == (rows % period)[None, :]
+                    t = tl.where(same, float("-inf"), t)
         if EXCLUDE == EXCLUDE_IDS:
             low_y, high_y = span_of(span_y_ptr, y_start, BLOCK_M)
-            meet = (low_y <= high_x) & (high_y >= low_x)
-        if EXCLUDE != EXCLUDE_NONE:
-            if meet:
+            if (low_y <= high_x) & (high_y >= low_x):
                 short_y = tl.load(short_y_ptr + cols)
                 t = tl.where(short_y[:, None] != short_x[None, :], t, float("-inf"))
         if KIND == KIND_LSE:
@@ -173,7 +173,7 @@ def _sweep(
                 above = tl.sum((t > threshold_col[:, None]).to(tl.int32), 1)
                 tl.store(col_rank_ptr + col_slot + cols, above, mask=col_ok)
         low += BLOCK_M
-        if EXCLUDE == EXCLUDE_PERIOD:
+        if EXCLUDE % 2 == 1:
             multiple = tl.where(multiple < low, multiple + period, multiple)
 
     tl.store(row_s_ptr + row_slot + rows, unfold(row_s, FOLD), mask=row_ok)
@@ -280,7 +280,7 @@ def forward_kernel(
 
 @triton.jit
 def _rows_again(
-    x_ptr, y_ptr, scale, ids_x_ptr, ids_y_ptr, short_x_ptr, short_y_ptr, threshold, start, M, chunks,
+    x_ptr, y_ptr, scale, ids_x_ptr, ids_y_ptr, period, threshold, start, M, chunks,
     EXCLUDE: tl.constexpr, HAS_RANK: tl.constexpr,
     STRIDE_X: tl.constexpr, STRIDE_Y: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -297,7 +297,7 @@ def _rows_again(
         ) * scale  # fmt: skip
         cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         s = tl.where((cols < M)[None, :], s, float("-inf"))
-        s = leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, short_x_ptr, short_y_ptr, EXCLUDE)
+        s = leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, period, EXCLUDE)
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = finite_or_zero(m_new)
         total = total * exp(m - shift) + tl.sum(exp(s - shift[:, None]), 1)
@@ -318,13 +318,16 @@ def combine_kernel(
     scale_ptr,  # 0-d
     ids_x_ptr,  # [L] int64
     ids_y_ptr,  # [M] int64
-    short_x_ptr,  # [L] int32
-    short_y_ptr,  # [M] int32
     wide_ptr,  # [wide_count] int32: whether an id was cut
     threshold_ptr,  # [L]
+    positive_ptr,  # [pairs]; only with LOSS, as what follows
+    loss_ptr,  # [programs] sums over the rows of a program, or [L] with PER_ROW
     L,
     M,
+    period,
     wide_count,
+    pairs,  # the positive of row r is that of pair r % pairs
+    divisor,
     chunks,
     row_slots,  # the first so many slots are of the held side
     first_col,  # the first slot of columns; those between hold what was folded
@@ -340,6 +343,8 @@ def combine_kernel(
     ROWS: tl.constexpr,  # there are slots of the held side: as many as programs shared a block
     HAS_RANK: tl.constexpr,
     FINAL: tl.constexpr,  # else fold the columns of a launch into slot first_col - 1
+    LOSS: tl.constexpr,  # go on to softplus(lse - scale * positive)
+    PER_ROW: tl.constexpr,
     EXCLUDE: tl.constexpr,
     STRIDE_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
@@ -379,22 +384,19 @@ def combine_kernel(
     if not FINAL:
         low = first_col - 1
     for base in range(low, last, SLOTS):
-        parts = ()
-        ranks = ()
-        for i in tl.static_range(SLOTS):
-            slot = base + i
-            written = ok & (slot < last)
-            if ROWS:
-                written = written & ((slot >= row_slots) | (slot < used))
-            if TRIANGLE:
-                written = written & ((slot < first_col) | (block > first_block + slot - first_col))
-            offset = tl.cast(slot, tl.int64) * L + index
-            parts = parts + (tl.load(s_ptr + offset, mask=written, other=0.0),)
-            if HAS_RANK:
-                ranks = ranks + (tl.load(part_rank_ptr + offset, mask=written, other=0),)
-        total += tree_sum(parts, SLOTS)
+        # All of them at once: a thread has SLOTS * BLOCK_N / 128 loads on the way, whatever their number.
+        slot = base + tl.arange(0, SLOTS)
+        written = ok[None, :] & (slot < last)[:, None]
+        if ROWS:
+            written = written & ((slot >= row_slots)[:, None] | (slot[:, None] < used[None, :]))
+        if TRIANGLE:
+            behind = block[None, :] > (first_block + slot - first_col)[:, None]
+            written = written & ((slot < first_col)[:, None] | behind)
+        offset = slot.to(tl.int64)[:, None] * L + index[None, :]
+        total += tl.sum(tl.load(s_ptr + offset, mask=written, other=0.0), 0)
         if HAS_RANK:
-            rank += tree_sum(ranks, SLOTS).to(tl.int64)
+            part = tl.load(part_rank_ptr + offset, mask=written, other=0)
+            rank += tl.sum(part, 0).to(tl.int64)
     if FINAL:
         if KIND == KIND_LSE:
             scale = tl.load(scale_ptr)
@@ -407,12 +409,19 @@ def combine_kernel(
                 if HAS_RANK:
                     threshold = tl.load(threshold_ptr + index)
                 again, rank_again = _rows_again(
-                    x_ptr, y_ptr, scale, ids_x_ptr, ids_y_ptr, short_x_ptr, short_y_ptr, threshold, begin, M,
-                    chunks, EXCLUDE, HAS_RANK, STRIDE_X, STRIDE_Y, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+                    x_ptr, y_ptr, scale, ids_x_ptr, ids_y_ptr, period, threshold, begin, M, chunks,
+                    EXCLUDE, HAS_RANK, STRIDE_X, STRIDE_Y, D, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
                 lse = tl.where(lost, again, lse)
                 rank = tl.where(lost, rank_again, rank)
             total = lse
+            if LOSS:
+                positive = tl.load(positive_ptr + index % pairs, mask=ok, other=0.0)
+                loss = softplus2((lse - scale * positive) * LOG2_E) / divisor
+                if PER_ROW:
+                    tl.store(loss_ptr + index, loss, mask=ok)
+                else:
+                    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(ok, loss, 0.0), 0))
         tl.store(out_ptr + index, total, mask=ok)
         if HAS_RANK:
             tl.store(rank_ptr + index, rank, mask=ok)

@@ -21,7 +21,6 @@ from .tiles import (
     CALM_CENTER,
     CALM_SPREAD,
     EXCLUDE_IDS,
-    EXCLUDE_NONE,
     EXCLUDE_PERIOD,
     HALF_LIFT,
     KIND_LSE,
@@ -155,7 +154,7 @@ def _is_calm(calm_ptr, first, last):
 def _gradient_tile(
     s, scale_ptr, bias_ptr, lift, weight_x, row, calm, weight_y, row_ptr, drow_ptr, col_ptr, dcol_ptr,
     low_x, high_x, wide, short_x_ptr, short_y_ptr, span_y_ptr, ids_x_ptr, ids_y_ptr, x_start,
-    y_start, low, multiple, M,
+    y_start, low, multiple, M, period,
     KIND: tl.constexpr, HAS_ROW: tl.constexpr, HAS_COL: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXCLUDE: tl.constexpr, HAS_LIFT: tl.constexpr, WANT_DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -207,14 +206,17 @@ def _gradient_tile(
             cols = y_start + tl.arange(0, BLOCK_M)
             g = tl.where((cols < M)[None, :], g, 0.0)
     # Last of all, so that such a pair has G = 0 whatever exp made of it.
-    meet = False
-    if EXCLUDE == EXCLUDE_PERIOD:
-        meet = multiple < low + (BLOCK_M + BLOCK_N - 1)
+    if EXCLUDE % 2 == 1:
+        if multiple < low + (BLOCK_M + BLOCK_N - 1):
+            rows = x_start + tl.arange(0, BLOCK_N)
+            cols = y_start + tl.arange(0, BLOCK_M)
+            if EXCLUDE == EXCLUDE_PERIOD:
+                g = tl.where(cols[None, :] - rows[:, None] != multiple, g, 0.0)
+            else:
+                g = tl.where((cols % period)[None, :] != (rows % period)[:, None], g, 0.0)
     if EXCLUDE == EXCLUDE_IDS:
         low_y, high_y = span_of(span_y_ptr, y_start, BLOCK_M)
-        meet = (low_y <= high_x) & (high_y >= low_x) & (wide == 0)
-    if EXCLUDE != EXCLUDE_NONE:
-        if meet:
+        if (low_y <= high_x) & (high_y >= low_x) & (wide == 0):
             short_x = tl.load(short_x_ptr + x_start + tl.arange(0, BLOCK_N))
             short_y = tl.load(short_y_ptr + y_start + tl.arange(0, BLOCK_M))
             g = tl.where(short_x[:, None] != short_y[None, :], g, 0.0)
@@ -336,7 +338,7 @@ def backward_kernel(
         g_sum = tl.zeros((BLOCK_N,), tl.float32)
         low = lo * BLOCK_M - (block + 1) * BLOCK_N + 1
         multiple = low
-        if EXCLUDE == EXCLUDE_PERIOD:
+        if EXCLUDE % 2 == 1:
             multiple = first_multiple(low, period)
         for tile in range(lo, hi):
             y_start = tile * BLOCK_M
@@ -348,7 +350,7 @@ def backward_kernel(
                 dot_chunks(xs, ys, NUM_D, PRECISION), scale_ptr, bias_ptr, lift, weight_x, row,
                 calm, weight_y, row_ptr, drow_ptr, col_ptr, dcol_ptr, low_x, high_x, wide,
                 short_x_ptr, short_y_ptr, span_y_ptr, ids_x_ptr, ids_y_ptr, x_start, y_start, low,
-                multiple, M, KIND, HAS_ROW, HAS_COL, HAS_BIAS, EXCLUDE, HAS_LIFT, WANT_DBIAS, BLOCK_N,
+                multiple, M, period, KIND, HAS_ROW, HAS_COL, HAS_BIAS, EXCLUDE, HAS_LIFT, WANT_DBIAS, BLOCK_N,
                 BLOCK_M,
             )  # fmt: skip
             if WANT_DBIAS:
@@ -359,7 +361,7 @@ def backward_kernel(
                 sums = sums + (tile_dot(g, ys[c], accs[c], PRECISION),)
             accs = sums
             low += BLOCK_M
-            if EXCLUDE == EXCLUDE_PERIOD:
+            if EXCLUDE % 2 == 1:
                 multiple = tl.where(multiple < low, multiple + period, multiple)
 
         row_ok = x_start + tl.arange(0, BLOCK_N) < N
@@ -491,7 +493,7 @@ def panel_kernel(
     )  # fmt: skip
     low = y_start - x_start - BLOCK_N + 1
     multiple = low
-    if EXCLUDE == EXCLUDE_PERIOD:
+    if EXCLUDE % 2 == 1:
         multiple = first_multiple(low, period)
     weight_y = _swept_weight(weight_y_ptr, dcol_ptr, lift, y_start, KIND, HAS_ROW, HAS_COL, BLOCK_M)
     s = dot_streamed(
@@ -501,7 +503,7 @@ def panel_kernel(
     g = _gradient_tile(
         s, scale_ptr, bias_ptr, lift, weight_x, row, calm, weight_y, row_ptr, drow_ptr,
         col_ptr, dcol_ptr, low_x, high_x, wide, short_x_ptr, short_y_ptr, span_y_ptr, ids_x_ptr,
-        ids_y_ptr, x_start, y_start, low, multiple, M, KIND, HAS_ROW, HAS_COL, HAS_BIAS, EXCLUDE,
+        ids_y_ptr, x_start, y_start, low, multiple, M, period, KIND, HAS_ROW, HAS_COL, HAS_BIAS, EXCLUDE,
         HAS_LIFT, WANT_DBIAS, BLOCK_N, BLOCK_M,
     )  # fmt: skip
     twice = tile * BLOCK_M >= (held + 1) * BLOCK_N

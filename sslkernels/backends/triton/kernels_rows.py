@@ -164,7 +164,7 @@ def _attend_again(
         ) * scale  # fmt: skip
         cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         s = tl.where((cols < M)[None, :], s, float("-inf"))
-        s = leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, ids_x_ptr, ids_y_ptr, EXCLUDE)
+        s = leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, M, EXCLUDE)
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = finite_or_zero(m_new)
         p = exp(s - shift[:, None])
@@ -311,18 +311,31 @@ def _keep_best(value, index, tile_value, tile_index):
 
 
 @triton.jit
-def _tile_best(s, no_candidate, cols):
-    """Largest candidate of each row of a tile and its smallest index (NO_INDEX if there is none).
+def _candidates(s, same):
+    """(S where ids are equal, -S where they differ), -inf elsewhere.
 
     A NaN counts as +inf, so that it is picked and shows in the loss (torch.argmax does the same).
     Candidates are at least -LARGEST, so that -inf says "no candidate" and no mask has to be kept.
     """
-    value = tl.where(s != s, float("inf"), s)
-    value = tl.where(value < -LARGEST, -LARGEST, value)
-    value = tl.where(no_candidate, float("-inf"), value)
+    nan = s != s
+    up = tl.maximum(tl.where(nan, float("inf"), s), -LARGEST)
+    down = tl.maximum(tl.where(nan, float("inf"), -s), -LARGEST)
+    return tl.where(same, up, float("-inf")), tl.where(same, float("-inf"), down)
+
+
+@triton.jit
+def _better(value, index, candidates, tile):
+    """Keep the larger candidate of each place of the tiles, the earlier one of equal ones."""
+    return tl.maximum(value, candidates), tl.where(candidates > value, tile, index)
+
+
+@triton.jit
+def _best_of_places(value, index, BLOCK_M: tl.constexpr):
+    """The best of each row and its smallest index (NO_INDEX if there is none)."""
     best = tl.max(value, 1)
-    index = tl.min(tl.where(value == best[:, None], cols[None, :].to(tl.int32), NO_INDEX), 1)
-    return best, tl.where(best == float("-inf"), NO_INDEX, index)
+    cols = index * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    found = tl.min(tl.where(value == best[:, None], cols, NO_INDEX), 1)
+    return best, tl.where(best == float("-inf"), NO_INDEX, found)
 
 
 @kernel
@@ -368,10 +381,11 @@ def extremes_kernel(
         ids_x = tl.load(ids_x_ptr + rows)
         if HOLD_X:
             xs = load_block(x_ptr, x_start, BLOCK_N, STRIDE_X, D, BLOCK_D, NUM_D)
-        same_value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        same_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
-        other_value = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        other_index = tl.full((BLOCK_N,), NO_INDEX, tl.int32)
+        # Of each place of a tile the best so far and in which tile it was: rows are compared at the end.
+        same_value = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+        other_value = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+        same_tile = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        other_tile = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
         for tile in range(lo, hi):
             y_start = tile * BLOCK_M
             cols = y_start + tl.arange(0, BLOCK_M)
@@ -386,22 +400,21 @@ def extremes_kernel(
             known = tl.minimum(cols, M - 1)
             if HAS_BIAS:
                 s += tl.load(bias_y_ptr + known)[None, :]
-            ids_y = tl.load(ids_y_ptr + known)
-            same = ids_x[:, None] == ids_y[None, :]
-            not_same = ids_x[:, None] != ids_y[None, :]
-            not_other = same
+            same, other = _candidates(s, ids_x[:, None] == tl.load(ids_y_ptr + known)[None, :])
             if SELF:
-                not_same = not_same | (rows[:, None] == known[None, :])
-            tile_value, tile_index = _tile_best(s, not_same, cols)
-            same_value, same_index = _keep_best(same_value, same_index, tile_value, tile_index)
-            tile_value, tile_index = _tile_best(-s, not_other, cols)
-            other_value, other_index = _keep_best(other_value, other_index, tile_value, tile_index)
+                if (y_start < x_start + BLOCK_N) & (y_start + BLOCK_M > x_start):
+                    real_branch(scale_ptr)
+                    same = tl.where(rows[:, None] != known[None, :], same, float("-inf"))
+            same_value, same_tile = _better(same_value, same_tile, same, tile)
+            other_value, other_tile = _better(other_value, other_tile, other, tile)
+        same_best, same_index = _best_of_places(same_value, same_tile, BLOCK_M)
+        other_best, other_index = _best_of_places(other_value, other_tile, BLOCK_M)
 
         at = slot.to(tl.int64) * N + rows
         second = tl.cast(slots, tl.int64) * N
-        tl.store(value_ptr + at, same_value, mask=row_ok)
+        tl.store(value_ptr + at, same_best, mask=row_ok)
         tl.store(index_ptr + at, same_index, mask=row_ok)
-        tl.store(value_ptr + second + at, other_value, mask=row_ok)
+        tl.store(value_ptr + second + at, other_best, mask=row_ok)
         tl.store(index_ptr + second + at, other_index, mask=row_ok)
         left -= hi - lo
         lo = lo * 0

@@ -40,6 +40,7 @@ from .configs import Config
 from .gradients import Side, gradient
 from .plan import (
     Excluded,
+    Loss,
     Sums,
     again_flags,
     check,
@@ -95,8 +96,22 @@ def forward(
     excluded: Excluded,
     want_col: bool,
     thresholds: Thresholds,
+    out_row: Tensor | None = None,
+    loss: Loss | None = None,
 ) -> PairwiseForward:
-    """``pairwise_forward`` of packed operands and prepared ids."""
+    """``pairwise_forward`` of packed operands and prepared ids.
+
+    Args:
+        kind: As for ``pairwise_forward``.
+        q: Rows as ``packed`` lays them out.
+        y: Columns; in self mode q.
+        tiles: As for ``pairwise_forward``; its operands and ids are not looked at.
+        excluded: Pairs that are left out.
+        want_col: As for ``pairwise_forward``.
+        thresholds: As for ``pairwise_forward``.
+        out_row: [N] where the rows' results go; by default a new tensor.
+        loss: In self mode, what is made of the rows in the same launch.
+    """
     is_triangle = tiles.is_self
     (N, D), M, device = q.shape, y.shape[0], q.device
     kind_id = 0 if kind == "lse" else 1
@@ -108,7 +123,7 @@ def forward(
     def empty(length: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(length, dtype=dtype, device=device)
 
-    out_row = empty(N, torch.float32)
+    out_row = empty(N, torch.float32) if out_row is None else out_row
     out_col = empty(M if want_col else 0, torch.float32)
     out_rank_row = empty(N if rank_row else 0, torch.int64)
     out_rank_col = empty(M if want_col and rank_col else 0, torch.int64)
@@ -186,6 +201,7 @@ def forward(
             first_block,
             group,
             is_triangle,
+            loss if out is not None else None,
         )  # fmt: skip
 
     for first_block, here in lines.items():
@@ -333,6 +349,9 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
         **tile_flags(config, q, k),
     )
     flags = again_flags(q, k, 16, shared.slots)
+    # Few queries make few programs of 16 rows: each takes few features, and many slots at a time.
+    flags["BLOCK_D"] = min(32, flags["BLOCK_D"])
+    flags["SLOTS"] = 32 if shared.slots > 16 else flags["SLOTS"]
     launch(
         kernels_rows.attend_combine_kernel,
         (triton.cdiv(N, flags["BLOCK_N"]), triton.cdiv(D, flags["BLOCK_D"])),

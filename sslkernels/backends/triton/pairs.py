@@ -15,7 +15,7 @@ p-th held block from the front and the p-th from the back together have as many 
 import triton
 import triton.language as tl
 
-from .tiles import EXCLUDE_IDS, EXCLUDE_PERIOD, SPAN, kernel
+from .tiles import EXCLUDE_IDS, SPAN, kernel
 
 
 @triton.jit
@@ -57,12 +57,10 @@ def any_wide(wide_ptr, count):
 
 
 @triton.jit
-def leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, short_x_ptr, short_y_ptr, EXCLUDE: tl.constexpr):
+def leave_out(s, rows, cols, ids_x_ptr, ids_y_ptr, period, EXCLUDE: tl.constexpr):
     """-inf for pairs of equal ids, all 64 bits of them; rows along axis 0."""
-    if EXCLUDE == EXCLUDE_PERIOD:
-        ids_x = tl.load(short_x_ptr + rows)
-        ids_y = tl.load(short_y_ptr + cols)
-        s = tl.where(ids_x[:, None] != ids_y[None, :], s, float("-inf"))
+    if EXCLUDE % 2 == 1:
+        s = tl.where((rows % period)[:, None] != (cols % period)[None, :], s, float("-inf"))
     if EXCLUDE == EXCLUDE_IDS:
         wide_x = tl.load(ids_x_ptr + rows)
         wide_y = tl.load(ids_y_ptr + cols)

@@ -21,8 +21,8 @@ SLOT_WORDS = 1 << 24
 # twice: with D rows in a panel that is as many bytes as writing and reading its G, with fewer rows it
 # would be more than all the rest, and more rows would save little.
 PANEL_WORDS = 1 << 26
-# Rows of a program of the combine kernel.
-COMBINE_ROWS = 64
+# Rows of a program of the combine kernel: with 128 slots at a time 32 loads a thread are on the way.
+COMBINE_ROWS = 32
 # Operands have a multiple of this many rows (``packed``): no configuration has larger blocks.
 WHOLE = 128
 NARROW_SPANS = 16  # of 64 ids: what one program of narrow_kernel and weigh_kernel reads
@@ -149,6 +149,11 @@ def slots_at_a_time(slots: int) -> int:
     return 4 if slots <= 4 else 16
 
 
+def combined_at_a_time(slots: int) -> int:
+    """The same for the combine kernel of the forward pass, whose partial results are single numbers."""
+    return 16 if slots <= 16 else 128
+
+
 def again_flags(x: Tensor, y: Tensor, rows: int, slots: int) -> dict[str, Any]:
     """Compile-time arguments of a combine kernel: those of the tiles it may have to compute again."""
     block_d = 32 if x.dtype == torch.float32 else 64
@@ -195,15 +200,9 @@ class Excluded:
     wide_count: int = 0
 
     @classmethod
-    def by_period(cls, period: int, short: Tensor) -> Excluded:
-        """Pairs whose row numbers differ by a multiple of the period; both sides alike.
-
-        Args:
-            period: At least 1.
-            short: int32, row number modulo period, whole blocks of them.
-        """
-        side = Ids(short, short, short)  # only ``short`` is read
-        return cls(1, period, side, side)
+    def by_period(cls, period: int) -> Excluded:
+        """Pairs whose row numbers differ by a multiple of the period: nothing has to be read."""
+        return cls(1 if period >= 2 * WHOLE else 3, period)
 
     @classmethod
     def by_ids(cls, ids_x: Tensor | None, ids_y: Tensor | None) -> Excluded:
@@ -308,6 +307,16 @@ def slot_words(N: int, M: int, D: int) -> int:
     return max((N + M) * D, SLOT_WORDS)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What the last combine kernel makes of log-sum-exps: softplus(lse_r - scale * positive_r mod n)."""
+
+    positive: Tensor  # [n]
+    loss: Tensor  # [rows], or one sum a program of the combine kernel
+    divisor: float
+    per_row: bool
+
+
 class Sums:
     """Partial sums [slots, length] of one side, and ranks if asked.
 
@@ -349,9 +358,11 @@ class Sums:
         first_block: int,
         group: int,
         triangle: bool,
+        loss: Loss | None = None,
     ) -> None:
         length = self.s.shape[1]
         flags = again_flags(x, y, COMBINE_ROWS, last)
+        flags["SLOTS"] = combined_at_a_time(last)
         launch(
             kernels.combine_kernel,
             (triton.cdiv(length, COMBINE_ROWS),),
@@ -364,12 +375,16 @@ class Sums:
             y,
             scale,
             *excluded.ids(),
-            *excluded.shorts()[:2],
             excluded.wide,
             threshold,
+            None if loss is None else loss.positive,
+            None if loss is None else loss.loss,
             length,
             y.shape[0],
+            excluded.period,
             excluded.wide_count,
+            1 if loss is None else len(loss.positive),
+            1.0 if loss is None else loss.divisor,
             chunk_count(flags),
             row_slots,
             first_col,
@@ -385,6 +400,8 @@ class Sums:
             ROWS=row_slots > 0,
             HAS_RANK=self.rank is not None,
             FINAL=out is not None,
+            LOSS=loss is not None,
+            PER_ROW=loss is not None and loss.per_row,
             EXCLUDE=excluded.mode,
             HELD=config.block_n,
             RATIO=config.block_n // config.block_m,

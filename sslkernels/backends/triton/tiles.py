@@ -32,7 +32,10 @@ import triton
 import triton.language as tl
 
 # Arguments that are read or written a tile at a time, from addresses that are multiples of 16 bytes.
-MATRICES = ("x_ptr", "y_ptr", "g_ptr", "dx_ptr", "acc_ptr", "parts_ptr", "mean_ptr")
+MATRICES = (
+    "x_ptr", "y_ptr", "g_ptr", "dx_ptr", "acc_ptr", "parts_ptr", "mean_ptr", "a_ptr", "b_ptr", "da_ptr",
+    "db_ptr", "unit_ptr",
+)  # fmt: skip
 
 
 def kernel(fn: Callable[..., Any]) -> Any:
@@ -77,11 +80,12 @@ INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 KIND_LSE = tl.constexpr(0)
 KIND_SOFTPLUS = tl.constexpr(1)
-# Which pairs are left out: none; those of equal ids, where ids are row numbers modulo a period; those
+# Which pairs are left out: none; those of equal ids, where ids are row numbers modulo a period (odd); those
 # of equal ids, whatever they are.
 EXCLUDE_NONE = tl.constexpr(0)
-EXCLUDE_PERIOD = tl.constexpr(1)
+EXCLUDE_PERIOD = tl.constexpr(1)  # a tile has one multiple of the period at most
 EXCLUDE_IDS = tl.constexpr(2)
+EXCLUDE_SHORT_PERIOD = tl.constexpr(3)
 # Ids are summed up in spans of this many (``kernels_rows.narrow_kernel``).
 SPAN = tl.constexpr(64)
 
@@ -227,8 +231,10 @@ def _pairs(parts, COUNT: tl.constexpr):
 
 @triton.jit
 def tree_sum(parts, COUNT: tl.constexpr):
-    """Sum of a tuple of 4 or 16 values, neighbours first."""
-    if COUNT == 16:
+    """Sum of a tuple of 4, 16 or 32 values, neighbours first."""
+    if COUNT == 32:
+        return _pairs(_pairs(_pairs(_pairs(_pairs(parts, 32), 16), 8), 4), 2)[0]
+    elif COUNT == 16:
         return _pairs(_pairs(_pairs(_pairs(parts, 16), 8), 4), 2)[0]
     else:
         tl.static_assert(COUNT == 4)
