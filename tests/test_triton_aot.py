@@ -43,7 +43,7 @@ def _covering() -> list[aot.Case]:
     found += aot.cases(
         dims=[200],
         dtypes=["float16"],
-        variants=["forward self", "backward", "backward softplus", "attend"],
+        variants=["forward self", "backward", "backward softplus", "attend", "extremes"],
     )
     found += aot.cases(dims=[100], dtypes=["float16"], variants=["backward softplus"])
     found += aot.cases(dims=[33], dtypes=["float16"], variants=["forward rows+cols"])

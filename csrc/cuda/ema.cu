@@ -143,8 +143,8 @@ __device__ __forceinline__ Vector<Dst, kWidth> update_vector(const Vector<Dst, k
         const Words words = philox(random, (element + e) >> 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mean.element[e + i] = update_with<Dst, Src, kStochastic>(target.element[e + i], source.element[e + i], decay,
-                                                                   words.word[i]);
+          mean.element[e + i] =
+              update_with<Dst, Src, kStochastic>(target.element[e + i], source.element[e + i], decay, words.word[i]);
       }
       return mean;
     }
