@@ -120,6 +120,14 @@ void prepare_classes(const ContrastiveArgs& args, const ContrastiveState& state,
   }
 }
 
+// <ia a, ib b>, where <a, b> overflows: rows whose norms do become rows of zeros, as for the tiles.
+template <class T>
+T dot_of_units(const T* a, T ia, const T* b, T ib, int64_t d) {
+  T sum = 0;
+  for (int64_t c = 0; c < d; ++c) sum += (a[c] * ia) * (b[c] * ib);
+  return sum;
+}
+
 // Inverse norms of both views and the dot product of every positive pair.
 template <class T>
 void prepare(const ContrastiveArgs& args, const ContrastiveState& state, const PerThread<T>& buffers) {
@@ -140,7 +148,8 @@ void prepare(const ContrastiveArgs& args, const ContrastiveState& state, const P
       const T ib = args.normalize ? inverse_norm(xb, args.d) : T(1);
       inv[i] = ia;
       inv[args.a.n + i] = ib;
-      positive[i] = dot(xa, xb, args.d) * ia * ib;
+      const T product = dot(xa, xb, args.d) * ia * ib;
+      positive[i] = product == product ? product : dot_of_units(xa, ia, xb, ib, args.d);
     }
   }
 }

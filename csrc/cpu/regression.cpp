@@ -21,6 +21,12 @@ struct RowState {
   T norm_p, norm_t, cosine;
 };
 
+// Whether a row that is divided by its norm becomes a unit vector; false for NaN.
+template <class T>
+bool is_length(T norm) {
+  return norm > T(kNormEps) && norm < T(HUGE_VAL);
+}
+
 template <class T>
 struct Call {
   Source<T> p, t;
@@ -56,8 +62,9 @@ int forward(const RegressionArgs& args, RowState<T>* state, T* loss) {
       s.norm_t = clamped_norm(y, d);
       for (int64_t c = 0; c < d; ++c) x[c] /= s.norm_p, y[c] /= s.norm_t;
       s.cosine = dot(x, y, d);
-      // |p_hat|^2 + |t_hat|^2 - |p_hat - t_hat|^2 = 2 cos; a row shorter than eps is not a unit vector.
-      const bool unit = s.norm_p > T(kNormEps) && s.norm_t > T(kNormEps);
+      // |p_hat|^2 + |t_hat|^2 - |p_hat - t_hat|^2 = 2 cos; a row shorter than eps is not a unit vector, nor is
+      // one whose norm overflows: x / inf = 0.
+      const bool unit = is_length(s.norm_p) && is_length(s.norm_t);
       for (int64_t c = 0; c < d; ++c) x[c] -= y[c];
       row_loss[i] = unit ? T(squared_norm(x, d)) : T(2) - T(2) * s.cosine;
     }

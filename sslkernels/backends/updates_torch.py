@@ -103,9 +103,10 @@ def enqueue_(
             kept.to(torch.float64 if wide else torch.float32), dim=1, eps=1e-12
         )
     offsets = torch.arange(skipped, n_keys, device=queue.device)
-    rows = (queue_ptr + offsets).remainder_(size)
+    # Reduced first: a pointer of a damaged state, of any 64 bits, may not overflow.
+    rows = (queue_ptr.remainder(size) + offsets).remainder_(size)
     queue.index_copy_(0, rows, kept.to(queue.dtype))
     if queue_labels is not None and labels is not None:
         queue_labels.index_copy_(0, rows, labels[skipped:])
-    queue_ptr.add_(n_keys).remainder_(size)
-    fill.add_(n_keys).clamp_(min=0, max=size)
+    queue_ptr.remainder_(size).add_(n_keys).remainder_(size)
+    fill.clamp_(min=0, max=size).add_(n_keys).clamp_(max=size)

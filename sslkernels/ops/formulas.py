@@ -100,7 +100,7 @@ def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
     if normalize:
         # -t ||x - y||^2 = 2t <x, y> - 2t, a constant less than a scaled dot product.
         lse = pairwise("lse", Tiles(z, None, z.new_full((), 2 * t), ids_q=ids)).row
-        lse, missing = _with_zero_rows(z, lse, t)
+        lse, missing = _with_short_rows(z, lse, t)
         offset = 2 * t
     else:
         # The squared norms become two more features; distances do not change with the origin.
@@ -117,19 +117,18 @@ def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
     return total - offset - math.log(n * (n - 1))
 
 
-def _with_zero_rows(z: Tensor, lse: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """The rows' log-sums of exp(2t <x, y>), and the log of what they still lack, where rows are zero.
+def _with_short_rows(z: Tensor, lse: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """The rows' log-sums of exp(2t <x, y>), and the log of what they still lack, where rows are short.
 
-    ||x||^2 is not 1 there (nor of rows without features): a zero is at distance 1 from a unit vector, not
-    at the square root of 2, and at 0 from another zero.  A row's sum counts e^t times, in its own place
-    and in those of the others; with that pairs of zeros count 2 e^t - 1 and lack (e^t - 1)^2.
+    ||x||^2 is not 1 there but s: 0 for rows of zeros and without features, almost 0 where the norm is below
+    the 1e-12 that it is divided by.  A pair then counts (1 + u_x) (1 + u_y) times, u = exp(t (1 - s)) - 1: a
+    row's sum 1 + 2u times, in its own place and in those of the others, and pairs of short rows lack u_x u_y.
     """
-    zero = (z == 0).all(1).to(lse.dtype)
-    count = zero.sum()
-    pairs = (count * (count - 1)).log()
-    return lse + zero * (t + math.log(2 - math.exp(-t))), pairs + 2 * (
-        t + math.log1p(-math.exp(-t))
-    )
+    square = z.detach().square().sum(1)
+    # A NaN is not short: it must reach the loss through its row.
+    more = torch.where(square < 0.5, torch.expm1(t * (1 - square)), 0.0)
+    pairs = (more.sum().square() - more.square().sum()).clamp(min=0)
+    return lse + torch.log1p(2 * more), pairs.log()
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:

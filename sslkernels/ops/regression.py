@@ -40,9 +40,10 @@ def _forward(prediction: Tensor, target: Tensor, reduction: str) -> Regression:
     norm_p, norm_t = _norm(p), _norm(t)
     p, t = p / norm_p, t / norm_t
     cosine = (p * t).sum(1, keepdim=True)
-    # |p_hat - t_hat|^2 = 2 - 2 cos keeps its digits when the two agree; it needs unit vectors.
+    # |p_hat - t_hat|^2 = 2 - 2 cos keeps its digits when the two agree; it needs unit vectors, which a row
+    # whose norm overflows does not become: x / inf = 0.
     gap = (p - t).square().sum(1)
-    unit = (norm_p > EPS) & (norm_t > EPS)
+    unit = (norm_p > EPS) & (norm_t > EPS) & (norm_p < torch.inf) & (norm_t < torch.inf)
     loss = torch.where(unit[:, 0], gap, 2 - 2 * cosine[:, 0])
     state = torch.cat((norm_p, norm_t, cosine), 1)
     if reduction != "none":

@@ -145,3 +145,16 @@ def test_enqueue(n_keys: int, start: int, normalize: bool) -> None:
             assert torch.equal(queue, expected)
         assert torch.equal(labels, expected_labels)
         assert position.item() == (start + n_keys) % K and fill.item() == min(4 + n_keys, K)
+
+
+@pytest.mark.parametrize("pointer", [-1, -7, 10**12, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("fill", [-5, 0, 2**63 - 1])
+def test_counters_of_a_damaged_state_stay_inside_of_the_queue(pointer: int, fill: int) -> None:
+    results = []
+    for module in (backend, updates_torch):
+        queue, position = torch.zeros(5, 3), torch.tensor([pointer])
+        filled = torch.tensor([fill])
+        module.enqueue_(queue, position, filled, torch.ones(3, 3), False, None, None)
+        results.append((queue, position, filled))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

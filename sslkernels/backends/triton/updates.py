@@ -403,6 +403,13 @@ def ema_update_(
 
 
 @triton.jit
+def _wrapped(position, K):
+    """position mod K in [0, K): a negative one, of a damaged state, must not write outside of the queue."""
+    position = position % K  # of the sign of position, as in C
+    return tl.where(position < 0, position + K, position)
+
+
+@triton.jit
 def enqueue_kernel(
     queue_ptr,  # [K, D] contiguous
     labels_ptr,  # [K] int64
@@ -425,7 +432,7 @@ def enqueue_kernel(
     """Key i goes to row (position + i) mod K; a key is stored as x / max(||x||, eps) or as it is."""
     keys = first + tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     key_ok = keys < N
-    slots = (tl.load(position_ptr) + keys) % K  # once a key, not in a loop
+    slots = (_wrapped(tl.load(position_ptr), K) + keys) % K  # once a key, not in a loop
     divisor = tl.full((BLOCK_N,), 1.0, ACC)
     if NORMALIZE:
         square = tl.zeros((BLOCK_N,), ACC)
@@ -455,10 +462,10 @@ def enqueue_kernel(
 @triton.jit
 def advance_kernel(position_ptr, fill_ptr, N, K):
     """position = (position + N) mod K, fill = min(fill + N, K): after every program has read them."""
-    position = tl.load(position_ptr) + N
-    fill = tl.load(fill_ptr) + N
+    position = _wrapped(tl.load(position_ptr), K) + N
+    fill = tl.minimum(tl.maximum(tl.load(fill_ptr), 0), K) + N
     tl.store(position_ptr, position % K)
-    tl.store(fill_ptr, tl.where(fill < K, fill, tl.zeros_like(fill) + K))
+    tl.store(fill_ptr, tl.minimum(fill, K))
 
 
 def enqueue_(
