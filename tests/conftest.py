@@ -20,6 +20,13 @@ from sslkernels.ops import registry
 SEED = int(os.environ.get("SSLKERNELS_TEST_SEED", "20240601"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "tests/test_fuzz.py")
+    group.addoption("--fuzz-examples", type=int, help="cases a test, more or fewer than it has")
+    group.addoption("--fuzz-seed", type=int, help="other cases than those of `make test`")
+    group.addoption("--fuzz-case", help="a single case, as a failure printed it")
+
+
 def pytest_configure() -> None:
     """Stops where an extension of an older checkout would be imported in place of the built one."""
     builds = sorted(path.name for path in Path(sslkernels.__file__).parent.glob("_C.*.so"))
