@@ -60,6 +60,10 @@ test-fast: test-setup ## run the tests that take seconds
 test-all: test-setup ## run every test and the campaigns, which take longer than all of them
 	$(PYTEST) -m "campaign or not campaign" $(ARGS)
 
+.PHONY: mutants
+mutants: test-setup ## break the kernels in a hundred ways and see tests fail each time (ARGS="-j4 NAME ...")
+	$(BIN)/python tests/mutants $(ARGS)
+
 .PHONY: test-peers
 test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py \
