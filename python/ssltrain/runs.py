@@ -31,6 +31,10 @@ METRICS = (
 )  # fmt: skip
 
 
+# What the checkpoints of every version hold.
+_OF_A_CHECKPOINT = {"method", "step", "optimizer", "schedule", "random"}
+
+
 class RunFolder:
     """Paths of a run: ``config.yaml``, ``metrics.csv``, ``checkpoint.pt``, results and plots.
 
@@ -124,6 +128,8 @@ class RunFolder:
             raise UserError(
                 f"cannot read {path}: {type(error).__name__}; the file is damaged"
             ) from error
+        if not isinstance(state, dict) or not _OF_A_CHECKPOINT <= state.keys():
+            raise UserError(f"{path} is no checkpoint of a run")
         return state
 
     @property

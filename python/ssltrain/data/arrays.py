@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -253,23 +254,39 @@ def _open(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+# A byte of deflate can't stand for more.
+_MOST_INFLATED = 1032
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Read an idx file of unsigned bytes, as MNIST uses them, plain or gzipped.
+
+    No more is read than its header promises, and no header is believed that promises more than a file of
+    its length can hold.
 
     Raises:
         UserError: the file is not idx, holds another type, or is cut short.
     """
-    raw = _open(path)
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != 8:
-        raise UserError(f"{path} is not an idx file of unsigned bytes")
-    dims = raw[3]
-    if len(raw) < 4 + 4 * dims:
+    zipped = path.suffix == ".gz"
+    try:
+        length = path.stat().st_size
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] != 8:
+                raise UserError(f"{path} is not an idx file of unsigned bytes")
+            sizes = file.read(4 * head[3])
+            shape = struct.unpack(f">{len(sizes) // 4}I", sizes[: len(sizes) // 4 * 4])
+            promised = math.prod(shape)
+            if len(shape) != head[3] or promised > length * (_MOST_INFLATED if zipped else 1):
+                raise UserError(f"{path} is cut short; download it again")
+            body = file.read(promised + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if len(body) < promised:
         raise UserError(f"{path} is cut short; download it again")
-    shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
-    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
-    if body.size != int(np.prod(shape, dtype=np.int64)):
-        raise UserError(f"{path} is cut short; download it again")
-    return body.reshape(shape)
+    if len(body) > promised:
+        raise UserError(f"{path} holds more than its header says; download it again")
+    return np.frombuffer(body, np.uint8).reshape(shape)
 
 
 def load_idx_folder(folder: Path, options: DataOptions) -> ImageData:
@@ -368,8 +385,30 @@ def load_npz(path: Path, options: DataOptions) -> ImageData:
         raise UserError(
             f"cannot read {path}: it is no .npz file, or was cut short or damaged ({error})"
         ) from error
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        MemoryError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _refuse_a_header_that_lies(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    """NumPy would ask for the memory of 2^40 images before it finds that they are not there."""
+    member = archive.getinfo(name if name.endswith(".npy") else f"{name}.npy")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            return
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
+            np.lib.format.read_array_header_2_0)  # fmt: skip
+        shape, _, dtype = read(file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > member.file_size:
+        raise UserError(f"cannot read {path}: {name} holds less than its header says")
 
 
 def _read_npz(path: Path, file: Any, options: DataOptions) -> ImageData:
@@ -377,10 +416,15 @@ def _read_npz(path: Path, file: Any, options: DataOptions) -> ImageData:
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise UserError(f"{path} holds one array without a name; save it with np.savez(images=...)")
 
+    def array(name: str) -> np.ndarray:
+        _refuse_a_header_that_lies(path, archive.zip, name)
+        found: np.ndarray = archive[name]
+        return found
+
     def part(names: tuple[str, str, str]) -> Raw:
         images, *others = names
-        labels, captions = (archive[other] if other in archive else None for other in others)
-        return Raw(archive[images], labels, captions)
+        labels, captions = (array(other) if other in archive else None for other in others)
+        return Raw(array(images), labels, captions)
 
     for train, test in _NPZ_SPLIT:
         if train[0] in archive and test[0] in archive:
