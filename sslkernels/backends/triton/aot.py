@@ -76,8 +76,10 @@ VARIANTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "forward",
         {**_FORWARD, "TRIANGLE": True, "HAS_COL": True, "EXCLUDE": 2},
     ),
-    "forward rows": (kernels.forward_kernel, "forward", _FORWARD),
-    "forward rows+cols": (kernels.forward_kernel, "forward", {**_FORWARD, "HAS_COL": True}),
+    "forward rows": (kernels.forward_kernel, "forward", {**_FORWARD, "EXCLUDE": 0}),
+    "forward rows+cols": (
+        kernels.forward_kernel, "forward", {**_FORWARD, "EXCLUDE": 0, "HAS_COL": True},
+    ),
     "forward rows+cols ids": (
         kernels.forward_kernel, "forward", {**_FORWARD, "HAS_COL": True, "EXCLUDE": 2},
     ),
@@ -104,7 +106,9 @@ VARIANTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "attend ids ranks": (kernels_rows.attend_kernel, "fused", {"EXCLUDE": 2, "HAS_RANK": True}),
     "panel": (kernels_backward.panel_kernel, "panel", {**_LSE, "SYMMETRIC": True}),
     "panel ids": (kernels_backward.panel_kernel, "panel", {**_LSE, "EXCLUDE": 2, "SYMMETRIC": False}),
-    "panel softplus": (kernels_backward.panel_kernel, "panel", {**_SOFTPLUS, "SYMMETRIC": False}),
+    "panel softplus": (
+        kernels_backward.panel_kernel, "panel", {**_SOFTPLUS, "EXCLUDE": 2, "SYMMETRIC": False},
+    ),
     "product": (kernels_backward.product_kernel, "product", {}),
 }  # fmt: skip
 
