@@ -27,6 +27,7 @@ TRIPLET = ("tests/test_losses_family.py", "-k", "triplet and (truth or gradcheck
 TRANSFORMS = ("tests/test_transforms.py",)
 ROWS = ("tests/test_rows.py",)
 ENGINE = ("tests/triton_interpreter/test_engine.py",)
+WHOLE_TRITON = ("tests/triton_interpreter/test_losses.py", "-k", "row_numbers")
 TRITON_ROWS = ("tests/triton_interpreter/test_normalization.py",)
 
 FORWARD = "csrc/cpu/pairwise_forward.cpp"
@@ -310,7 +311,7 @@ MUTANTS = [
     Mutant("triton: a maximum that does not follow", TRITON + "kernels.py",
            "total = total * exp(m - shift) + tl.sum", "total = total + tl.sum", ENGINE),
     Mutant("triton: slots of columns of a triangle", TRITON + "kernels.py",
-           "(block > first_block + slot - first_col)", "(block >= first_block + slot - first_col)",
+           "block[None, :] > (first_block + slot", "block[None, :] >= (first_block + slot",
            ENGINE),
     Mutant("triton: sign of the column term", TRITON + "kernels_backward.py",
            "g += exp(s - col[None, :]) * dcol[None, :]", "g -= exp(s - col[None, :]) * dcol[None, :]",
@@ -323,4 +324,29 @@ MUTANTS = [
            "return tl.load(ptrs)", ENGINE),
     Mutant("triton: rows shorter than eps", TRITON + "updates.py",
            "along = tl.where(tiny, 0.0, along)", "pass", TRITON_ROWS),
+    Mutant("triton: the positive's pull on one view", TRITON + "kernels_contrastive.py",
+           "dx - pull[:, None] * other.to(tl.float32)", "dx + pull[:, None] * other.to(tl.float32)",
+           WHOLE_TRITON),
+    Mutant("triton: the weight of the second view", TRITON + "kernels_contrastive.py",
+           "pull += tl.load(row_weight_ptr + n + rows, mask=ok, other=0.0)", "pass", WHOLE_TRITON),
+    Mutant("triton: the projection of a unit row", TRITON + "kernels_contrastive.py",
+           "dx = (dunit - x / divisor[:, None] * kept[:, None]) / divisor[:, None]",
+           "dx = dunit / divisor[:, None]", WHOLE_TRITON),
+    Mutant("triton: half of the temperature's gradient", TRITON + "kernels_contrastive.py",
+           "0.5 * tl.sum(tl.where(ok, along_all, 0.0), 0)", "tl.sum(tl.where(ok, along_all, 0.0), 0)",
+           WHOLE_TRITON),
+    Mutant("triton: the positive of the other sample", TRITON + "kernels.py",
+           "positive_ptr + index % pairs", "positive_ptr + index // 2", WHOLE_TRITON),
+    Mutant("triton: one multiple of the period only", TRITON + "plan.py",
+           "1 if period >= 2 * WHOLE else 3", "1", WHOLE_TRITON),
+    Mutant("triton: where the second view begins", TRITON + "contrastive.py",
+           "0, n - first,", "0, n - first + 1,", WHOLE_TRITON),
+    Mutant("triton: a NaN is no candidate", TRITON + "kernels_rows.py",
+           'up = tl.maximum(tl.where(nan, float("inf"), s), -LARGEST)', "up = tl.maximum(s, -LARGEST)", ENGINE),
+    Mutant("triton: a tie goes to the later one", TRITON + "kernels_rows.py",
+           "tl.where(candidates > value, tile, index)", "tl.where(candidates >= value, tile, index)", ENGINE),
+    Mutant("triton: a random word in the wrong place", TRITON + "updates.py",
+           "tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))",
+           "tl.join(tl.join(word_0, word_1), tl.join(word_2, word_3))",
+           ("tests/triton_interpreter/test_updates.py", "-k", "stochastically")),
 ]  # fmt: skip
