@@ -221,8 +221,8 @@ def draw_confusion(
     ticks = range(len(names)) if len(names) <= 40 else []
     labels = [short(name) for name in names] if ticks else []
     long = max(map(len, names)) > 3
-    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    axes.set_xticks(ticks, labels, fontsize=8, **slant)
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(ticks, labels, fontsize=8, **(slant if long else {}))
     axes.set_yticks(ticks, labels, fontsize=8)
     if len(names) <= 24:
         for row, column in np.argwhere(counts):

@@ -47,8 +47,8 @@ struct Matrix {
       if (dtype == DType::f64) std::memcpy(at, &x, 8);
       if (dtype == DType::f32) std::memcpy(at, &f, 4);
       const uint16_t brain = uint16_t(bits >> 16), exponent = uint16_t(((bits >> 23) & 255) > 112 ? 1 : 0);
-      const uint16_t half = uint16_t(
-          ((bits >> 16) & 0x8000) | (exponent ? ((((bits >> 23) & 255) - 112) << 10) | ((bits >> 13) & 0x3FF) : 0));
+      const uint16_t half = uint16_t(((bits >> 16) & 0x8000) |
+                                     (exponent ? ((((bits >> 23) & 255) - 112) << 10) | ((bits >> 13) & 0x3FF) : 0));
       if (dtype == DType::bf16) std::memcpy(at, &brain, 2);
       if (dtype == DType::f16) std::memcpy(at, &half, 2);
     }

@@ -417,7 +417,8 @@ def _read_npz(path: Path, file: Any, options: DataOptions) -> ImageData:
         raise UserError(f"{path} holds one array without a name; save it with np.savez(images=...)")
 
     def array(name: str) -> np.ndarray:
-        _refuse_a_header_that_lies(path, archive.zip, name)
+        if archive.zip is not None:  # it is open
+            _refuse_a_header_that_lies(path, archive.zip, name)
         found: np.ndarray = archive[name]
         return found
 
