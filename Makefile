@@ -64,6 +64,10 @@ test-all: test-setup ## run every test and the campaigns, which take longer than
 mutants: test-setup ## break the kernels in a hundred ways and see tests fail each time (ARGS="-j4 NAME ...")
 	$(BIN)/python tests/mutants $(ARGS)
 
+.PHONY: sanitize
+sanitize: $(VENV)/.tools ## CPU kernels under the sanitizers for addresses, undefined behaviour and threads
+	$(BIN)/python tests/sanitize $(ARGS)
+
 .PHONY: test-peers
 test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(PEERS)/bin/python -m pytest tests/peers tests/test_integrations.py \
