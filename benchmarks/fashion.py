@@ -106,12 +106,12 @@ def table(out: Path) -> str:
     """Mean and standard deviation of the scores over seeds, and of the CPU time of the runs."""
     with (out / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    times: dict[str, list[float]] = {}
+    spent: dict[tuple[str, str], float] = {}  # a run may have been taken up more than once
     with (out / "runs.csv").open(newline="") as file:
-        for key, parts in itertools.groupby(
-            csv.DictReader(file), lambda row: (row["method"], row["seed"])
-        ):
-            times.setdefault(key[0], []).append(sum(float(row["cpu_s"]) for row in parts))
+        for row in csv.DictReader(file):
+            key = row["method"], row["seed"]
+            spent[key] = spent.get(key, 0.0) + float(row["cpu_s"])
+    times = {name: [s for (method, _), s in spent.items() if method == name] for name in METHODS}
     lines = ["| features | seeds | k-NN | linear probe | 10 labels a class | CPU time |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     names = {"pixels": "raw pixels", "untrained": "untrained encoder", **TITLES}
@@ -119,7 +119,7 @@ def table(out: Path) -> str:
         own = [row for row in rows if row["features"] == name]
         if own:
             cells = [_spread([float(row[score]) for row in own]) for score in SCORES]
-            seconds = f"{_spread(times[name], 0)} s" if name in times else "–"
+            seconds = f"{_spread(times[name], 0)} s" if times.get(name) else "–"
             lines.append(f"| {names[name]} | {len(own)} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines) + "\n"
 
