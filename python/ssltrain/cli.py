@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssltrain.config import (
+    GENERATIVE,
     METHODS,
     RESUMABLE_FIELDS,
     TITLES,
@@ -48,8 +49,9 @@ usage: ssltrain METHOD [--data DATA] [flags]   train, evaluate and draw
        ssltrain report RUN                     one HTML page with everything about a run
        ssltrain completion SHELL               a script that completes commands and flags
 
-METHOD is simclr, byol, moco, moco3, simsiam, supcon or clip. Every run has a folder (the default is
-runs/METHOD-DATA-seedN). 'ssltrain simclr --help' lists the flags; docs/training.md explains them.
+METHOD is simclr, byol, moco, moco3, simsiam, supcon, clip, autoencoder, vae or gan. Every run has a folder
+(the default is runs/METHOD-DATA-seedN). 'ssltrain simclr --help' lists the flags; docs/training.md
+explains them.
 """
 
 # Commands on the folders of runs, in ssltrain.commands.
@@ -310,6 +312,10 @@ def _memory(arguments: list[str]) -> int:
     """Print and draw what a run takes, with the losses of ``sslkernels`` and with plain ones."""
     if not arguments or arguments[0] not in METHODS:
         raise UserError(f"ssltrain memory METHOD [flags]: METHOD is one of {', '.join(METHODS)}")
+    if arguments[0] in GENERATIVE:
+        raise UserError(
+            f"ssltrain memory knows the methods whose losses see embeddings, not {arguments[0]}"
+        )
     config, resume = read_arguments(arguments[0], arguments[1:])
     if resume is not None:
         raise UserError("ssltrain memory takes the settings of a new run: drop --resume")

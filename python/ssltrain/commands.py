@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ssltrain.config import SWITCH, OneLineParser, TrainConfig, flag
+from ssltrain.config import GENERATIVE, SWITCH, OneLineParser, TrainConfig, flag
 from ssltrain.data import DataOptions, ImageData, absolute, check_evaluated, load
 from ssltrain.errors import UserError, note
 from ssltrain.evaluate import all_features, embed, table, trained_encoder
@@ -95,6 +95,10 @@ def evaluate_and_draw(opened: Opened, scores: bool) -> None:
             written.append(folder.confusion_plot)
     elif not data.has_labels and not written:
         print(f"{data.name} {data.unlabelled}: no probes, only the plots")
+    if config.method in GENERATIVE:
+        from ssltrain.pictures import evaluate_images
+
+        written += evaluate_images(folder, state, config, data, device)
     if folder.read_metrics():
         draw_loss(folder, config, data.name)
         written.append(folder.loss_plot)

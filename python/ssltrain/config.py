@@ -27,8 +27,12 @@ TITLES = {
     "simsiam": "SimSiam",
     "supcon": "SupCon",
     "clip": "CLIP",
+    "autoencoder": "Autoencoder",
+    "vae": "VAE",
+    "gan": "GAN",
 }
 METHODS = tuple(TITLES)
+GENERATIVE = ("autoencoder", "vae", "gan")  # they make images, from one process
 
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.
 RUNTIME_FIELDS = frozenset(
@@ -56,9 +60,9 @@ class TrainConfig:
     (``ssltrain.presets``), then by ``--config FILE``, then by flags.
     """
 
-    method: Literal["simclr", "byol", "moco", "moco3", "simsiam", "supcon", "clip"] = _option(
-        "simclr", "run", "training method"
-    )
+    method: Literal[
+        "simclr", "byol", "moco", "moco3", "simsiam", "supcon", "clip", "autoencoder", "vae", "gan"
+    ] = _option("simclr", "run", "training method")
     data: str = _option(
         "digits", "data", "digits, or a path, or mnist:DIR, cifar10:DIR, npz:FILE, folder:DIR"
     )
@@ -135,6 +139,16 @@ class TrainConfig:
     )
     symmetric: bool = _option(
         False, "loss", "moco: also use view 2 as query and view 1 as key (the others always do)"
+    )
+    mask: float = _option(0.0, "loss", "share of patches that are hidden from it (autoencoder)")
+    patch: int = _option(2, "loss", "pixels a side of a hidden patch (autoencoder)")
+    beta: float = _option(1.0, "loss", "weight of the KL term, after a linear warm-up (vae)")
+    free_bits: float = _option(0.0, "loss", "nats a code that cost nothing (vae)")
+    gan_form: Literal["non_saturating", "hinge", "least_squares", "wasserstein"] = _option(
+        "non_saturating", "loss", "adversarial loss (gan)"
+    )
+    r1: float = _option(
+        0.0, "loss", "weight of the R1 penalty of the discriminator (gan); no batch norm with it"
     )
     loss_backend: Literal["fused", "eager"] = _option(
         "fused", "loss", "losses, queue and average of sslkernels, or plain PyTorch to compare with"
@@ -225,12 +239,12 @@ class TrainConfig:
         """Return self, or raise a ``UserError`` that names the flag and what must hold."""
         positive = (
             "width", "stages", "blocks", "stem_stride", "pool", "projector_hidden", "projector_dim",
-            "queue_size", "epochs", "batch_size", "log_every", "save_every",
+            "queue_size", "epochs", "batch_size", "log_every", "save_every", "patch",
         )  # fmt: skip
         not_negative = (
             "image_size", "micro_batch", "weight_decay", "cache_mb", "clip_grad",
             "projector_layers", "predictor_hidden", "crops", "crop_size", "keep_every", "knn_every",
-            "stop_after", "threads",
+            "stop_after", "threads", "beta", "free_bits", "r1",
             "jitter", "rotate", "translate", "zoom", "shear", "elastic", "noise", "base_lr", "seed",
         )  # fmt: skip
         for name in positive:
@@ -240,6 +254,7 @@ class TrainConfig:
         for name in ("flip", "gray", "blur", "erase", "ema_decay", "momentum", "warmup"):
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check("temperature", self.temperature > 0, "greater than 0")
+        self._check("mask", 0 <= self.mask < 1, "at least 0 and less than 1")
         for name in ("crop_min", "crop_max"):
             self._check(name, 0 < getattr(self, name) <= 1, "greater than 0 and at most 1")
         several = self.method in ("simclr", "byol", "supcon")

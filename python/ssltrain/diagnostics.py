@@ -54,6 +54,9 @@ WHAT_HELPS = {
     "supcon": "a lower --base-lr, a higher --temperature, a longer --warmup",
     "simclr": "a lower --base-lr, a longer --warmup, a higher --temperature, --clip-grad 1",
     "moco": "a lower --base-lr, a higher --ema-decay, a higher --temperature, a larger --queue-size",
+    "autoencoder": "a lower --base-lr, a longer --warmup, --clip-grad 1",
+    "vae": "a lower --beta, --free-bits 0.05, a lower --base-lr",
+    "gan": "a lower --base-lr, another --gan-form, --r1 1",
     "clip": "a lower --base-lr, a longer --warmup, --clip-grad 1, captions that differ",
     "moco3": "a lower --base-lr, a longer --warmup, a higher --ema-decay",
 }

@@ -20,18 +20,36 @@ from sslkernels import ContrastiveMetrics, cosine_decay, reference
 __all__ = [
     "EMA",
     "KeyQueue",
+    "adversarial_loss",
+    "beta_schedule",
     "byol_loss",
     "clip_loss",
     "cosine_decay",
+    "feature_reconstruction_loss",
     "info_nce_loss",
     "nt_xent_loss",
+    "r1_penalty",
+    "reparameterize",
     "simsiam_loss",
     "sup_con_loss",
+    "vae_loss",
 ]
 
+adversarial_loss = reference.adversarial_loss
+beta_schedule = reference.beta_schedule
 byol_loss = reference.byol_loss
+feature_reconstruction_loss = reference.feature_reconstruction_loss
+r1_penalty = reference.r1_penalty
 simsiam_loss = reference.simsiam_loss
 sup_con_loss = reference.sup_con_loss
+vae_loss = reference.vae_loss
+
+
+def reparameterize(mean: Tensor, log_variance: Tensor, seed: int) -> Tensor:
+    """A sample with a stored noise, of torch's generator for the seed."""
+    generator = torch.Generator(mean.device).manual_seed(seed)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + (0.5 * log_variance).exp() * noise
 
 
 def nt_xent_loss(

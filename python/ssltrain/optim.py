@@ -40,7 +40,8 @@ def build_optimizer(
         groups.append({"params": vectors, "weight_decay": 0.0, "constant": constant})
     lr = config.learning_rate
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=lr)
+        # DCGAN's: with 0.9 the two sides of a game swing (arXiv:1511.06434, section 4).
+        return AdamW(groups, lr=lr, betas=(0.5 if config.method == "gan" else 0.9, 0.999))
     if config.optimizer == "sgd":
         return SGD(groups, lr=lr, momentum=config.momentum)
     try:

@@ -31,6 +31,12 @@ _STROKES: dict[str, Any] = {
     "noise": 0.1,
 }
 
+# Of the methods that make images.
+_DRAWN: dict[str, Any] = {
+    "jitter": 0.0, "rotate": 8.0, "translate": 0.0, "zoom": 0.05, "shear": 8.0, "noise": 0.0,
+    "weight_decay": 0.0,
+}  # fmt: skip
+
 # What a kind of data set changes for every method.
 _KINDS: dict[str, dict[str, Any]] = {
     # 1437 training images of 8 x 8. A ResNet of three stages is as deep as 8 x 8 allows and one
@@ -74,6 +80,19 @@ _PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     # A batch of 128 has few negatives: a temperature between those of SimCLR here and the paper's.
     ("moco3", "digits"): {"temperature": 0.5, "ema_decay": 0.98},
     ("supcon", "digits"): {"temperature": 0.2},
+    # Few changes of the strokes: what is drawn is to look like the data.
+    ("autoencoder", "digits"): {**_DRAWN, "projector_dim": 32, "epochs": 60},
+    ("vae", "digits"): {**_DRAWN, "projector_dim": 16, "epochs": 100},
+    ("gan", "digits"): {
+        **_DRAWN,
+        "backbone": "ssltrain.methods.gan:critic",
+        "projector_dim": 64,
+        "base_lr": 4e-4,
+        "r1": 1.0,
+        "epochs": 100,
+        "schedule": "constant",
+        "warmup": 0.0,
+    },
 }
 
 

@@ -121,7 +121,7 @@ class Trainer:
         self.steps_per_epoch = images // config.batch_size  # what is left over sits an epoch out
         self.total_steps = config.epochs * self.steps_per_epoch
         encoder = fresh_encoder(config, data)
-        self.method = build_method(config, encoder, world, self.total_steps)
+        self.method = build_method(config, encoder, world, self.total_steps, data.size)
         self.method.train()
         if self.method.needs_labels and data.train.labels is None:
             raise UserError(f"{config.method} trains on labels, and {data.name} {data.unlabelled}")

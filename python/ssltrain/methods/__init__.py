@@ -22,6 +22,8 @@ from ssltrain.methods.base import (
 )
 from ssltrain.methods.byol import BYOL
 from ssltrain.methods.clip import CLIP
+from ssltrain.methods.gan import GAN
+from ssltrain.methods.generative import VAE, Autoencoder, Generates
 from ssltrain.methods.moco import MoCo, MoCo3
 from ssltrain.methods.simclr import SimCLR, SupCon
 from ssltrain.methods.simsiam import SimSiam
@@ -31,7 +33,11 @@ from ssltrain.parallel import World
 __all__ = [
     "BYOL",
     "CLIP",
+    "GAN",
+    "VAE",
+    "Autoencoder",
     "Batch",
+    "Generates",
     "Method",
     "MoCo",
     "MoCo3",
@@ -55,10 +61,25 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "supcon": SupCon,
     "clip": CLIP,
 }
+# They also need to know how large an image is.
+_GENERATIVE: dict[str, Callable[..., Method]] = {"autoencoder": Autoencoder, "vae": VAE, "gan": GAN}
 
 
-def build_method(config: TrainConfig, encoder: Encoder, world: World, total_steps: int) -> Method:
+def build_method(
+    config: TrainConfig,
+    encoder: Encoder,
+    world: World,
+    total_steps: int,
+    size: tuple[int, int] = (0, 0),
+) -> Method:
     """The method that ``config`` names, on the device of ``world``.
+
+    Args:
+        config: the run.
+        encoder: with fresh weights or others.
+        world: the processes that share the run.
+        total_steps: of the run.
+        size: height and width of an image, for methods that make images.
 
     Raises:
         UserError: a setting that the method cannot serve with this many processes.
@@ -67,4 +88,8 @@ def build_method(config: TrainConfig, encoder: Encoder, world: World, total_step
         raise UserError("--loss-backend eager runs in one process; start it without torchrun")
     if world.size > 1 and config.micro_batch and config.method == "clip":
         raise UserError("--micro-batch of clip runs in one process; start it without torchrun")
+    if config.method in _GENERATIVE:
+        if world.size > 1:
+            raise UserError(f"{config.method} runs in one process; start it without torchrun")
+        return _GENERATIVE[config.method](config, encoder, world, total_steps, size)
     return _METHODS[config.method](config, encoder, world, total_steps)
