@@ -2,7 +2,7 @@
 // Calls every CPU kernel at sizes around vectors, panels and blocks, from memory that ends where the data ends.
 //
 //   kernels check      all of them, on one and on four threads; the results must have the same bits
-//   kernels count N    one fixed call of kernel N, for a count of instructions (tests/speed_guard.py)
+//   kernels count N    one fixed call of kernel N, for a count of instructions (tests/test_speed_guard.py)
 //
 // Built by tests/sanitize with the sanitizers, and without: memory of C++'s new is where they have their guards.
 
@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "classes.h"
 #include "sslkernels.h"
 
 using namespace sslk;
@@ -130,6 +131,16 @@ void whole_losses(DType dtype, Layout layout, Reduction reduction, double scale,
   a.layout = layout, a.reduction = reduction, a.dtype = dtype, a.d = s.d, a.scale = scale, a.n_threads = threads;
   a.a = rows(x, s.n, s.d), a.b = rows(y, s.n, s.d);
   if (layout == Layout::bank) a.bank = rows(bank, s.m, s.d);
+  if (layout == Layout::sigmoid) a.bias = -2.0;
+  if (layout == Layout::decoupled) a.sigma = 0.5;
+  std::vector<int64_t> labels(size_t(s.n) + 1);
+  for (size_t i = 0; i < labels.size(); ++i) labels[i] = int64_t(i % (labels.size() / 2 + 1));
+  GroupedRows grouped;
+  if (layout == Layout::classes) {
+    a.ids_q = labels.data();
+    grouped.apply(&a);
+    a.ids_q = nullptr;
+  }
   ContrastiveState kept;
   kept.lse = out.take(acc, a.rows()), kept.positive = out.take(acc, s.n), kept.inv = out.take(acc, 2 * s.n);
   if (layout == Layout::bank) kept.mean_key = out.take(acc, s.n * s.d);
@@ -140,7 +151,9 @@ void whole_losses(DType dtype, Layout layout, Reduction reduction, double scale,
                                      out.integers(a.rows())));
   ContrastiveBackwardArgs b;
   b.dloss = dloss.at(), b.dloss_stride = 1;
-  b.da = out.take(dtype, s.n * s.d), b.db = out.take(dtype, s.n * s.d), b.dscale = out.number();
+  b.da = out.take(dtype, s.n * s.d), b.dscale = out.number();
+  if (layout != Layout::classes) b.db = out.take(dtype, s.n * s.d);
+  if (layout == Layout::sigmoid) b.dbias = out.number();
   must(kernels().contrastive_backward(a, kept, b));
 }
 
@@ -225,8 +238,8 @@ void check() {
           twice("tiles", s, [&](int t, Results& r) { tile_kernels(dtype, kind, self, ids, scale, s, t, r); });
         }
       }
-      for (Layout layout :
-           {Layout::joint, Layout::cross, Layout::both, Layout::bank, Layout::decoupled, Layout::sigmoid}) {
+      for (Layout layout : {Layout::joint, Layout::cross, Layout::both, Layout::bank, Layout::decoupled,
+                            Layout::sigmoid, Layout::classes}) {
         const Reduction reduction = s.n % 2 ? Reduction::none : Reduction::mean;
         twice("whole", s, [&](int t, Results& r) { whole_losses(dtype, layout, reduction, 9.0, s, t, r); });
       }
