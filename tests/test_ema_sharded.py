@@ -265,7 +265,8 @@ def nothing_grows(rank: int, folder: str) -> None:
     for _ in range(1000):
         ema.update(net)
     gc.collect()
-    assert len(gc.get_objects()) - before < 20
+    # A leak would be an object a step at least; torch and Python make some of their own now and then.
+    assert len(gc.get_objects()) - before < 300
 
 
 @scenario
@@ -412,8 +413,11 @@ def worker(rank: int, folder: str) -> None:
             found[name] = traceback.format_exc()
             break  # the other rank may wait for this one
     torch.save(found, f"{folder}/found {rank}.pt")
-    if all(text is None for text in found.values()):
-        dist.destroy_process_group()
+    if any(text is not None for text in found.values()):
+        os._exit(
+            0
+        )  # threads of the group would abort the process, and nobody would read the reason
+    dist.destroy_process_group()
 
 
 def _one_process(folder: str) -> None:

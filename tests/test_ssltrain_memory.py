@@ -62,6 +62,7 @@ def test_activations_are_those_of_the_layers() -> None:
     class Run:
         method = Method()
         world = World(0, 1, torch.device("cpu"))
+        tokens = None
 
         class data:  # noqa: N801
             channels, size = 1, (4, 4)

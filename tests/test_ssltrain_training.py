@@ -66,7 +66,8 @@ def test_twenty_steps_lower_the_loss(method: str, digits_file: str, tmp_path: Pa
     assert tuple(written[0]) == METRICS
     assert all(math.isfinite(value) for row in written for value in row.values())
     assert written[-1]["loss"] < 0.96 * written[0]["loss"]
-    if method != "byol":  # which does not train to tell images of a batch apart
+    # These do not train to tell images of a batch apart.
+    if method not in ("byol", "autoencoder", "vae", "gan"):
         assert written[-1]["top1"] > written[0]["top1"]
     assert 1 <= written[-1]["effective_rank"] <= 16  # two stages of width 8 give 16 features
     assert any((folder / "tensorboard").iterdir())

@@ -31,8 +31,9 @@ METRICS = (
 )  # fmt: skip
 
 
-# What the checkpoints of every version hold.
-_OF_A_CHECKPOINT = {"method", "step", "optimizer", "schedule", "random"}
+# What the checkpoints of every version hold, the best one too, which is not for resuming.
+_OF_A_CHECKPOINT = {"method", "step"}
+_TO_RESUME = {"optimizer", "schedule", "random"}
 
 
 class RunFolder:
@@ -128,7 +129,8 @@ class RunFolder:
             raise UserError(
                 f"cannot read {path}: {type(error).__name__}; the file is damaged"
             ) from error
-        if not isinstance(state, dict) or not _OF_A_CHECKPOINT <= state.keys():
+        wanted = _OF_A_CHECKPOINT | (_TO_RESUME if path == self.checkpoint else set())
+        if not isinstance(state, dict) or not wanted <= state.keys():
             raise UserError(f"{path} is no checkpoint of a run")
         return state
 
