@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import HANGS_S
+from helpers import HANGS_S, leave_group
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -169,7 +169,7 @@ def worker(rank: int, folder: str) -> None:
     if hasattr(torch.distributed.fsdp, "fully_shard"):
         found["fsdp2"] = _fsdp2(rank, views)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

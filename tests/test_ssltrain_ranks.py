@@ -18,7 +18,7 @@ from torch import Tensor, nn
 pytest.importorskip("kornia", reason="needs the packages of the trainers")
 
 from distributed_cases import process_group
-from helpers import HANGS_S, threads
+from helpers import HANGS_S, leave_group, threads
 from ssltrain.cli import main
 from ssltrain.config import TrainConfig
 from ssltrain.errors import UserError
@@ -126,7 +126,7 @@ def worker(rank: int, folder: str) -> None:
         out["simclr crops"] = first_step("simclr", world, 0, crops=1)
         torch.save(out, f"{folder}/{rank}.pt")
         dist.barrier()
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 
 import sys
 
-from ssltrain.cli import main
+from ssltrain.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

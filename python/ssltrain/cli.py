@@ -95,6 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def command() -> int:
+    """``main`` as a process of its own.
+
+    One of several processes ends without Python's clean-up: threads of gloo may still hold tensors of a
+    finished collective, and abort the process when they ask an interpreter that is being taken down for
+    its lock.
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    return code
+
+
 OUT_OF_MEMORY = (
     "out of memory; what helps: --micro-batch 64 (the same gradient with fewer activations), a "
     "smaller --batch-size or --image-size, --amp bf16; 'ssltrain memory' says where memory goes"
