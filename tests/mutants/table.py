@@ -239,7 +239,8 @@ MUTANTS = [
            "for (int round = 0; round < 10; ++round) {", "for (int round = 0; round < 9; ++round) {",
            EMA),
     Mutant("ema: random bits of another element", "csrc/cpu/ema.cpp",
-           "philox_word(random, uint64_t(first + b + i));", "philox_word(random, uint64_t(b + i));",
+           "philox_group(random, element / 4 + uint64_t(g), words + 4 * g);",
+           "philox_group(random, element / 4 + uint64_t(g) + 1, words + 4 * g);",
            ("tests/test_ema.py", "tests/test_ema_sharded.py")),
     # ---- bindings
     Mutant("bindings: ids of 64 bits are cut", "csrc/narrow_ids.h",
