@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 pytest.importorskip("kornia", reason="needs the packages of the trainers")
 
-from ssltrain.cli import read_arguments
+from ssltrain import parallel
+from ssltrain.cli import main, read_arguments
 from ssltrain.config import GENERATIVE, METHODS, TrainConfig
 from ssltrain.data import DataOptions, ImageData, load
 from ssltrain.errors import UserError
@@ -100,6 +102,53 @@ def test_autocast_changes_the_loss_by_its_precision(
         losses.append(ours.method.train_step(batch).loss.item())
     assert losses[0] != losses[1]
     assert math.isclose(*losses, rel_tol=0.05 if dtype == "bf16" else 0.01, abs_tol=0.01)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_is_bf16_where_the_processor_computes_it(
+    able: bool, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "computes_bf16", lambda device: able)
+    wanted = "bf16" if able else "none"
+    assert trainer("simclr", data, amp="auto").config.amp == wanted
+    words = [
+        "simclr",
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--stop-after",
+        "1",
+        "--progress",
+        "false",
+    ]
+    assert main([*words, "--amp", "auto", "--run", str(tmp_path / "run")]) == 0
+    assert TrainConfig.load(tmp_path / "run" / "config.yaml").amp == wanted
+
+
+def test_auto_is_bf16_if_every_process_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = parallel.World(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(parallel.World, "gather", lambda self, value: [True, False])
+    assert parallel.choose_amp("auto", world) == "none"
+    assert parallel.choose_amp("fp16", world) == "fp16"
+
+
+@pytest.mark.parametrize(("capability", "able"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_compute_bf16_from_ampere_on(
+    capability: tuple[int, int], able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert parallel.computes_bf16(torch.device("cuda")) is able
+
+
+def test_slow_bf16_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parallel, "computes_bf16", lambda device: False)
+    words = ["simclr", "--data", "digits", "--dry-run", "--amp", "bf16", "--run", str(tmp_path)]
+    assert main(words) == 0
+    assert "--amp none is faster" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("micro", [1, 31])

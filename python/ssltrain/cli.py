@@ -249,7 +249,7 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
         UserError: something in the configuration or the data does not fit.
     """
     from ssltrain.data import DataOptions, load
-    from ssltrain.parallel import world
+    from ssltrain.parallel import computes_bf16, world
     from ssltrain.runs import RunFolder
     from ssltrain.trainer import Trainer
 
@@ -259,8 +259,17 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
             note(sentence)
         if data.unlabelled and config.method != "clip":
             note(f"{data.name} {data.unlabelled}: the run is not evaluated by probes")
+        if (
+            config.amp == "bf16"
+            and processes.device.type == "cpu"
+            and not computes_bf16(processes.device)
+        ):
+            note(
+                "--amp bf16: this processor does not compute bfloat16 itself, --amp none is faster"
+            )
         config = dataclasses.replace(config, pixel_range=data.pixel_range)
         trainer = Trainer(config, data, processes, None)
+        config = trainer.config
         if resume is not None and resume.has_begun:
             trainer.restore(resume.read_checkpoint())
         elif config.init_from:

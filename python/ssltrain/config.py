@@ -32,6 +32,7 @@ TITLES = {
     "gan": "GAN",
 }
 METHODS = tuple(TITLES)
+Amp = Literal["none", "auto", "bf16", "fp16"]
 GENERATIVE = ("autoencoder", "vae", "gan")  # they make images, from one process
 
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.
@@ -197,8 +198,10 @@ class TrainConfig:
     clip_grad: float = _option(
         0.0, "optimisation", "largest norm of the gradient of a step; 0 does not clip"
     )
-    amp: Literal["none", "bf16", "fp16"] = _option(
-        "none", "optimisation", "autocast of the networks; fp16 scales the loss"
+    amp: Amp = _option(
+        "none",
+        "optimisation",
+        "autocast of the networks; fp16 scales the loss; auto is bf16 where the processor computes it",
     )
 
     seed: int = _option(0, "run", "seed of weights, order and augmentation")

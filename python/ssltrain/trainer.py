@@ -26,7 +26,7 @@ from ssltrain.methods import Batch, StepMetrics, build_method, named_for, online
 from ssltrain.models import Encoder, build_encoder
 from ssltrain.neighbours import nearest, vote
 from ssltrain.optim import build_optimizer, build_schedule, set_step
-from ssltrain.parallel import World
+from ssltrain.parallel import World, choose_amp
 from ssltrain.runs import (
     RunFolder,
     epoch_order,
@@ -91,7 +91,7 @@ class Trainer:
         """Build the run at its first step.
 
         Args:
-            config: the run.
+            config: the run; ``self.config`` says what ``amp="auto"`` became.
             data: its images.
             world: the processes that share it.
             folder: where the main process writes; None elsewhere.
@@ -116,6 +116,7 @@ class Trainer:
                 f"{what} leaves a part of one image, of which batch norm can take no statistics; "
                 "give another"
             )
+        config = dataclasses.replace(config, amp=choose_amp(config.amp, world))
         self.config, self.data, self.world, self.folder = config, data, world, folder
         self.fingerprint = fingerprint(data)
         self.steps_per_epoch = images // config.batch_size  # what is left over sits an epoch out
