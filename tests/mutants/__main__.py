@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.dont_write_bytecode = True  # a mutant may have the size and the second of the file it replaces
 
 from mutants.table import MUTANTS  # noqa: E402
-from mutants.workshop import Mutant, Workshop, build_objects, isas, seconds  # noqa: E402
+from mutants.workshop import Mutant, Workshop, build_objects, isas, seconds, usable  # noqa: E402
 
 Result = tuple[str, str, str]  # state, detail, time
 
@@ -54,9 +54,12 @@ def main() -> int:
     chosen = [m for m in MUTANTS if not options.names or any(n in m.name for n in options.names)]
     for mutant in chosen:
         mutant.text()  # an error here is one of the table
-    able = isas("all")
-    skipped = [m for m in chosen if m.isa not in able]
-    todo = [m for m in chosen if m not in skipped]
+    skipped = {m.name: f"the compiler has no {m.isa}" for m in chosen if m.isa not in isas("all")}
+    able = usable()
+    for mutant in chosen:
+        if mutant.isa not in able:
+            skipped.setdefault(mutant.name, f"this processor has no {mutant.isa}")
+    todo = [m for m in chosen if m.name not in skipped]
     start = time.monotonic()
     objects = {which: build_objects(which, options.jobs) for which in {_setting(m) for m in todo}}
     print(
@@ -95,8 +98,8 @@ def main() -> int:
         print(f"{state:9} {name:44} {took:>8}  {detail}", flush=True)
     for worker in workers:
         worker.join()
-    for mutant in skipped:
-        print(f"skipped   {mutant.name:44} the compiler has no {mutant.isa}")
+    for name, reason in skipped.items():
+        print(f"skipped   {name:44} {reason}")
     summary = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
     print(f"{len(todo)} mutants: {summary}; {seconds(start)}")
     return int(counts.get("killed", 0) != len(todo))

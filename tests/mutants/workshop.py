@@ -86,6 +86,14 @@ def isas(which: str) -> dict[str, list[str]]:
     return {"baseline": []} if which == "baseline" else known
 
 
+def usable() -> list[str]:
+    """Instruction sets of the built module that this processor has."""
+    code = "from sslkernels import _C; print(*_C.available_isas())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
 @dataclass(frozen=True)
 class Unit:
     """A translation unit for one instruction set, or for none."""
