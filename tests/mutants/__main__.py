@@ -60,6 +60,10 @@ def main() -> int:
         if mutant.isa not in able:
             skipped.setdefault(mutant.name, f"this processor has no {mutant.isa}")
     todo = [m for m in chosen if m.name not in skipped]
+    for name, reason in skipped.items():
+        print(f"skipped   {name:44} {reason}")
+    if not todo:
+        return 0
     start = time.monotonic()
     objects = {which: build_objects(which, options.jobs) for which in {_setting(m) for m in todo}}
     print(
@@ -98,8 +102,6 @@ def main() -> int:
         print(f"{state:9} {name:44} {took:>8}  {detail}", flush=True)
     for worker in workers:
         worker.join()
-    for name, reason in skipped.items():
-        print(f"skipped   {name:44} {reason}")
     summary = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
     print(f"{len(todo)} mutants: {summary}; {seconds(start)}")
     return int(counts.get("killed", 0) != len(todo))
