@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import SLACK, check_budget, check_loss, threads
 from peaks import Training
 from torch import Tensor
@@ -193,6 +195,62 @@ def test_peak_of_vae_loss_is_its_gradients(
     assert ours <= gradients + 2**18, said
     assert 20 * (ours - gradients) <= eager - gradients, said
     assert (3 if dtype == torch.bfloat16 else 2.8) * ours <= eager, said
+
+
+def _bound(
+    r: Tensor, x: Tensor, mean: Tensor, log_variance: Tensor, *, logits: bool = True
+) -> Tensor:
+    """As examples write it: of logits, or of probabilities."""
+    if logits:
+        fit = F.binary_cross_entropy_with_logits(r, x, reduction="sum")
+    else:
+        fit = F.binary_cross_entropy(r.sigmoid(), x, reduction="sum")
+    return (fit - 0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())) / len(x)
+
+
+@pytest.mark.parametrize("logits", [True, False], ids=["logits", "probabilities"])
+def test_peak_beside_torchs_own_losses(logits: bool, tmp_path: Path) -> None:
+    """What is held beyond the gradients: next to nothing, and one or two more tensors of N x D.
+
+    The gradient of the logits is one such tensor for everybody, so no loss that gives it out can
+    hold less than half (a third) of the other.
+    """
+    r, x, mean, log_variance = batch(4096, 784, 20)
+    leaves = (r, mean, log_variance)
+
+    def peak(loss) -> int:
+        return Training(lambda r, m, v: loss(r, x, m, v), *leaves).peak(tmp_path)
+
+    with threads(2):
+        ours, eager = peak(ssl.vae_loss), peak(functools.partial(_bound, logits=logits))
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    said = f"{ours / 2**20:.2f} of {eager / 2**20:.2f} MiB, gradients {gradients / 2**20:.2f}"
+    assert ours - gradients <= 2**18 and 100 * (ours - gradients) <= eager - gradients, said
+    assert (1.85 if logits else 2.85) * ours <= eager, said
+
+
+def test_peak_of_a_step_with_its_decoder(tmp_path: Path) -> None:
+    """Sample, linear decoder and loss: logits and their gradient; eager has one or two tensors more."""
+    _, x, mean, log_variance = batch(4096, 784, 20)
+    weight = draw(20, 784, seed=6)
+
+    def eager(loss, m: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        deviation = torch.exp(0.5 * v)
+        z = m + deviation * torch.randn_like(deviation)
+        return loss(z @ weight, x, m, v)
+
+    def ours(m: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return ssl.vae_loss(ssl.reparameterize(m, v, 3) @ weight, x, m, v)
+
+    def peak(step) -> float:
+        return Training(step, mean, log_variance, weight).peak(tmp_path) / x.nbytes
+
+    with threads(2):
+        held = [
+            peak(ours),
+            *(peak(functools.partial(eager, f)) for f in (_bound, reference.vae_loss)),
+        ]
+    assert held[0] < 2.1 and held[1] > 3 and held[2] > 4, held
 
 
 def test_peak_of_reparameterize_is_its_results(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
 // sample of every map is cut into units of kUnit elements, which threads share; the sums of units are added in
 // order, so that the number of threads changes no bit.
 //
-// Plain-torch twin: sslkernels/ops/features.py.
+// Plain-torch twin: sslkernels/backends/autoencoders_torch.py.
 
 #include <omp.h>
 

@@ -7,7 +7,7 @@
 //
 // in the accumulation type.  The words of an element depend on nothing else, so the number of threads changes no bit.
 //
-// Plain-torch twin: sslkernels/backends/vae_torch.py.
+// Plain-torch twin: sslkernels/backends/autoencoders_torch.py.
 
 #include <omp.h>
 
@@ -75,27 +75,34 @@ inline SSLK_INLINE Vec<T> sqrt_v(Vec<T> x) {
 // The noise of elements [first, first + kBlock), first a multiple of 4.
 template <class T>
 void normal_block(uint64_t seed, int64_t first, T* out) {
-  constexpr int L = Simd<T>::kLanes, kGroups = kBlock / 4;
-  alignas(64) T u[4][kGroups];
-  const uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int g = 0; g < kGroups; ++g) {
-    const uint64_t group = uint64_t(first / 4 + g);
-    uint32_t words[4] = {uint32_t(group), uint32_t(group >> 32), 0u, kStream};
-    philox(k0, k1, words);
-    for (int w = 0; w < 4; ++w) u[w][g] = T(words[w]) * T(0x1p-32) + T(0x1p-33);
-  }
-  for (int pair = 0; pair < 2; ++pair) {
-    for (int g = 0; g < kGroups; g += L) {
-      const Vec<T> radius = sqrt_v<T>(T(-2) * log_v<T>(load<T>(&u[2 * pair][g])));
-      Vec<T> cosine, sine;
-      cos_sin<T>(load<T>(&u[2 * pair + 1][g]), &cosine, &sine);
-      cosine *= radius;
-      sine *= radius;
-      for (int l = 0; l < L; ++l) {
-        out[4 * (g + l) + 2 * pair] = cosine[l];
-        out[4 * (g + l) + 2 * pair + 1] = sine[l];
-      }
+  constexpr int L = Simd<T>::kLanes, kWords = Simd<uint32_t>::kLanes, kGroups = kBlock / 4;
+  alignas(64) uint32_t words[4][kGroups];
+  alignas(64) T normal[4][kGroups];
+  for (int g = 0; g < kGroups; g += kWords) {
+    uint32_t low[kWords], high[kWords];
+    for (int l = 0; l < kWords; ++l) {
+      const uint64_t group = uint64_t(first / 4 + g + l);
+      low[l] = uint32_t(group);
+      high[l] = uint32_t(group >> 32);
     }
+    Vec<uint32_t> c[4] = {load<uint32_t>(low), load<uint32_t>(high), {}, splat<uint32_t>(kStream)};
+    philox_lanes(uint32_t(seed), uint32_t(seed >> 32), c);
+    for (int w = 0; w < 4; ++w) store<uint32_t>(&words[w][g], c[w]);
+  }
+  for (int w = 0; w < 4; ++w) {
+    for (int g = 0; g < kGroups; ++g) normal[w][g] = T(words[w][g]) * T(0x1p-32) + T(0x1p-33);
+  }
+  for (int pair = 0; pair < 4; pair += 2) {
+    for (int g = 0; g < kGroups; g += L) {
+      const Vec<T> radius = sqrt_v<T>(T(-2) * log_v<T>(load<T>(&normal[pair][g])));
+      Vec<T> cosine, sine;
+      cos_sin<T>(load<T>(&normal[pair + 1][g]), &cosine, &sine);
+      store<T>(&normal[pair][g], cosine * radius);
+      store<T>(&normal[pair + 1][g], sine * radius);
+    }
+  }
+  for (int g = 0; g < kGroups; ++g) {
+    for (int w = 0; w < 4; ++w) out[4 * g + w] = normal[w][g];
   }
 }
 

@@ -9,7 +9,7 @@
 //
 // Sums of a block in float32 (float64 for float64), of the blocks of a row in float64.
 //
-// Plain-torch twin: sslkernels/backends/vae_torch.py.
+// Plain-torch twin: sslkernels/backends/autoencoders_torch.py.
 
 #include "blocks.h"
 #include "kernels.h"
@@ -154,11 +154,14 @@ void latent_gradients(const VaeCall<T>& call, const VaeBackwardArgs& out, int64_
     const int count = block_count(b, codes.d);
     call.read(codes.mean.data, i * codes.mean.stride + b, count, m);
     call.read(codes.log_variance.data, i * codes.log_variance.stride + b, count, v);
-    for (int k = 0; k < kBlock; ++k) {
-      w[k] = codes.weights != nullptr && k < count ? g * static_cast<const T*>(codes.weights)[b + k] : g;
+    // Codes are few: nothing here may cost what a whole block does.
+    const T* weights = static_cast<const T*>(codes.weights);
+    if (weights != nullptr) {
+      for (int k = 0; k < count; ++k) w[k] = g * weights[b + k];
+      for (int k = count; k % L != 0; ++k) w[k] = T(0);
     }
     for (int k = 0; k < count; k += L) {
-      const Vec<T> gv = load<T>(w + k);
+      const Vec<T> gv = weights != nullptr ? load<T>(w + k) : splat<T>(g);
       store<T>(m + k, gv * load<T>(m + k));
       store<T>(v + k, T(0.5) * gv * expm1_v<T>(load<T>(v + k)));
     }
