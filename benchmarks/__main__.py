@@ -21,7 +21,7 @@ import torch
 from benchmarks import report, runner
 from benchmarks.cases import OPS
 
-SIZES = {"moco": [4096, 65536], "enqueue": [65536], "ema": [40, 161]}
+SIZES = {"moco": [4096, 65536], "enqueue": [65536], "ema": [40, 161], "features": [16]}
 LOSS_SIZES = [128, 512, 2048]
 
 

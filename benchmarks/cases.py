@@ -4,7 +4,7 @@
 Sizes mean, per op: nt_xent, clip, siglip, sup_con, triplet: N (rows in all for nt_xent, sup_con and
 triplet, pairs for clip and siglip); moco and enqueue: K, the rows of the queue, with ``batch``
 queries or keys; ema: the number of tensors, 161 for the parameters of ResNet-50, otherwise tensors
-of 64 elements.
+of 64 elements; losses of autoencoders and adversaries: see generative.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import generative
 from benchmarks.cuda_bytes import resnet50_sizes
 from sslkernels import reference
 
@@ -23,7 +24,7 @@ TEMPERATURE = 0.1
 DECAY = 0.99
 LOGIT_SCALE, LOGIT_BIAS = 10.0, -10.0
 LOSSES = ("nt_xent", "moco", "clip", "siglip", "sup_con", "triplet")
-OPS = (*LOSSES, "enqueue", "ema")
+OPS = (*LOSSES, *generative.OPS, "enqueue", "ema")
 TRUTH_BLOCK = 1024  # rows of the similarity matrix that the truth holds at a time
 
 
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def mode(self) -> str:
-        return "forward+backward" if self.op in LOSSES else "update"
+        return "update" if self.op in ("enqueue", "ema") else "forward+backward"
 
     @property
     def shape(self) -> str:
@@ -77,6 +78,8 @@ class Case:
     @property
     def bytes_moved(self) -> float | None:
         """12 bytes an element for EMA: read target and source, write target (float32)."""
+        if self.op in generative.OPS:
+            return generative.bytes_moved(self)
         return 12.0 * sum(self.tensor_sizes()) if self.op == "ema" else None
 
     def tensor_sizes(self) -> list[int]:
@@ -87,6 +90,8 @@ class Case:
 
     def inputs(self) -> dict[str, Any]:
         """The same tensors for every contender; leaves that need a gradient require it."""
+        if self.op in generative.OPS:
+            return generative.inputs(self)
         dtype: torch.dtype = getattr(torch, self.dtype)
         generator = torch.Generator().manual_seed(0)
 
@@ -122,6 +127,8 @@ class Case:
 
     def truth(self) -> list[Tensor]:
         """Float64 results: [loss, gradients of the leaves...], or the tensors after one update."""
+        if self.op in generative.OPS:
+            return generative.truth(self)
         x = self.inputs()
         if self.op == "enqueue":
             return [F.normalize(x["keys"].double(), dim=1)]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sslkernels
+from benchmarks import generative
 from benchmarks.cases import DECAY, LOGIT_BIAS, LOGIT_SCALE, LOSSES, TEMPERATURE, Case
 from sslkernels import reference
 
@@ -99,6 +100,8 @@ def _loss(x: Inputs, call: Callable[..., Tensor], tolerance: float | None = None
 
 def _library_call(op: str, library: Any, x: Inputs) -> Callable[..., Tensor]:
     """The function of ``sslkernels`` or of ``sslkernels.reference`` with the case's arguments."""
+    if op in generative.OPS:
+        return generative.library_call(op, library, x)
     if op == "nt_xent":
         return lambda z1, z2: library.nt_xent_loss(z1, z2, TEMPERATURE)
     if op == "moco":
@@ -189,6 +192,56 @@ def _moco_official(case: Case, x: Inputs) -> Contender:
         return F.cross_entropy(logits / TEMPERATURE, target)
 
     return _loss(x, call)
+
+
+# -------------------------------------------------------------------------------- generative
+
+
+def _generative(x: Inputs, timed: generative.Call, checked: generative.Call) -> Contender:
+    """checked: the same with our noise, where ``timed`` draws another at every step."""
+    leaves: list[Tensor] = x["leaves"]
+
+    def run(call: generative.Call) -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        out = call(*leaves)
+        out.backward(x.get("dz"))
+        return out
+
+    def results() -> list[Tensor]:
+        out = run(checked).detach().clone()
+        return [out, *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
+
+    return Contender(lambda: run(timed), results, None, leaves)
+
+
+def _in_torch(write: Callable[..., generative.Call], compiled: bool = False) -> Factory:
+    """A formula of ``generative``."""
+
+    def factory(case: Case, x: Inputs) -> Contender:
+        timed, checked = write(case.op, x), write(case.op, x, x.get("noise"))
+        if compiled:
+            torch._dynamo.reset()
+            timed = torch.compile(timed, dynamic=False)
+            if "noise" not in x:
+                checked = timed
+        return _generative(x, timed, checked)
+
+    return factory
+
+
+def _library_generative(backend: str | None = None) -> Factory:
+    def factory(case: Case, x: Inputs) -> Contender:
+        call = _library_call(case.op, sslkernels, x)
+
+        def here(*leaves: Tensor) -> Tensor:
+            with sslkernels.backend(backend):
+                return call(*leaves)
+
+        own = call if backend is None else here
+        return _generative(x, own, own)
+
+    return factory
 
 
 # ----------------------------------------------------------------------------------- updates
@@ -390,6 +443,15 @@ def _inf_cl(case: Case, x: Inputs) -> Contender:
 
 CONTENDERS: dict[str, dict[str, Factory]] = {
     **{op: dict(_COMMON) for op in LOSSES},
+    **{
+        op: {
+            OURS: _library_generative(),
+            "chunked": _library_generative("chunked"),
+            "eager": _in_torch(generative.eager_call),
+            "torch.compile": _in_torch(generative.eager_call, compiled=True),
+        }
+        for op in generative.OPS
+    },
     "enqueue": {
         OURS: _enqueue_ours,
         "chunked": _enqueue_chunked,
@@ -417,3 +479,8 @@ CONTENDERS["nt_xent"] |= {
 CONTENDERS["moco"] |= {"MoCo [D, K]": _moco_official, "info-nce-pytorch": _info_nce_pytorch}
 CONTENDERS["sup_con"] |= {"pytorch-metric-learning": _pml_sup_con}
 CONTENDERS["clip"] |= {"inf_cl": _inf_cl}  # on GPUs
+for _op in ("vae", "vae_step", "features", "adversarial"):
+    CONTENDERS[_op] |= {"torch.nn.functional": _in_torch(generative.functional_call)}
+CONTENDERS["vae"] |= {
+    "torch.distributions": _in_torch(lambda op, x, noise=None: generative.distributions_call(x))
+}

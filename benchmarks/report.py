@@ -26,6 +26,11 @@ TITLES = {
     "siglip": "SigLIP loss, forward + backward",
     "sup_con": "SupCon loss, forward + backward",
     "triplet": "Batch-hard triplet loss, forward + backward",
+    "vae": "Loss of a variational autoencoder, forward + backward",
+    "vae_step": "Reparameterise, a linear decoder and that loss, forward + backward",
+    "reparameterize": "Reparameterise, forward + backward",
+    "features": "Feature reconstruction, forward + backward",
+    "adversarial": "Adversarial loss of a discriminator, forward + backward",
 }
 # One contender has one colour and one marker in every plot.
 STYLES = {
@@ -45,6 +50,8 @@ STYLES = {
     "timm style": ("#aa4499", "*"),
     "mul_ add_ loop": ("#44aa99", "p"),
     "MoCo .data loop": ("#444444", "8"),
+    "torch.nn.functional": ("#661100", "H"),
+    "torch.distributions": ("#6699cc", "1"),
 }
 NOT_MEASURED = ("missing", "wrong", "failed", "left out")
 

@@ -93,6 +93,11 @@ def headline_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
         times(case(op, 2048), only, compiled | slow)
         for op in ("clip", "siglip", "sup_con", "triplet")
     ]
+    made = [case("features", 16), case("adversarial", 256, dim=900)]
+    made += [case(op, 4096, dim=784) for op in ("vae", "vae_step", "reparameterize")]
+    jobs += [times(c, only, compiled) for c in made]
+    usual = (OURS, "eager", "torch.nn.functional")
+    jobs += [Job(c, [n], "memory") for c in made for n in wanted(usual) if n in CONTENDERS[c.op]]
     jobs += [Job(case("nt_xent", 8192), [name], "memory") for name in wanted(BIG)]
     moco = (OURS, "eager", "MoCo [D, K]")
     jobs += [Job(case("moco", 65536), [name], "memory") for name in wanted(moco)]
@@ -125,6 +130,14 @@ def full_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     jobs += [times(case("ema", size), only, {}) for size in (40, 161)]
     for op in ("clip", "siglip", "sup_con", "triplet"):
         jobs += [times(case(op, size), only, {}) for size in (256, 1024, 2048, 4096)]
+    made = [case("features", size) for size in (4, 16)]
+    made += [case("adversarial", size, dim=900) for size in (16, 256)]
+    for op in ("vae", "vae_step", "reparameterize"):
+        made += [case(op, size, dim=784) for size in (128, 4096)]
+    jobs += [times(c, only, {}) for c in made]
+    jobs += [
+        Job(c, [n], "memory") for c in made for n in CONTENDERS[c.op] if only is None or n in only
+    ]
     for size in (512, 1024, 2048, 4096, 8192, 16384):
         jobs += [
             Job(case("nt_xent", size), [n], "memory")

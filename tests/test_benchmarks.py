@@ -84,7 +84,9 @@ def test_readme_without_marks_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_contender_here_is_verified(op: str) -> None:
-    case = Case(op, {"enqueue": 32, "moco": 48, "ema": 3}.get(op, 24), dim=8, batch=16)
+    case = Case(
+        op, {"enqueue": 32, "moco": 48, "ema": 3, "features": 2}.get(op, 24), dim=8, batch=16
+    )
     truth = case.truth()
     for name in CONTENDERS[op]:
         if name in SKIPPED:
