@@ -18,6 +18,7 @@ import torch.distributed as dist
 from helpers import HANGS_S
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
 import sslkernels as ssl
 from sslkernels import reference
@@ -228,7 +229,19 @@ def compute(rank: int, world: int, group: Any, wrong_group: Any) -> dict[Any, An
             out["training", name] = training(CASES[name].ours, rank, keywords)
     if world == WORLD:
         out["queue"] = queue(rank)
+        out["sampler"] = drawn()
     return out
+
+
+def drawn() -> list[Tensor]:
+    """What a loader of this rank gets in three epochs, rank and size being those of the group."""
+    sampler = ssl.StratifiedSampler([5] * 9 + [2] * 2, 30, [0.7, 0.3], seed=11)
+    loader = DataLoader(TensorDataset(torch.arange(11)), batch_size=4, sampler=sampler)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(torch.cat([rows for (rows,) in loader]))
+    return epochs
 
 
 def ddp_gradients(

@@ -251,6 +251,19 @@ def test_a_queue_refuses_keys_that_differ(processes: list[Any]) -> None:
         assert rank[WORLD]["queue"]["untouched"]
 
 
+# -------------------------------------------------------------------------------------- sampling
+
+
+def test_ranks_share_the_draws_of_an_epoch(processes: list[Any]) -> None:
+    """Real processes: rank r has every W-th draw from r on of what one process draws, each epoch anew."""
+    one = ssl.StratifiedSampler([5] * 9 + [2] * 2, 32, [0.7, 0.3], seed=11)  # 30, rounded up
+    epochs = [one.draw(epoch) for epoch in range(3)]
+    assert len({tuple(e.tolist()) for e in epochs}) == 3
+    for rank, found in enumerate(processes):
+        for epoch, rows in zip(epochs, found[WORLD]["sampler"], strict=True):
+            assert torch.equal(rows, epoch[rank::WORLD])
+
+
 # ------------------------------------------------------------------------------------- one process
 
 

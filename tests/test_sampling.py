@@ -23,6 +23,8 @@ CELLS = torch.tensor([7, 3, 5, 9]).repeat_interleave(torch.tensor(SIZES))[
 ]
 P = {7: 0.1, 3: 0.2, 5: 0.3, 9: 0.4}
 DRAWS = 40_000
+# By epoch, of the sampler of test_draws_are_the_same_everywhere.
+FIRST_DRAWS = {0: [9, 8, 0, 5, 8, 7, 9, 9, 7, 7, 8, 3], 7: [9, 9, 3, 6, 9, 9, 5, 7, 5, 9, 2, 9]}
 
 
 def sampler(**options: Any) -> StratifiedSampler:
@@ -38,17 +40,54 @@ def test_cells_and_samples_have_their_probabilities() -> None:
         assert stats.chisquare(found.numpy(), expected.numpy()).pvalue > 0.001
 
 
+def table_of(a: np.ndarray, b: np.ndarray, kinds: int) -> np.ndarray:
+    table = np.zeros((kinds, kinds))
+    np.add.at(table, (a, b), 1)
+    return table
+
+
 def test_draws_are_independent() -> None:
-    """Of each other, of the next epoch, and of a neighbouring seed."""
-    cells = {c: i for i, c in enumerate(P)}
+    """Of those before them, of the next epoch and of a neighbouring seed: cells, and samples in a cell."""
     first, later, other = (
-        [cells[int(c)] for c in CELLS[s.draw(epoch)]]
+        s.draw(epoch)
         for s, epoch in ((sampler(seed=1), 0), (sampler(seed=1), 1), (sampler(seed=2), 0))
     )
-    for a, b in ((first[:-1], first[1:]), (first, later), (first, other)):
-        table = np.zeros((4, 4))
-        np.add.at(table, (a, b), 1)
-        assert stats.chi2_contingency(table).pvalue > 0.001
+    lagged = [(first[:-k], first[k:]) for k in (1, 2, 3, 16)]
+    cell = torch.searchsorted(torch.tensor(sorted(P)), CELLS)
+    member = CELLS == 9
+    part = torch.full((200,), -1)  # five groups of the 170 samples of the largest cell
+    part[member] = torch.arange(170) % 5
+    for a, b in (*lagged, (first, later), (first, other)):
+        assert stats.chi2_contingency(table_of(cell[a].numpy(), cell[b].numpy(), 4)).pvalue > 0.001
+        both = member[a] & member[b]
+        found = table_of(part[a[both]].numpy(), part[b[both]].numpy(), 5)
+        assert found.sum() > 5000 and stats.chi2_contingency(found).pvalue > 0.001
+
+
+def test_the_sample_does_not_depend_on_the_draws_of_cells() -> None:
+    """The two numbers of a draw: which sample of cell 9 it is, given the cell of the draw before."""
+    drawn = sampler(seed=6).draw()
+    cell = torch.searchsorted(torch.tensor(sorted(P)), CELLS)
+    here = torch.nonzero(CELLS[drawn[1:]] == 9)[:, 0]
+    half = (torch.cumsum(CELLS == 9, 0) > 85)[drawn[1:][here]].long()
+    table = np.zeros((4, 2))
+    np.add.at(table, (cell[drawn[here]].numpy(), half.numpy()), 1)
+    assert stats.chi2_contingency(table).pvalue > 0.001
+
+
+def test_duplicates_come_as_often_as_independent_draws_have_them() -> None:
+    """Equal neighbours and different samples of an epoch, against their exact expectations."""
+    chance = torch.tensor([P[int(c)] / (CELLS == c).sum() for c in CELLS], dtype=torch.float64)
+    drawn = sampler(seed=9).draw()
+    equal = int((drawn[1:] == drawn[:-1]).sum())
+    expected = float(chance.square().sum()) * (DRAWS - 1)
+    assert (
+        stats.chisquare([equal, DRAWS - 1 - equal], [expected, DRAWS - 1 - expected]).pvalue > 0.001
+    )
+    own = StratifiedSampler(CELLS, 200, P, seed=9)
+    different = torch.tensor([float(own.draw(e).unique().numel()) for e in range(400)])
+    mean = float((1 - (1 - chance) ** 200).sum())
+    assert mean < 130 and abs(different.mean() - mean) < 3.5 * different.std() / 400**0.5
 
 
 @pytest.mark.parametrize("moment", [1, 2])
@@ -66,6 +105,32 @@ def test_weights_make_estimates_unbiased(moment: int) -> None:
         assert (error < 3.5) == holds, error
     one = StratifiedSampler(CELLS, 50, P).weights
     assert torch.allclose(one[CELLS == 9], torch.tensor(170 / (200 * 0.4), dtype=torch.float64))
+
+
+def test_the_variance_of_the_data_has_an_unbiased_estimate() -> None:
+    """Of f over the data: weighted squares, less the products of different draws for the squared mean.
+
+    The variance of the estimated mean has one too, by the deviation of the weighted values.
+    """
+    f = torch.arange(200, dtype=torch.float64) / 50 + CELLS
+    own, n, times = StratifiedSampler(CELLS, 40 * 4000, P, seed=12), 40, 4000
+    drawn = own.draw().view(times, n)
+    g = own.weights[drawn] * f[drawn]
+    squared_mean = (g.sum(1).square() - g.square().sum(1)) / (n * (n - 1))
+    estimates = (own.weights[drawn] * f[drawn].square()).mean(1) - squared_mean
+    chance = 1 / (200 * own.weights)
+    exact = (chance * (own.weights * f - f.mean()).square()).sum() / n
+    data = f.var(correction=0)
+    for found, truth, holds in (
+        (estimates, data, True),
+        (f[drawn].var(1), data, False),  # without weights
+        (g.var(1) / n, exact, True),
+        (f[drawn].var(1) / n, exact, False),
+    ):
+        error = abs(found.mean() - truth) / (found.std() / times**0.5)
+        assert (error < 3.5) == holds, error
+    # The estimated means themselves: a variance of 4000 values is good to 2.3 %.
+    assert g.mean(1).var() == pytest.approx(float(exact), rel=0.1)
 
 
 def test_the_variance_is_that_of_independent_draws() -> None:
@@ -92,6 +157,16 @@ def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
     assert not torch.equal(a.draw(2), sampler(seed=5).draw(2))
     assert len(set(list(a))) < len(a)  # with replacement
     assert not torch.equal(sampler(seed=0).draw(1), sampler(seed=1).draw(0))
+
+
+def test_draws_are_the_same_everywhere() -> None:
+    """The numbers themselves: another version, machine or process has them too, and workers of a loader."""
+    own = StratifiedSampler([0] * 6 + [1] * 3 + [2], 12, [0.2, 0.3, 0.5], seed=2026)
+    assert own.draw(0).tolist() == FIRST_DRAWS[0] and own.draw(7).tolist() == FIRST_DRAWS[7]
+    data = TensorDataset(torch.arange(10))
+    for workers in (0, 2):
+        loader = DataLoader(data, batch_size=5, sampler=own, num_workers=workers)
+        assert torch.cat([rows for (rows,) in loader]).tolist() == FIRST_DRAWS[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
