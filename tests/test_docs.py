@@ -83,6 +83,27 @@ def test_the_page_of_a_loss_names_all_its_arguments(page: str) -> None:
         assert not missing, f"{name}: {missing}"
 
 
+def test_the_formulas_of_the_article_are_here() -> None:
+    """Functions, options and tests that docs/article.md names."""
+    text = (DOCS / "article.md").read_text("utf-8")
+    lines = [line for line in text.splitlines() if "`test_" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len(rows) == 18
+    options = 0
+    for _, here, *rest, test in rows:
+        named = [n.removeprefix("metrics.") for n in re.findall(r"`([\w.]+)`", here)]
+        names = [n for n in named if hasattr(sslkernels, n) or hasattr(sslkernels.metrics, n)]
+        assert names or "`ssltrain " in here, here
+        file, _, name = test.strip("`").partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8"), test
+        functions = [getattr(sslkernels, n) for n in names if hasattr(sslkernels, n)]
+        arguments = {a for f in functions for a in inspect.signature(f).parameters}
+        for option in re.findall(r"`(\w+)(?:=[^`]*)?`", rest[-1]) if len(rest) == 2 else ():
+            assert option in arguments or hasattr(sslkernels, option), (here, option)
+            options += 1
+    assert options > 15
+
+
 def test_the_reference_has_every_public_name() -> None:
     described = "".join(path.read_text("utf-8") for path in DOCS.glob("api/*.md"))
     names = set(re.findall(r"^::: \S+\.(\w+)$", described, re.MULTILINE))
