@@ -49,7 +49,7 @@ inline SSLK_INLINE void multiply_wide(Vec<uint32_t> a, uint32_t factor, Vec<uint
 // The same for a counter in each lane.
 inline SSLK_INLINE void philox_lanes(uint32_t k0, uint32_t k1, Vec<uint32_t> (&c)[4]) {
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+  for (int r = 0; r < 10; ++r) {
     Vec<uint32_t> high0, low0, high1, low1;
     multiply_wide(c[0], 0xD2511F53u, &high0, &low0);
     multiply_wide(c[2], 0xCD9E8D57u, &high1, &low1);
