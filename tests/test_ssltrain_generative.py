@@ -116,6 +116,35 @@ def test_the_sides_of_a_gan_get_their_own_gradients(data: ImageData) -> None:
     assert all(p.grad is not None for p in generator.parameters())
 
 
+def test_the_penalty_is_taken_at_every_fourth_step(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times as large: on average it is the same."""
+    ours = trainer("gan", data, *FLAGS["gan"])
+    method, taken = ours.method, []
+    penalty = method.ops.r1_penalty
+
+    def noted(judge: Any, x: torch.Tensor, *, weight: float) -> torch.Tensor:
+        taken.append((method.step, weight))
+        return penalty(judge, x, weight=weight)
+
+    monkeypatch.setattr(method.ops, "r1_penalty", noted)
+    order = torch.arange(128)
+    for step in range(6):
+        ours._step(order, step % 4)
+    assert taken == [(0, 2.0), (4, 2.0)]
+
+
+def test_the_variance_of_the_pixels_moves_within_a_run(data: ImageData) -> None:
+    """Adam moves what is stored by the learning rate a step, and the log-variance 20 times as far."""
+    ours = trainer("vae", data, base_lr=8e-3, warmup=0.0, schedule="constant")
+    spread = ours.method.get_parameter("online.spread")
+    before = 20 * spread.item()
+    assert before == pytest.approx(-2.0)
+    ours._step(torch.arange(128), 0)
+    assert abs(20 * spread.item() - before) == pytest.approx(20 * 1e-3, rel=0.01)
+
+
 def test_a_mask_hides_the_same_number_of_patches_and_nothing_of_it_is_seen(
     data: ImageData,
 ) -> None:

@@ -149,7 +149,10 @@ class TrainConfig:
         "non_saturating", "loss", "adversarial loss (gan)"
     )
     r1: float = _option(
-        0.0, "loss", "weight of the R1 penalty of the discriminator (gan); no batch norm with it"
+        0.0,
+        "loss",
+        "weight of the R1 penalty of the discriminator, taken at every fourth step four times as large "
+        "(gan); no batch norm with it",
     )
     loss_backend: Literal["fused", "eager"] = _option(
         "fused", "loss", "losses, queue and average of sslkernels, or plain PyTorch to compare with"

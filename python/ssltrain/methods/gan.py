@@ -12,8 +12,12 @@ from ssltrain.methods.generative import Decoder, Generates, Rows
 from ssltrain.models import Encoder, Network
 from ssltrain.parallel import World
 
+# The penalty is taken, so many times as large, at every R1_EVERY-th step: a third of the time of a step
+# otherwise (lazy regularisation of Karras et al. 2019, arXiv:1912.04958, appendix B).
+R1_EVERY = 4
 
-def critic(in_channels: int, width: int = 64) -> nn.Module:
+
+def critic(in_channels: int, width: int = 48) -> nn.Module:
     """A discriminator's backbone without batch norm: ``--backbone ssltrain.methods.gan:critic``.
 
     Maps [B, in_channels, H, W] to [B, 8 * width]; a penalty of its gradient may be asked for.
@@ -39,7 +43,11 @@ class _Adversaries(Predicting):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images, [B]."""
-        logits: Tensor = self.head(self.network(x))
+        return self.judge(self.network(x))
+
+    def judge(self, z: Tensor) -> Tensor:
+        """Logits of the network's outputs, [B]."""
+        logits: Tensor = self.head(z)
         return logits.squeeze(1)
 
 
@@ -72,17 +80,18 @@ class GAN(Generates):
         """Gradients of both sides at the same weights."""
         reports = []
         form, ops = self.config.gan_form, self.ops
-        generator = self.online.get_submodule("predictor")
+        sides: _Adversaries = self.online  # type: ignore[assignment]
+        generator = sides.predictor
         for share, part in self.micro_batches(batch):
             real = part.view_1
             with self.autocast():
                 noise = torch.randn(len(real), self.config.projector_dim, device=real.device)
                 fake = generator(noise.to(real.dtype)).to(real.dtype).sigmoid()
-                loss = ops.adversarial_loss(
-                    self.online(fake.detach()), self.online(real), form=form
-                )
-                if self.config.r1:
-                    loss = loss + ops.r1_penalty(self.online, real, weight=self.config.r1)
+                z = self.network(real)
+                loss = ops.adversarial_loss(self.online(fake.detach()), sides.judge(z), form=form)
+                if self.config.r1 and self.step % R1_EVERY == 0:
+                    scale = self.config.r1 * R1_EVERY
+                    loss = loss + ops.r1_penalty(self.online, real, weight=scale)
             self.backward(share * loss)
             judges = self._judges()
             for weight in judges:  # the generator's loss is not theirs
@@ -95,8 +104,9 @@ class GAN(Generates):
                 for weight in judges:
                     weight.requires_grad_(True)
             with torch.no_grad(), self.autocast():
-                pair = [self.network(x).to(x.dtype) for x in (real, part.view_2)]
-            reports.append(share * torch.stack([loss.detach(), *self.told_apart(*pair)]))
+                other = self.network(part.view_2).to(real.dtype)
+            metrics = self.told_apart(z.detach().to(real.dtype), other)
+            reports.append(share * torch.stack([loss.detach(), *metrics]))
         return StepMetrics(*torch.stack(reports).sum(dim=0).unbind())
 
     @torch.no_grad()

@@ -14,6 +14,9 @@ from ssltrain.models import Encoder, Network
 from ssltrain.parallel import World
 
 WARM_UP = 0.2  # share of the steps in which beta rises to its value
+# Adam moves a number by about the learning rate a step: the log-variance of the pixels, which has units of
+# way to go, is this many times what is stored.
+STRIDE = 20.0
 Rows = list[tuple[str, Tensor]]  # titles and images [N, C, H, W] from 0 to 1
 
 
@@ -160,7 +163,7 @@ class VAE(Generates):
         """The loss of images [N, C, H, W], and the means of their codes."""
         with self.autocast():
             out, mean, log_variance = self.online(x)
-        variance = self.get_parameter("online.x_log_variance")
+        variance = STRIDE * self.get_parameter("online.spread")
         loss = self.ops.vae_loss(
             out.to(x.dtype).sigmoid(),
             x,
@@ -202,7 +205,7 @@ class _Variational(Predicting):
     def __init__(self, network: Network, decoder: Decoder, ops: Any) -> None:
         super().__init__(network, decoder)
         self.sample = ops.reparameterize
-        self.x_log_variance = nn.Parameter(torch.tensor(-2.0))
+        self.spread = nn.Parameter(torch.tensor(-2.0 / STRIDE))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_variance = self.network(x).to(x.dtype).chunk(2, dim=1)
