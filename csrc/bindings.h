@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "fields.h"
+#include "fork.h"
 #include "sslkernels.h"
 
 namespace sslk {
@@ -129,7 +130,7 @@ PyObject* run_call(Call& call, State* state, PyObject* const* values, PyObject* 
   if constexpr (std::is_void_v<Result>) {
     {
       WithoutGil released;
-      call.run();
+      with_threads([&] { call.run(); });
     }
     Py_INCREF(Py_None);
     return Py_None;
@@ -138,7 +139,7 @@ PyObject* run_call(Call& call, State* state, PyObject* const* values, PyObject* 
   } else {
     return to_python([&] {
       WithoutGil released;
-      return call.run();
+      return with_threads([&] { return call.run(); });
     }());
   }
 }

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact contrastive losses, queue and EMA updates in O(N·D) memory, as ordinary torch ops."""
 
-from sslkernels import functional, metrics, reference
+from sslkernels import (
+    _subinterpreters,  # noqa: F401  # first: it raises where torch must not be imported
+    functional,
+    metrics,
+    reference,
+)
 from sslkernels._types import ContrastiveMetrics
 from sslkernels._version import __version__
 from sslkernels.ema import EMA, cosine_decay, ema_update_

@@ -18,6 +18,7 @@ SKIPPED = {".venv", "build", "dist", ".git", "runs", "__pycache__", "node_module
 LAYERS = {
     "sslkernels._types": 0,
     "sslkernels._numbers": 0,
+    "sslkernels._subinterpreters": 0,
     "sslkernels._version": 0,
     "sslkernels._C": 0,
     "sslkernels._cuda": 0,

@@ -173,6 +173,52 @@ class Wrapped(nn.Module):
         return self.loss(x, y, t)
 
 
+class Learned(nn.Module):
+    """A loss whose last argument is a parameter."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss, self.t = loss, nn.Parameter(torch.tensor(9.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(x, y, self.t)
+
+
+def functional_call(loss: Loss) -> None:
+    x, y, t = leaves()
+    value = torch.func.functional_call(Learned(loss), {"t": t}, (x, y))
+    same_bits(loss, value, torch.autograd.grad(value, (x, y, t)))
+
+
+def data_parallel(loss: Loss) -> None:
+    """Without GPUs it calls the module; with them each replica is a call of its own."""
+    x = leaves()
+    value = nn.DataParallel(Wrapped(loss))(*x)
+    value.backward()
+    same_bits(loss, value, [leaf.grad for leaf in x])
+
+
+def distributed_tensors(loss: Loss) -> None:
+    """torch's error, as no op here says how it is sharded; or its number, of torch operations."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x = [DTensor.from_local(leaf.detach(), mesh, [Replicate()]) for leaf in leaves()]
+        try:
+            value = loss(*x)
+        except (NotImplementedError, RuntimeError) as error:
+            words = "sharding strategy|mixed torch.Tensor and DTensor|DTensor"
+            assert re.search(words, str(error)), error
+        else:
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            torch.testing.assert_close(value, plain(loss)[0])
+    finally:
+        dist.destroy_process_group()
+
+
 def exported(loss: Loss) -> None:
     x = tuple(leaf.detach() for leaf in leaves())
     program = torch.export.export(Wrapped(loss), x, strict=False)
@@ -291,6 +337,9 @@ MECHANISMS: dict[str, Callable[[Loss], None]] = {
     "torch.compile": compiled,
     "torch.export": exported,
     "torch.jit.script": scripted,
+    "functional_call": functional_call,
+    "DataParallel": data_parallel,
+    "DTensor": distributed_tensors,
     "writing an input before backward": written_after_forward,
     "second derivatives": second_derivative,
     "strides and offsets": layouts,
@@ -318,7 +367,7 @@ def test_the_right_number_or_an_error(case: str, mechanism: str) -> None:
 
 def test_the_page_lists_the_mechanisms() -> None:
     page = Path(__file__).parents[1].joinpath("docs/torch.md").read_text("utf-8")
-    table = page.split("<!-- mechanisms -->")[1]
+    table = page.split("<!-- mechanisms -->")[1].split("<!--")[0]
     listed = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)[1:]
     assert [name.replace("`", "") for name in listed] == list(MECHANISMS)
 

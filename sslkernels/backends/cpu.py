@@ -39,7 +39,10 @@ try:
 except ImportError as _error:
     if "GOMP" not in str(_error) and "omp_get" not in str(_error):
         raise
-    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError as missing:
+        raise ImportError(f"OpenMP: torch has loaded no runtime, and {missing}") from _error
     from sslkernels import _C
 
 from sslkernels.backends.autoencoders_cpu import (  # noqa: E402
