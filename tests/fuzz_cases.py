@@ -188,6 +188,13 @@ def _ids(c: LossCase, t: dict[str, Tensor], keys: str | None) -> dict[str, Any]:
     return {"query_ids": t["labels"], **more}
 
 
+def _number(value: float, c: LossCase) -> Tensor:
+    """A number as a tensor that a gradient goes to, in the widest dtype."""
+    return torch.tensor(
+        value, dtype=torch.float64 if c.seed % 2 else torch.float32
+    ).requires_grad_()
+
+
 LOSSES: dict[str, Call] = {
     "nt_xent": lambda f, t, c: f.nt_xent_loss(t["x"], t["y"], c.temperature, **_common(c)),
     "nt_xent views": lambda f, t, c: f.nt_xent_loss(
@@ -231,6 +238,53 @@ LOSSES: dict[str, Call] = {
     "triplet all": lambda f, t, c: f.triplet_loss(
         t["x"][:60], t["labels"][:60], mining="all", normalize=c.normalize
     ),
+    "siglip learned": lambda f, t, c: f.siglip_loss(
+        t["x"], t["y"], _number(SCALE(c), c), _number(-1.5, c), **_common(c)
+    ),
+    "sup_con two": lambda f, t, c: f.sup_con_loss(
+        t["x"], t["labels"] % 2, _number(c.temperature, c), **_common(c)
+    ),
+    "dcl learned": lambda f, t, c: f.dcl_loss(
+        t["x"], t["y"], _number(c.temperature, c), **_common(c)
+    ),
+    "vae": lambda f, t, c: f.vae_loss(
+        t["x"], t["y"].sigmoid(), t["y"], t["z"], beta=c.temperature, reduction=c.reduction
+    ),
+    "vae gaussian": lambda f, t, c: f.vae_loss(
+        t["x"], t["y"], t["z"], t["y"], likelihood="gaussian", reduction=c.reduction
+    ),
+    "vae spread": lambda f, t, c: f.vae_loss(
+        t["x"], t["y"], t["z"], t["x"], likelihood="gaussian", x_log_variance=t["z"],
+        free_bits=0.1, reduction=c.reduction,
+    ),
+    "features": lambda f, t, c: f.feature_reconstruction_loss(
+        t["x"], t["y"], reduction=c.reduction
+    ),
+    "features smooth": lambda f, t, c: f.feature_reconstruction_loss(
+        [t["x"], t["y"][:, ::2]], [t["z"], t["x"][:, ::2]], weights=[0.5, 2.0],
+        distance="smooth_l1", beta=0.3, reduction=c.reduction,
+    ),
+    "features unit": lambda f, t, c: f.feature_reconstruction_loss(
+        t["x"], t["y"], normalize="channels", reduction=c.reduction
+    ),
+    **{
+        f"adversarial {form}": lambda f, t, c, form=form: f.adversarial_loss(
+            t["x"], t["y"], form=form, reduction=c.reduction
+        )
+        for form in ("non_saturating", "hinge", "least_squares", "wasserstein")
+    },
+    "adversarial generator": lambda f, t, c: f.adversarial_loss(
+        t["x"], form="minimax", reduction=c.reduction
+    ),
+    "adversarial byol": lambda f, t, c: f.adversarial_byol_loss(
+        t["x"], t["y"], t["z"], kl_weight=0.1, clr_weight=0.5, temperature=c.temperature
+    ),
+    "contrastive kl": lambda f, t, c: f.contrastive_kl_loss(
+        t["x"], t["y"], t["bank"].detach(), c.temperature
+    ),
+    "moment kl": lambda f, t, c: f.moment_kl_loss(t["x"]),
 }  # fmt: skip
+# Made of elements, not of similarities: nothing in them is as large as 1 / temperature.
+ELEMENTWISE = ("vae", "features", "adversarial ", "moment kl")
 # These choose between rows and jump where two are equally near: values are compared, gradients are not.
 CHOOSING = ("triplet", "margin", "contrastive")

@@ -21,6 +21,7 @@ import torch
 from fuzz_cases import (
     CHOOSING,
     DTYPES,
+    ELEMENTWISE,
     LOSSES,
     ORDINARY,
     SEEDS,
@@ -92,15 +93,13 @@ def outcome(module: Any, case: LossCase, given: dict[str, Tensor]) -> Outcome:
 
 def largest_logit(case: LossCase, given: dict[str, Tensor]) -> float:
     """A bound of |S|, of which rounding is a share."""
-    if "triplet" in case.loss or case.loss in (
-        "byol",
-        "simsiam",
-        "alignment",
-        "contrastive",
-        "margin",
-    ):
-        return 1.0
     scale = 2.0 if case.loss == "uniformity" else 1 / case.temperature
+    if case.loss in ("adversarial byol", "contrastive kl"):  # of unit rows
+        return scale
+    if "triplet" in case.loss or case.loss.startswith(ELEMENTWISE):
+        return 1.0
+    if case.loss in ("byol", "simsiam", "alignment", "contrastive", "margin"):
+        return 1.0
     if case.normalize:
         return scale
     norms = [x.double().norm(dim=-1).amax() for x in given.values()
