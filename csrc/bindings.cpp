@@ -15,9 +15,7 @@ struct PeakFlops {
   bool bf16 = false;
   int n_threads = 1;
 
-  static Fields fields() {
-    return {SSLK_REQUIRED(PeakFlops, bf16, "bf16"), SSLK_REQUIRED(PeakFlops, n_threads, "n_threads")};
-  }
+  static Fields fields() { return {SSLK_REQUIRED(PeakFlops, bf16, "bf16"), SSLK_THREADS(PeakFlops, n_threads)}; }
   double run() { return kernels().peak_flops(bf16, n_threads); }
 };
 
@@ -27,7 +25,10 @@ struct RoundTrip {
   int exchanges = 0;
 
   static Fields fields() { return {SSLK_REQUIRED(RoundTrip, exchanges, "exchanges")}; }
-  double run() { return round_trip(exchanges); }
+  double run() {
+    if (exchanges < 1 || exchanges > 1 << 24) throw std::invalid_argument("round_trip: exchanges must be 1 to 2^24");
+    return round_trip(exchanges);
+  }
 };
 
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().isa); }

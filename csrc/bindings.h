@@ -7,8 +7,10 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -43,6 +45,33 @@ struct Names<Likelihood> {
 // The status of a kernel: 0, or memory could not be had.
 inline void check(int status) {
   if (status != 0) throw std::bad_alloc();
+}
+
+// ---- What can be checked of arguments -------------------------------------------------------------
+//
+// Whether an address is that of as much memory as is said can't be seen here.  Everything else is: an array that has
+// elements has an address, and its size is that of something that memory can hold.
+
+struct Array {
+  const char* name;
+  const void* address;
+  int64_t rows;
+  int64_t columns = 1;
+  int64_t stride = 0;  // elements between rows, where it is not `columns`
+};
+
+// Throws for the first array that can't be what it is said to be.
+inline void require(const char* function, std::initializer_list<Array> arrays) {
+  for (const Array& array : arrays) {
+    int64_t elements = 0, span = 0;
+    if (__builtin_mul_overflow(array.rows, array.columns, &elements) || elements > kMostElements ||
+        __builtin_mul_overflow(array.rows, array.stride, &span) || span > kMostElements) {
+      throw std::invalid_argument(std::string(function) + ": " + array.name + " is larger than memory can be");
+    }
+    if (elements > 0 && array.address == nullptr) {
+      throw std::invalid_argument(std::string(function) + ": " + array.name + " has no address");
+    }
+  }
 }
 
 // A number on the device, [1] acc or null.

@@ -29,32 +29,40 @@ struct Vae {
     return {
         SSLK_REQUIRED(Call, args.likelihood, "likelihood"),
         SSLK_REQUIRED(Call, args.dtype, "dtype"),
-        SSLK_REQUIRED(Call, args.d, "d"),
-        SSLK_REQUIRED(Call, args.reconstruction.n, "n"),
+        SSLK_SIZE(Call, args.d, "d"),
+        SSLK_SIZE(Call, args.reconstruction.n, "n"),
         SSLK_REQUIRED(Call, args.reconstruction.data, "reconstruction"),
-        SSLK_REQUIRED(Call, args.reconstruction.stride, "reconstruction_stride"),
+        SSLK_SIZE(Call, args.reconstruction.stride, "reconstruction_stride"),
         SSLK_REQUIRED(Call, args.x.data, "x"),
-        SSLK_REQUIRED(Call, args.x.stride, "x_stride"),
+        SSLK_SIZE(Call, args.x.stride, "x_stride"),
         SSLK_REQUIRED(Call, args.spread.data, "spread"),
-        SSLK_REQUIRED(Call, args.spread.stride, "spread_stride"),
-        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_SIZE(Call, args.spread.stride, "spread_stride"),
+        SSLK_THREADS(Call, args.n_threads),
     };
   }
   VaeArgs run() {
-    args.x.n = args.spread.n = args.reconstruction.n;
+    const int64_t n = args.x.n = args.spread.n = args.reconstruction.n;
+    require(kName, {{"reconstruction", args.reconstruction.data, n, args.d, args.reconstruction.stride},
+                    {"x", args.x.data, n, args.d, args.x.stride}});
+    if (args.spread.data != nullptr) require(kName, {{"spread", args.spread.data, n, args.spread.stride}});
     return args;
   }
 };
 
 Fields latent_fields() {
   return {
-      SSLK_REQUIRED(VaeLatent, d, "z"),
+      SSLK_SIZE(VaeLatent, d, "z"),
       SSLK_REQUIRED(VaeLatent, mean.data, "mean"),
-      SSLK_REQUIRED(VaeLatent, mean.stride, "mean_stride"),
+      SSLK_SIZE(VaeLatent, mean.stride, "mean_stride"),
       SSLK_REQUIRED(VaeLatent, log_variance.data, "log_variance"),
-      SSLK_REQUIRED(VaeLatent, log_variance.stride, "log_variance_stride"),
+      SSLK_SIZE(VaeLatent, log_variance.stride, "log_variance_stride"),
       SSLK_REQUIRED(VaeLatent, weights, "weights"),
   };
+}
+
+void require_latent(const char* function, int64_t n, const VaeLatent& codes) {
+  require(function, {{"mean", codes.mean.data, n, codes.d, codes.mean.stride},
+                     {"log_variance", codes.log_variance.data, n, codes.d, codes.log_variance.stride}});
 }
 
 struct VaeForward {
@@ -71,7 +79,12 @@ struct VaeForward {
     return inside(offsetof(Call, latent), latent_fields()) +
            Fields{SSLK_REQUIRED(Call, reconstruction, "reconstruction"), SSLK_REQUIRED(Call, kl, "kl")};
   }
-  void run() { check(kernels().vae_forward(*args, latent, reconstruction, kl)); }
+  void run() {
+    const int64_t n = args->reconstruction.n;
+    require_latent(kName, n, latent);
+    require(kName, {{"reconstruction", reconstruction, n}, {"kl", kl, n}});
+    check(kernels().vae_forward(*args, latent, reconstruction, kl));
+  }
 };
 
 struct VaeBackward {
@@ -86,7 +99,7 @@ struct VaeBackward {
     using Call = VaeBackward;
     return inside(offsetof(Call, latent), latent_fields()) +
            Fields{
-               SSLK_REQUIRED(Call, out.drec, "drec"),   SSLK_REQUIRED(Call, out.drec_stride, "row_stride"),
+               SSLK_REQUIRED(Call, out.drec, "drec"),   SSLK_SIZE(Call, out.drec_stride, "row_stride"),
                SSLK_REQUIRED(Call, out.dkl, "dkl"),     SSLK_REQUIRED(Call, out.dreconstruction, "dreconstruction"),
                SSLK_REQUIRED(Call, out.dx, "dx"),       SSLK_REQUIRED(Call, out.dspread, "dspread"),
                SSLK_REQUIRED(Call, out.dmean, "dmean"), SSLK_REQUIRED(Call, out.dlog_variance, "dlog_variance"),
@@ -94,6 +107,10 @@ struct VaeBackward {
   }
   void run() {
     out.dkl_stride = out.drec_stride;
+    const int64_t n = args->reconstruction.n;
+    require_latent(kName, n, latent);
+    require(kName, {{"drec", out.drec, n}, {"dkl", out.dkl, n}});
+    if (out.dspread != nullptr) require(kName, {{"spread", args->spread.data, n, args->d}});
     check(kernels().vae_backward(*args, latent, out));
   }
 };
@@ -109,13 +126,18 @@ struct Reparameterize {
   static Fields fields() {
     using Call = Reparameterize;
     return {
-        SSLK_REQUIRED(Call, args.dtype, "dtype"), SSLK_REQUIRED(Call, args.n, "n"),
+        SSLK_REQUIRED(Call, args.dtype, "dtype"), SSLK_SIZE(Call, args.n, "n"),
         SSLK_REQUIRED(Call, args.mean, "mean"),   SSLK_REQUIRED(Call, args.log_variance, "log_variance"),
         SSLK_REQUIRED(Call, args.dz, "dz"),       SSLK_REQUIRED(Call, args.out, "out"),
-        SSLK_REQUIRED(Call, seed, "seed"),        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_REQUIRED(Call, seed, "seed"),        SSLK_THREADS(Call, args.n_threads),
     };
   }
   void run() {
+    const bool forward = args.mean != nullptr;
+    require(kName, {{"log_variance", args.log_variance, args.n},
+                    {forward ? "mean" : "dz", forward ? args.mean : args.dz, args.n},
+                    {"out", args.out, args.n},
+                    {"seed", seed, 1}});
     args.seed = uint64_t(*seed);
     check(kernels().reparameterize(args));
   }
@@ -140,11 +162,11 @@ struct FeatureFields {
         SSLK_REQUIRED(Call, sizes, "sizes"),
         SSLK_REQUIRED(Call, dtypes, "dtypes"),
         SSLK_REQUIRED(Call, target_dtypes, "target_dtypes"),
-        SSLK_REQUIRED(Call, args.n, "n"),
+        SSLK_SIZE(Call, args.n, "n"),
         SSLK_REQUIRED(Call, args.smooth, "smooth"),
         SSLK_REQUIRED(Call, args.beta, "beta"),
         SSLK_REQUIRED(Call, args.wide, "wide"),
-        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_THREADS(Call, args.n_threads),
     };
   }
   // With gradients: where those of the features go; empty: none.
@@ -153,6 +175,10 @@ struct FeatureFields {
     if (targets.size() != n || sizes.size() != n || dtypes.size() != n || target_dtypes.size() != n ||
         (!gradients.empty() && gradients.size() != n)) {
       throw std::invalid_argument(std::string(op) + ": the lists must have the same length");
+    }
+    for (size_t l = 0; l < n; ++l) {
+      if (sizes[l] < 0) throw std::invalid_argument(std::string(op) + ": sizes must be 0 or more");
+      require(op, {{"a feature", features[l], args.n, sizes[l]}, {"a target", targets[l], args.n, sizes[l]}});
     }
     entries.resize(n);
     for (size_t l = 0; l < n; ++l) {
@@ -175,7 +201,10 @@ struct FeaturesForward {
     using Call = FeaturesForward;
     return inside(offsetof(Call, maps), FeatureFields::fields()) + Fields{SSLK_REQUIRED(Call, out, "out")};
   }
-  void run() { check(kernels().features_forward(maps.gathered(kName, {}), out)); }
+  void run() {
+    require(kName, {{"out", out, maps.args.n, int64_t(maps.features.size())}});
+    check(kernels().features_forward(maps.gathered(kName, {}), out));
+  }
 };
 
 struct FeaturesBackward {
@@ -190,7 +219,10 @@ struct FeaturesBackward {
     return inside(offsetof(Call, maps), FeatureFields::fields()) +
            Fields{SSLK_REQUIRED(Call, dout, "dout"), SSLK_REQUIRED(Call, gradients, "gradients")};
   }
-  void run() { check(kernels().features_backward(maps.gathered(kName, gradients), dout)); }
+  void run() {
+    require(kName, {{"dout", dout, maps.args.n, int64_t(maps.features.size())}});
+    check(kernels().features_backward(maps.gathered(kName, gradients), dout));
+  }
 };
 
 }  // namespace

@@ -23,6 +23,8 @@ struct Handle<PairedArgs> {
 
 namespace {
 
+int64_t values_of_loss(Reduction reduction, int64_t n) { return reduction == Reduction::none ? n : 1; }
+
 // ---- Contrastive ---------------------------------------------------------------------------------
 
 struct Contrastive {
@@ -39,21 +41,30 @@ struct Contrastive {
         SSLK_REQUIRED(Call, args.reduction, "reduction"),
         SSLK_REQUIRED(Call, args.dtype, "dtype"),
         SSLK_REQUIRED(Call, args.normalize, "normalize"),
-        SSLK_REQUIRED(Call, args.d, "d"),
-        SSLK_REQUIRED(Call, args.a.n, "n"),
+        SSLK_SIZE(Call, args.d, "d"),
+        SSLK_SIZE(Call, args.a.n, "n"),
         SSLK_REQUIRED(Call, args.a.data, "a"),
-        SSLK_REQUIRED(Call, args.a.stride, "a_stride"),
+        SSLK_SIZE(Call, args.a.stride, "a_stride"),
         SSLK_REQUIRED(Call, args.b.data, "b"),
-        SSLK_REQUIRED(Call, args.b.stride, "b_stride"),
+        SSLK_SIZE(Call, args.b.stride, "b_stride"),
         SSLK_REQUIRED(Call, scale, "scale"),
         SSLK_REQUIRED(Call, bias, "bias"),
         SSLK_REQUIRED(Call, args.ids_q, "ids_q"),
         SSLK_REQUIRED(Call, args.bf16, "bf16"),
-        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_THREADS(Call, args.n_threads),
     };
   }
   ContrastiveArgs run() {
     args.b.n = args.a.n;
+    const bool labels = args.layout == Layout::classes;
+    const int64_t n = args.a.n;
+    require(kName, {{"a", args.a.data, n, args.d, args.a.stride},
+                    {"b", args.b.data, labels ? 0 : n, args.d, args.b.stride},
+                    {"ids_q", args.ids_q, labels ? n : 0},
+                    {"scale", scale, 1}});
+    if (args.bf16 && (args.dtype == DType::f64 || !kernels().bf16)) {
+      throw std::invalid_argument("contrastive: bf16 needs AVX512-BF16 and other inputs than float64");
+    }
     args.scale = read_scalar(scale, args.dtype);
     args.bias = read_scalar(bias, args.dtype);
     return args;
@@ -72,7 +83,10 @@ struct ContrastiveStateFields {
         SSLK_REQUIRED(Call, state.tiles, "tiles"),
     };
   }
-  const ContrastiveState& split(const ContrastiveArgs& args) {
+  const ContrastiveState& split(const char* function, const ContrastiveArgs& args) {
+    const int64_t n = args.a.n;
+    require(function,
+            {{"state", state.lse, n}, {"mean_key", state.mean_key, args.layout == Layout::bank ? n : 0, args.d}});
     const int64_t size = args.dtype == DType::f64 ? 8 : 4;
     state.positive = static_cast<char*>(state.lse) + args.rows() * size;
     state.inv = static_cast<char*>(state.positive) + args.a.n * size;
@@ -112,8 +126,8 @@ struct ContrastiveForward {
     return inside(offsetof(Call, out), ContrastiveStateFields::fields()) +
            Fields{
                SSLK_OPTIONAL(Call, bank.data, "bank"),
-               SSLK_OPTIONAL(Call, bank.n, "bank_rows"),
-               SSLK_OPTIONAL(Call, bank.stride, "bank_stride"),
+               SSLK_OPTIONAL_SIZE(Call, bank.n, "bank_rows"),
+               SSLK_OPTIONAL_SIZE(Call, bank.stride, "bank_stride"),
                SSLK_OPTIONAL(Call, ids_k, "ids_k"),
                SSLK_OPTIONAL(Call, sigma, "sigma"),
                SSLK_REQUIRED(Call, loss, "loss"),
@@ -125,9 +139,13 @@ struct ContrastiveForward {
     all.bank = bank;
     all.ids_k = ids_k;
     all.sigma = sigma;
+    require(kName, {{"bank", bank.data, bank.n, all.d, bank.stride},
+                    {"ids_k", ids_k, all.layout == Layout::bank && all.ids_q != nullptr ? bank.n : 0},
+                    {"loss", loss, values_of_loss(all.reduction, all.a.n)}});
+    const ContrastiveState& state = out.split(kName, all);
     ContrastiveIds ids;
     ids.apply(&all);
-    check(kernels().contrastive_forward(all, out.split(all), loss, rank));
+    check(kernels().contrastive_forward(all, state, loss, rank));
   }
 };
 
@@ -147,7 +165,7 @@ struct ContrastiveBackward {
     return inside(offsetof(Call, kept), ContrastiveStateFields::fields()) +
            Fields{
                SSLK_REQUIRED(Call, out.dloss, "dloss"),
-               SSLK_REQUIRED(Call, out.dloss_stride, "dloss_stride"),
+               SSLK_SIZE(Call, out.dloss_stride, "dloss_stride"),
                SSLK_REQUIRED(Call, out.da, "da"),
                SSLK_REQUIRED(Call, out.db, "db"),
                SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
@@ -161,9 +179,11 @@ struct ContrastiveBackward {
     out.dbias = dbias != nullptr ? &bias_gradient : nullptr;
     ContrastiveArgs all = *args;
     all.sigma = sigma;
+    require(kName, {{"dloss", out.dloss, all.a.n}});
+    const ContrastiveState& state = kept.split(kName, all);
     ContrastiveIds ids;
     ids.apply(&all);
-    check(kernels().contrastive_backward(all, kept.split(all), out));
+    check(kernels().contrastive_backward(all, state, out));
     if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
     return dscale;
   }
@@ -181,11 +201,14 @@ struct KeptTiles {
     return {
         SSLK_REQUIRED(KeptTiles, layout, "layout"),
         SSLK_REQUIRED(KeptTiles, dtype, "dtype"),
-        SSLK_REQUIRED(KeptTiles, n, "n"),
-        SSLK_REQUIRED(KeptTiles, d, "d"),
+        SSLK_SIZE(KeptTiles, n, "n"),
+        SSLK_SIZE(KeptTiles, d, "d"),
     };
   }
-  int64_t run() { return kernels().kept_tiles(layout, dtype, n, d); }
+  int64_t run() {
+    // Of more rows nothing is kept, and their square is no number of 64 bits.
+    return n < (int64_t(1) << 20) && d < (int64_t(1) << 20) ? kernels().kept_tiles(layout, dtype, n, d) : 0;
+  }
 };
 
 // ---- Regression ----------------------------------------------------------------------------------
@@ -200,17 +223,19 @@ struct Regression {
     return {
         SSLK_REQUIRED(Call, args.reduction, "reduction"),
         SSLK_REQUIRED(Call, args.dtype, "dtype"),
-        SSLK_REQUIRED(Call, args.d, "d"),
-        SSLK_REQUIRED(Call, args.prediction.n, "n"),
+        SSLK_SIZE(Call, args.d, "d"),
+        SSLK_SIZE(Call, args.prediction.n, "n"),
         SSLK_REQUIRED(Call, args.prediction.data, "prediction"),
-        SSLK_REQUIRED(Call, args.prediction.stride, "prediction_stride"),
+        SSLK_SIZE(Call, args.prediction.stride, "prediction_stride"),
         SSLK_REQUIRED(Call, args.target.data, "target"),
-        SSLK_REQUIRED(Call, args.target.stride, "target_stride"),
-        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_SIZE(Call, args.target.stride, "target_stride"),
+        SSLK_THREADS(Call, args.n_threads),
     };
   }
   RegressionArgs run() {
-    args.target.n = args.prediction.n;
+    const int64_t n = args.target.n = args.prediction.n;
+    require(kName, {{"prediction", args.prediction.data, n, args.d, args.prediction.stride},
+                    {"target", args.target.data, n, args.d, args.target.stride}});
     return args;
   }
 };
@@ -227,7 +252,11 @@ struct RegressionForward {
     using Call = RegressionForward;
     return {SSLK_REQUIRED(Call, state, "state"), SSLK_REQUIRED(Call, loss, "loss")};
   }
-  void run() { check(kernels().regression_forward(*args, state, loss)); }
+  void run() {
+    const int64_t n = args->prediction.n;
+    require(kName, {{"state", state, n}, {"loss", loss, values_of_loss(args->reduction, n)}});
+    check(kernels().regression_forward(*args, state, loss));
+  }
 };
 
 struct RegressionBackward {
@@ -245,11 +274,15 @@ struct RegressionBackward {
     return {
         SSLK_REQUIRED(Call, state, "state"),
         SSLK_REQUIRED(Call, dloss, "dloss"),
-        SSLK_REQUIRED(Call, dloss_stride, "dloss_stride"),
+        SSLK_SIZE(Call, dloss_stride, "dloss_stride"),
         SSLK_REQUIRED(Call, dprediction, "dprediction"),
     };
   }
-  void run() { check(kernels().regression_backward(*args, state, dloss, dloss_stride, dprediction)); }
+  void run() {
+    const int64_t n = args->prediction.n;
+    require(kName, {{"state", state, n}, {"dloss", dloss, n}, {"dprediction", dprediction, n, args->d}});
+    check(kernels().regression_backward(*args, state, dloss, dloss_stride, dprediction));
+  }
 };
 
 // ---- Paired --------------------------------------------------------------------------------------
@@ -266,20 +299,23 @@ struct Paired {
         SSLK_REQUIRED(Call, args.reduction, "reduction"),
         SSLK_REQUIRED(Call, args.dtype, "dtype"),
         SSLK_REQUIRED(Call, args.normalize, "normalize"),
-        SSLK_REQUIRED(Call, args.d, "d"),
-        SSLK_REQUIRED(Call, args.query.n, "n"),
+        SSLK_SIZE(Call, args.d, "d"),
+        SSLK_SIZE(Call, args.query.n, "n"),
         SSLK_REQUIRED(Call, args.query.data, "query"),
-        SSLK_REQUIRED(Call, args.query.stride, "query_stride"),
+        SSLK_SIZE(Call, args.query.stride, "query_stride"),
         SSLK_REQUIRED(Call, args.positive.data, "positive_key"),
-        SSLK_REQUIRED(Call, args.positive.stride, "positive_stride"),
+        SSLK_SIZE(Call, args.positive.stride, "positive_stride"),
         SSLK_REQUIRED(Call, scale, "scale"),
         SSLK_REQUIRED(Call, args.ids_q, "ids_q"),
         SSLK_REQUIRED(Call, args.ids_k, "ids_k"),
-        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_THREADS(Call, args.n_threads),
     };
   }
   PairedArgs run() {
-    args.positive.n = args.query.n;
+    const int64_t n = args.positive.n = args.query.n;
+    require(kName, {{"query", args.query.data, n, args.d, args.query.stride},
+                    {"positive_key", args.positive.data, n, args.d, args.positive.stride},
+                    {"scale", scale, 1}});
     args.scale = read_scalar(scale, args.dtype);
     return args;
   }
@@ -296,13 +332,22 @@ struct PairedFields {
   static Fields fields() {
     using Call = PairedFields;
     return {
-        SSLK_REQUIRED(Call, negatives, "negatives"),   SSLK_REQUIRED(Call, m, "m"),
-        SSLK_REQUIRED(Call, row_stride, "row_stride"), SSLK_REQUIRED(Call, key_stride, "key_stride"),
-        SSLK_REQUIRED(Call, state.lse, "lse"),         SSLK_REQUIRED(Call, state.positive, "positive"),
-        SSLK_REQUIRED(Call, state.norms, "norms"),     SSLK_REQUIRED(Call, state.mean_key, "mean_key"),
+        SSLK_REQUIRED(Call, negatives, "negatives"), SSLK_SIZE(Call, m, "m"),
+        SSLK_SIZE(Call, row_stride, "row_stride"),   SSLK_SIZE(Call, key_stride, "key_stride"),
+        SSLK_REQUIRED(Call, state.lse, "lse"),       SSLK_REQUIRED(Call, state.positive, "positive"),
+        SSLK_REQUIRED(Call, state.norms, "norms"),   SSLK_REQUIRED(Call, state.mean_key, "mean_key"),
     };
   }
-  PairedArgs completed(PairedArgs args) const {
+  // `read`: the negatives are needed.
+  PairedArgs completed(const char* function, PairedArgs args, bool read) const {
+    const int64_t n = args.query.n;
+    require(function, {{"negatives", this, m, args.d, key_stride}});  // sizes alone
+    require(function, {{"negatives", negatives, read ? n : 0, m * args.d, row_stride},
+                       {"ids_k", args.ids_k, args.ids_q != nullptr ? n : 0, m},
+                       {"lse", state.lse, n},
+                       {"positive", state.positive, n},
+                       {"norms", state.norms, n},
+                       {"mean_key", state.mean_key, n, args.d}});
     args.negatives = negatives;
     args.m = m;
     args.stride_row = row_stride;
@@ -327,7 +372,9 @@ struct PairedForward {
   double run() {
     double similarity = 0.0;
     out.similarity = &similarity;
-    check(kernels().paired_forward(paired.completed(*args), paired.state, out));
+    require(kName,
+            {{"loss", out.loss, values_of_loss(args->reduction, args->query.n)}, {"rank", out.rank, args->query.n}});
+    check(kernels().paired_forward(paired.completed(kName, *args, true), paired.state, out));
     return similarity;
   }
 };
@@ -344,7 +391,7 @@ struct PairedBackward {
     using Call = PairedBackward;
     return inside(offsetof(Call, paired), PairedFields::fields()) +
            Fields{
-               SSLK_REQUIRED(Call, out.dloss, "dloss"),           SSLK_REQUIRED(Call, out.dloss_stride, "dloss_stride"),
+               SSLK_REQUIRED(Call, out.dloss, "dloss"),           SSLK_SIZE(Call, out.dloss_stride, "dloss_stride"),
                SSLK_REQUIRED(Call, out.dquery, "dquery"),         SSLK_REQUIRED(Call, out.dpositive, "dpositive"),
                SSLK_REQUIRED(Call, out.dnegatives, "dnegatives"),
            };
@@ -352,7 +399,9 @@ struct PairedBackward {
   double run() {
     double dscale = 0.0;
     out.dscale = &dscale;
-    check(kernels().paired_backward(paired.completed(*args), paired.state, out));
+    require(kName, {{"dloss", out.dloss, args->query.n}});
+    const PairedArgs all = paired.completed(kName, *args, out.dnegatives != nullptr);
+    check(kernels().paired_backward(all, paired.state, out));
     return dscale;
   }
 };

@@ -25,20 +25,26 @@ struct Tiles {
     return {
         SSLK_REQUIRED(Tiles, args.kind, "kind"),
         SSLK_REQUIRED(Tiles, args.dtype, "dtype"),
-        SSLK_REQUIRED(Tiles, args.d, "d"),
+        SSLK_SIZE(Tiles, args.d, "d"),
         SSLK_REQUIRED(Tiles, args.q[0].data, "q"),
-        SSLK_REQUIRED(Tiles, args.q[0].n, "n"),
+        SSLK_SIZE(Tiles, args.q[0].n, "n"),
         SSLK_REQUIRED(Tiles, args.k[0].data, "k"),
         SSLK_REQUIRED(Tiles, m, "m"),
         SSLK_REQUIRED(Tiles, scale, "scale"),
         SSLK_REQUIRED(Tiles, bias, "bias"),
         SSLK_REQUIRED(Tiles, args.ids_q, "ids_q"),
         SSLK_REQUIRED(Tiles, args.ids_k, "ids_k"),
-        SSLK_REQUIRED(Tiles, args.n_threads, "n_threads"),
+        SSLK_THREADS(Tiles, args.n_threads),
     };
   }
   PairwiseArgs run() {
     args.self = m < 0;
+    if (m < -1 || m > kMostElements) throw std::invalid_argument("tiles: m must be -1 or a size: 0 to 2^47");
+    require(kName, {{"q", args.q[0].data, args.q[0].n, args.d},
+                    {"k", args.k[0].data, args.self ? 0 : m, args.d},
+                    {"scale", scale, 1},
+                    {"ids_q", args.ids_q, !args.self && args.ids_k != nullptr ? args.q[0].n : 0},
+                    {"ids_k", args.ids_k, !args.self && args.ids_q != nullptr ? m : 0}});
     args.q[0].stride = args.k[0].stride = args.d;
     args.k[0].n = args.self ? 0 : m;
     args.scale = read_scalar(scale, args.dtype);
@@ -78,7 +84,13 @@ struct PairwiseForward {
         SSLK_REQUIRED(Call, out.rank_col, "rank_col"),
     };
   }
-  void run() { check(kernels().pairwise_forward(NarrowTiles(*args).get(), out)); }
+  void run() {
+    const int64_t n = args->rows(), m = args->cols();
+    require(kName, {{"row", out.row, n},
+                    {"rank_row", out.rank_row, out.threshold_row != nullptr ? n : 0},
+                    {"rank_col", out.rank_col, out.threshold_col != nullptr ? m : 0}});
+    check(kernels().pairwise_forward(NarrowTiles(*args).get(), out));
+  }
 };
 
 struct PairwiseBackward {
@@ -98,6 +110,11 @@ struct PairwiseBackward {
   }
   double run() {
     double dbias = 0.0;
+    const bool lse = args->kind == Kind::lse;
+    require(kName, {{"row", out.row, lse && out.drow != nullptr ? args->rows() : 0},
+                    {"col", out.col, lse && out.dcol != nullptr && !args->self ? args->cols() : 0},
+                    {"dq", out.dq, args->self ? args->rows() : 0, args->d}});
+    if (args->self && out.dk != nullptr) throw std::invalid_argument("pairwise_backward: dk has no place in self mode");
     out.stride = args->d;
     out.capacity_q = args->q[0].n;
     out.capacity_k = args->k[0].n;
@@ -123,7 +140,13 @@ struct Attend {
         SSLK_REQUIRED(Call, out.rank, "rank"),
     };
   }
-  void run() { check(kernels().attend(NarrowTiles(*args).get(), out)); }
+  void run() {
+    const int64_t n = args->rows();
+    require(kName, {{"lse", out.lse, n},
+                    {"mean_key", out.mean_key, n, args->d},
+                    {"rank", out.rank, out.threshold != nullptr ? n : 0}});
+    check(kernels().attend(NarrowTiles(*args).get(), out));
+  }
 };
 
 struct Extremes {
@@ -141,7 +164,11 @@ struct Extremes {
         SSLK_REQUIRED(Call, out.min_other, "min_other"),
     };
   }
-  void run() { check(kernels().extremes(NarrowTiles(*args).get(), out)); }
+  void run() {
+    const int64_t n = args->rows();
+    require(kName, {{"ids_q", args->ids_q, n}, {"max_same", out.max_same, n}, {"min_other", out.min_other, n}});
+    check(kernels().extremes(NarrowTiles(*args).get(), out));
+  }
 };
 
 }  // namespace

