@@ -2,6 +2,7 @@
 // Bindings of the tile engine: what is reduced over the tiles of S = scale * Q K^T + bias.
 
 #include "bindings.h"
+#include "classes.h"
 #include "narrow_ids.h"
 
 namespace sslk {
@@ -167,7 +168,11 @@ struct Extremes {
   void run() {
     const int64_t n = args->rows();
     require(kName, {{"ids_q", args->ids_q, n}, {"max_same", out.max_same, n}, {"min_other", out.min_other, n}});
-    check(kernels().extremes(NarrowTiles(*args).get(), out));
+    const NarrowTiles tiles(*args);
+    const PairwiseArgs& narrow = tiles.get();
+    GroupedRows rows;
+    if (narrow.self && narrow.ids_q != nullptr) out.order = rows.sort(narrow.ids_q, narrow.rows());
+    check(kernels().extremes(narrow, out));
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows grouped by their label, for layout classes (Layout in sslkernels.h).
+// Rows grouped by their label, for layout classes (Layout in sslkernels.h) and for hard mining.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,20 @@ namespace sslk {
 
 class GroupedRows {
  public:
-  // Groups the rows and writes where they are; the arrays live as long as this object.
-  void apply(ContrastiveArgs* args) {
-    const int64_t n = args->a.n, *const labels = args->ids_q;
+  // The rows by ascending label; lives as long as this object.
+  const int64_t* sort(const int64_t* labels, int64_t n) {
     order_.resize(size_t(n));
     if (!count_sort(labels, n)) {
       std::iota(order_.begin(), order_.end(), int64_t(0));
       std::stable_sort(order_.begin(), order_.end(), [=](int64_t i, int64_t j) { return labels[i] < labels[j]; });
     }
+    return order_.data();
+  }
+
+  // Groups the rows and writes where they are; the arrays live as long as this object.
+  void apply(ContrastiveArgs* args) {
+    const int64_t n = args->a.n, *const labels = args->ids_q;
+    sort(labels, n);
     begin_.clear();
     for (int64_t at = 0; at < n; ++at) {
       if (at == 0 || labels[order_[size_t(at)]] != labels[order_[size_t(at - 1)]]) begin_.push_back(at);

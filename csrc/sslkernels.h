@@ -265,6 +265,8 @@ struct FeatureArgs {
 
 struct ExtremesOut {
   const void* bias_k = nullptr;  // [M] acc or null
+  // [N] rows by ascending id, those of one id by ascending number, or null; self mode only.  It is there for speed.
+  const int64_t* order = nullptr;
   int64_t* max_same = nullptr;   // [N]
   int64_t* min_other = nullptr;  // [N]
 };

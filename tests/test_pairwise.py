@@ -24,6 +24,7 @@ SIZES = [
     (5, 300, 768),
     (300, 5, 8),
     (700, 411, 16),
+    (75, 70, 1100),  # long rows: a panel is taken in several steps
 ]
 SELF_SIZES = [
     (1, 8),
@@ -35,6 +36,7 @@ SELF_SIZES = [
     (127, 8),
     (130, 129),
     (700, 32),
+    (75, 1100),
 ]
 
 
@@ -229,6 +231,36 @@ def test_extremes_ties_go_to_the_smallest_index(on_engine: str) -> None:
     first_same = torch.where(torch.arange(70) < 7, torch.arange(70) + 7, ids)
     first_other = torch.where(ids == 0, 1, 0)
     assert torch.equal(out.max_same, first_same) and torch.equal(out.min_other, first_other)
+
+
+CLASSES = {
+    "interleaved": lambda n: torch.arange(n) % 11,
+    "three": lambda n: torch.arange(n) * 7919 % 3,  # most tiles have one id in rows and columns
+    "one": lambda n: torch.zeros(n, dtype=torch.int64),
+    "single rows": lambda n: torch.arange(n) * 2**40,
+    "runs": lambda n: (torch.arange(n) // 37 * 5) % 9 - 4,
+}
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_extremes_of_classes(on_engine: str, classes: str, with_bias: bool) -> None:
+    """Values are small integers: exact, and full of ties, which the smallest index wins."""
+    n = 301
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randint(-1, 2, (n, 16), generator=generator).float()
+    bias = torch.randint(0, 4, (n,), generator=generator).float() if with_bias else None
+    ids = CLASSES[classes](n)
+    (scale,) = scalars(z.dtype, -2.0)
+    out = extremes(z, scale=scale, bias_k=bias, ids_q=ids)
+    value = -2 * z @ z.T + (0 if bias is None else bias)
+    same = ids[:, None] == ids
+    other = ~same
+    same.fill_diagonal_(False)
+    for got, mask, sign in ((out.max_same, same, 1), (out.min_other, other, -1)):
+        best = (sign * value).masked_fill(~mask, NEG_INF)
+        first = (best == best.amax(1, keepdim=True)).int().argmax(1)
+        assert torch.equal(got, torch.where(mask.any(1), first, -1)), f"{on_engine} {classes}"
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:

@@ -94,6 +94,7 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L, kLdG = Tile<M>::kLdG;
   const Engine<M>& e = pass.e;
   const int64_t ld = PackBuffer<M>::row_size(e.d);
+  const bool any_masked = exclude || nj % MR != 0;
   for (int64_t i = i0; i < i0 + ni; i += NR) {
     const ElemOf<M>* b = t_q + (i - i0) * e.depth;
     Vec<T> old[NV], now[NV], sum[NV];
@@ -106,7 +107,7 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
     for (int64_t j = 0; j < nj; j += MR) {
       Vec<T> t[MR][NV];
       ahead.fetch(lines);
-      dot_tile<M, NV, false>(s.keys + j * ld, ld, 1, b, e.depth, t);
+      finish_tile_apart<M, false>(s.keys + j * ld, ld, 1, b, e.depth, nullptr, t);
       T* to = s.g + j * kLdG + (i - i0);
       const bool masked = exclude || j + MR > nj;
       unroll<MR>([&](auto r) SSLK_INLINE {
@@ -122,8 +123,8 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
             count[v] -= above & mask;
           }
           if constexpr (kMode == Mode::kOnline) {
-            x = mask != 0 ? x : splat<T>(Limits<T>::kFloor);
-            now[v] = x > now[v] ? x : now[v];
+            if (masked) x = mask != 0 ? x : splat<T>(Limits<T>::kFloor);
+            now[v] = larger(x, now[v]);
           } else {
             x = exponential<M>(x);
             if (masked) x = keep<T>(x, mask);
@@ -140,9 +141,9 @@ void exponentials(const Pass<M>& pass, const Partial<AccOfMath<M>>& out, const S
         for (int64_t j = 0; j < round_up(nj, MR); ++j) {
           T* at = s.g + j * kLdG + (i - i0) + v * L;
           const Vec<T> x = load<T>(at);
+          Vec<T> w = exp2_v(x - now[v]);
           // A NaN logit is not above the floor and must stay NaN; a masked one is exactly the floor.
-          const IVec<T> allowed = ~(x == splat<T>(Limits<T>::kFloor));
-          const Vec<T> w = keep<T>(exp2_v(x - now[v]), allowed);
+          if (any_masked) w = keep<T>(w, ~(x == splat<T>(Limits<T>::kFloor)));
           sum[v] += w;
           store<T>(at, w);
         }

@@ -38,7 +38,7 @@ Vec<double> head_loss(Layout layout, const HeadRows& h) {
   }
   if (layout == Layout::classes) return h.weight == 0 ? Vec<double>{} : h.row - h.weight * h.logit;
   const Vec<double> x = layout == Layout::sigmoid ? -h.logit : h.row - h.logit;
-  const Vec<double> loss = flush(x, softplus_v<double>(x));
+  const Vec<double> loss = flush(x, softplus_v(x));
   return layout == Layout::sigmoid ? loss + h.row : loss;
 }
 
@@ -52,7 +52,7 @@ Slopes head_slopes(Layout layout, const HeadRows& h) {
   if (layout == Layout::decoupled) return {one, h.weight};
   if (layout == Layout::classes) return {h.weight == 0 ? Vec<double>{} : one, h.weight};
   const Vec<double> x = layout == Layout::sigmoid ? -h.logit : h.row - h.logit;
-  const Vec<double> probability = flush(x, logistic_v<double>(x));
+  const Vec<double> probability = flush(x, logistic_v(x));
   return {layout == Layout::sigmoid ? one : probability, probability};
 }
 

@@ -76,8 +76,14 @@ struct Side {
   Ids<AccOfMath<M>> ids;
 };
 
-// Most blocks that a thread visits together.
+// Most blocks that a thread visits together, and most bytes of one of their arrays: L2 caches have 1 MB or more on
+// processors with AVX-512, from 256 KB to 512 KB on most of those with AVX2 only.
 constexpr int64_t kMaxGroup = 4;
+#if defined(__AVX512F__)
+constexpr int64_t kGroupBytes = int64_t(128) << 10;
+#else
+constexpr int64_t kGroupBytes = int64_t(88) << 10;
+#endif
 
 // Panels of the blocks of one group, packed by the thread that uses them.
 template <class M>
@@ -138,8 +144,8 @@ struct Engine {
     // 16-bit inputs are not copied to float as a whole.
     const bool converts = M::kPack == 1 && (a.dtype == DType::bf16 || a.dtype == DType::f16);
     resident = !converts;
-    // The panels and gradients of two groups, five arrays of 128 KB, stay in the L2 cache.
-    group = max64(1, min64(kMaxGroup, (int64_t(128) << 10) / max64(1, int64_t(sizeof(T)) * d_pad * block)));
+    // The panels and gradients of two groups, five arrays, stay in the L2 cache.
+    group = max64(1, min64(kMaxGroup, kGroupBytes / max64(1, int64_t(sizeof(T)) * d_pad * block)));
   }
 
   int64_t blocks(const Side<M>& side) const { return ceil_div(side.n, block); }

@@ -3,10 +3,11 @@
 // mode without i itself) and arg-min over different ids.  Ties go to the smallest index; -1 where there is
 // no candidate.  The batch-hard triplet loss needs nothing else of the N x N distances.
 //
-// Every row keeps its best value so far, and a tile is compared with those of its rows: after a few blocks hardly any
-// vector holds something better, and the exact rule is left to scalar code for those that do.  In self mode S is
-// symmetric: one triangle is computed, whose tiles are offered to their columns too.  A NaN value never wins.
-// Plain-torch twin: `extremes` in sslkernels/backends/chunked.py.
+// Every row keeps its best value so far.  A tile is reduced to the best of its rows and columns, which is compared with
+// those: after a few blocks hardly any tile holds something better, and the exact rule is left to code that looks
+// at single lanes.  In self mode S is symmetric: one triangle is computed, whose tiles are offered to their columns
+// too, and rows are taken in the order of their ids, so that nearly all tiles have only different or only equal ids.
+// A NaN value never wins.  Plain-torch twin: `extremes` in sslkernels/backends/chunked.py.
 
 #include "engine.h"
 #include "kernels.h"
@@ -39,18 +40,26 @@ template <class M>
 struct Pass {
   using T = AccOfMath<M>;
   const Engine<M>& e;
-  const T* bias = nullptr;  // [m_pad]
-  Best<T> same, other;      // largest of equal ids, smallest of different ids
+  const int64_t* order = nullptr;  // [n] what index a row has; null: its own
+  const T* bias = nullptr;         // [m_pad]
+  Best<T> same, other;             // largest of equal ids, smallest of different ids
 
-  // S_ij + bias of j as a candidate of row i, or S_ij + bias of i as one of row j (self mode).
+  // The value of S_ij for row i, with the bias of j.  One expression, so that it has the same bits everywhere.
+  Vec<T> value(Vec<T> s, Vec<T> bias_j) const { return s * e.unit + bias_j; }
+
+  int64_t index(int64_t row) const { return order == nullptr ? row : order[row]; }
+
   void offer(int64_t row, int64_t at, T value, bool equal) const {
     if (equal) {
-      same.offer(row, value, at, value > same.value[row]);
+      same.offer(row, value, index(at), value > same.value[row]);
     } else {
-      other.offer(row, value, at, value < other.value[row]);
+      other.offer(row, value, index(at), value < other.value[row]);
     }
   }
 };
+
+// What a tile holds.
+enum class Pairs { kDifferent, kEqual, kMixed };
 
 // offer(lane) for the lanes of a mask.
 template <class Offer>
@@ -58,70 +67,112 @@ inline void for_lanes(uint32_t bits, Offer offer) {
   for (; bits != 0; bits &= bits - 1) offer(__builtin_ctz(bits));
 }
 
-// One tile at (i, j).  kCols: offered to the columns' rows too.  kMasked: some ids may be equal, or rows or columns
-// are beyond the end.
-template <class M, bool kCols, bool kMasked>
+// Which lanes are as good as the best so far.
+template <class M, Pairs kPairs>
+inline IVec<AccOfMath<M>> as_good(Vec<AccOfMath<M>> value, Vec<AccOfMath<M>> best) {
+  return kPairs == Pairs::kEqual ? value >= best : value <= best;
+}
+
+// One tile at (i, j) whose best is as good as that of a row or column.
+template <class M, bool kCols, Pairs kPairs>
+__attribute__((noinline)) void settle_tile(const Pass<M>& pass, const TileOf<M>& s, int64_t i, int64_t j) {
+  using T = AccOfMath<M>;
+  constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
+  constexpr bool kEqual = kPairs == Pairs::kEqual;
+  const Best<T>& best = kEqual ? pass.same : pass.other;
+  for (int v = 0; v < NV; ++v) {
+    const int64_t first = j + v * L;
+    const Vec<T> of_row = load<T>(pass.bias + first);
+    for (int r = 0; r < MR; ++r) {
+      const Vec<T> here = pass.value(s[r][v], of_row);
+      for_lanes(lane_bits<T>(as_good<M, kPairs>(here, splat<T>(best.value[i + r]))),
+                [&](int l) { pass.offer(i + r, first + l, here[l], kEqual); });
+      if constexpr (kCols) {
+        const Vec<T> there = pass.value(s[r][v], splat<T>(pass.bias[i + r]));
+        for_lanes(lane_bits<T>(as_good<M, kPairs>(there, load<T>(best.value + first))),
+                  [&](int l) { pass.offer(first + l, i + r, there[l], kEqual); });
+      }
+    }
+  }
+}
+
+// One tile at (i, j) of equal and different ids, or with rows or columns beyond the end.
+template <class M, bool kCols>
+__attribute__((noinline)) void settle_mixed(const Pass<M>& pass, const TileOf<M>& s, int64_t i, int64_t j) {
+  using T = AccOfMath<M>;
+  constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
+  const Engine<M>& e = pass.e;
+  for (int v = 0; v < NV; ++v) {
+    const int64_t first = j + v * L;
+    const Vec<T> of_row = load<T>(pass.bias + first);
+    const IVec<T> id = load_int<T>(e.k.ids.id + first), valid = lanes_below<T>(e.k.n - first);
+    for (int r = 0; r < MR && i + r < e.q.n; ++r) {
+      const int64_t row = i + r;
+      const Vec<T> here = pass.value(s[r][v], of_row);
+      const IVec<T> equal = id == splat_int<T>(e.q.ids.id[row]);
+      const auto equal_at = [&](int l) { return equal[l] != 0; };
+      const IVec<T> good =
+          (equal & (here >= splat<T>(pass.same.value[row]))) | (~equal & (here <= splat<T>(pass.other.value[row])));
+      for_lanes(lane_bits<T>(good & valid), [&](int l) {
+        if (!e.args.self || row != first + l) pass.offer(row, first + l, here[l], equal_at(l));
+      });
+      if constexpr (kCols) {
+        const Vec<T> there = pass.value(s[r][v], splat<T>(pass.bias[row]));
+        const IVec<T> better = (equal & (there >= load<T>(pass.same.value + first))) |
+                               (~equal & (there <= load<T>(pass.other.value + first)));
+        for_lanes(lane_bits<T>(better & valid), [&](int l) { pass.offer(first + l, row, there[l], equal_at(l)); });
+      }
+    }
+  }
+}
+
+// One tile at (i, j).  kCols: offered to the columns' rows too.
+template <class M, bool kCols, Pairs kPairs>
 inline SSLK_INLINE void offer_tile(const Pass<M>& pass, const ElemOf<M>* a, const ElemOf<M>* b, int64_t i, int64_t j) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, NV = Tile<M>::NV, L = Tile<M>::L;
-  const Engine<M>& e = pass.e;
-  Vec<T> x[MR][NV], of_row[NV], lowest[NV];
-  IVec<T> id[NV], valid[NV], hit[NV];
-  dot_tile<M, NV, true>(a, 1, NR, b, e.depth, x);
-  unroll<NV>([&](auto v) SSLK_INLINE {
-    of_row[v] = load<T>(pass.bias + j + v * L);
-    lowest[v] = splat<T>(T(HUGE_VAL));
-    hit[v] = IVec<T>{};
-    if constexpr (kMasked) {
-      id[v] = load_int<T>(e.k.ids.id + j + v * L);
-      valid[v] = lanes_below<T>(e.k.n - (j + v * L));
+  TileOf<M> s;
+  dot_tile<M, true>(a, 1, NR, b, pass.e.depth, s);
+  if constexpr (kPairs == Pairs::kMixed) {
+    settle_mixed<M, kCols>(pass, s, i, j);
+  } else {
+    constexpr bool kEqual = kPairs == Pairs::kEqual;
+    const Best<T>& best = kEqual ? pass.same : pass.other;
+    // `x` comes first: where it is a NaN, what was best so far stays.
+    const auto better = [](Vec<T> x, Vec<T> so_far)
+                            SSLK_INLINE { return kEqual ? larger(x, so_far) : smaller(x, so_far); };
+    const Vec<T> none = splat<T>(T(kEqual ? -HUGE_VAL : HUGE_VAL));
+    IVec<T> hit = {};
+    Vec<T> of_columns[NV];
+    unroll<NV>([&](auto v) SSLK_INLINE { of_columns[v] = none; });
+    unroll<MR>([&](auto r) SSLK_INLINE {
+      Vec<T> of_row = none;
+      unroll<NV>([&](auto v) SSLK_INLINE {
+        of_row = better(pass.value(s[r][v], load<T>(pass.bias + j + v * L)), of_row);
+        if constexpr (kCols) of_columns[v] = better(pass.value(s[r][v], splat<T>(pass.bias[i + r])), of_columns[v]);
+      });
+      hit |= as_good<M, kPairs>(of_row, splat<T>(best.value[i + r]));
+    });
+    if constexpr (kCols) {
+      unroll<NV>([&](auto v)
+                     SSLK_INLINE { hit |= as_good<M, kPairs>(of_columns[v], load<T>(best.value + j + v * L)); });
     }
-  });
-  IVec<T> row_hit[MR][NV];
-  unroll<MR>([&](auto r) SSLK_INLINE {
-    const T of_column = pass.bias[kCols ? i + r : 0], best = pass.other.value[i + r];
-    unroll<NV>([&](auto v) SSLK_INLINE {
-      x[r][v] *= e.unit;
-      const Vec<T> here = x[r][v] + of_row[v], there = x[r][v] + of_column;
-      row_hit[r][v] = here <= best;
-      IVec<T> lower = there < lowest[v];
-      if constexpr (kMasked) {
-        IVec<T> equal = (id[v] == e.q.ids.id[i + r]) & valid[v], in = valid[v];
-        if (i + r >= e.q.n) equal = in = IVec<T>{};
-        row_hit[r][v] = (row_hit[r][v] & in) | equal;
-        lower &= in & ~equal;
-        hit[v] |= equal;
-      }
-      if constexpr (kCols) lowest[v] = lower != 0 ? there : lowest[v];
-    });
-  });
-  const auto equal_ids = [&](int64_t row, int64_t column) {
-    return kMasked && e.has_ids && e.q.ids.id[row] == e.k.ids.id[column];
-  };
-  unroll<MR>([&](auto r) SSLK_INLINE {
-    unroll<NV>([&](auto v) SSLK_INLINE {
-      const uint32_t bits = lane_bits<T>(row_hit[r][v]);
-      if (bits == 0) return;
-      for_lanes(bits, [&](int l) {
-        const int64_t row = i + r, at = j + v * L + l;
-        if (e.args.self && row == at) return;
-        pass.offer(row, at, x[r][v][l] + pass.bias[at], equal_ids(row, at));
-      });
-    });
-  });
-  if constexpr (kCols) {
-    unroll<NV>([&](auto v) SSLK_INLINE {
-      const int64_t first = j + v * L;
-      const uint32_t bits = lane_bits<T>(hit[v] | (lowest[v] <= load<T>(pass.other.value + first)));
-      if (bits == 0) return;
-      for_lanes(bits, [&](int l) {
-        const int64_t row = first + l;
-        for (int r = 0; row < e.k.n && r < MR && i + r < e.q.n; ++r) {
-          pass.offer(row, i + r, x[r][v][l] + pass.bias[i + r], equal_ids(i + r, row));
-        }
-      });
-    });
+    if (lane_bits<T>(hit) != 0) settle_tile<M, kCols, kPairs>(pass, s, i, j);
   }
+}
+
+// What the tile at (i, j) of a pair of blocks holds.  `sorted`: rows are in the order of their ids.
+template <class M>
+inline Pairs pairs_of_tile(const Engine<M>& e, bool may_match, bool sorted, int64_t i, int64_t j) {
+  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR;
+  if (i + MR > e.q.n || j + NR > e.k.n) return Pairs::kMixed;
+  if (!may_match) return Pairs::kDifferent;
+  if (!sorted) return Pairs::kMixed;
+  const Int<AccOfMath<M>>*id = e.q.ids.id, first_i = id[i], last_i = id[i + MR - 1], first_j = id[j];
+  const Int<AccOfMath<M>> last_j = id[j + NR - 1];
+  if (last_i < first_j || last_j < first_i) return Pairs::kDifferent;
+  const bool apart = i + MR <= j || j + NR <= i;
+  return apart && first_i == last_j && first_j == last_i ? Pairs::kEqual : Pairs::kMixed;
 }
 
 // All tiles of the block pair (bi, bj), whose T panels are given.
@@ -131,39 +182,46 @@ void visit_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t_
   const Engine<M>& e = pass.e;
   const int64_t i0 = bi * e.block, i1 = min64(e.q.n, i0 + e.block);
   const int64_t j0 = bj * e.block, j1 = min64(e.k.n, j0 + e.block);
-  const bool may_match = e.may_exclude(bi, bj);
+  const bool may_match = e.may_exclude(bi, bj) || (e.args.self && bi == bj), sorted = pass.order != nullptr;
   for (int64_t j = j0; j < j1; j += NR) {
     for (int64_t i = i0; i < i1; i += MR) {
       const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
       const ElemOf<M>* b = t_k + (j - j0) * e.depth;
-      if (!may_match && i + MR <= e.q.n && j + NR <= e.k.n) {
-        offer_tile<M, kCols, false>(pass, a, b, i, j);
-      } else {
-        offer_tile<M, kCols, true>(pass, a, b, i, j);
+      switch (pairs_of_tile(e, may_match, sorted, i, j)) {
+        case Pairs::kDifferent: offer_tile<M, kCols, Pairs::kDifferent>(pass, a, b, i, j); break;
+        case Pairs::kEqual: offer_tile<M, kCols, Pairs::kEqual>(pass, a, b, i, j); break;
+        case Pairs::kMixed: offer_tile<M, kCols, Pairs::kMixed>(pass, a, b, i, j); break;
       }
     }
   }
 }
 
 template <class M>
-int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
+int extremes_typed(const PairwiseArgs& given, const ExtremesOut& out) {
   using T = AccOfMath<M>;
+  PairwiseArgs args = given;
+  const int64_t* const order = given.self && given.ids_q != nullptr ? out.order : nullptr;
   Engine<M> e(args);
   e.q_in_turn = !args.self;
-  Pass<M> pass{e, nullptr, {}, {}};
+  e.q.source.order = e.k.source.order = order;
+  Pass<M> pass{e, order, nullptr, {}, {}};
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;
   T* bias = nullptr;
+  int64_t* ids = nullptr;
   e.plan(w, &scratch, false);
   w.plan(&bias, e.k.n_pad);
+  if (order != nullptr) w.plan(&ids, e.q.n);
   pass.same.plan(w, e.q.n_pad);
   pass.other.plan(w, e.q.n_pad);
   if (!w.allocate()) return -1;
+  for (int64_t i = 0; order != nullptr && i < e.q.n; ++i) ids[i] = given.ids_q[order[i]];
+  if (order != nullptr) args.ids_q = ids;
   e.set_up(scratch, false);
   e.prepare(scratch, false);
   e.unit = T(args.scale);
   for (int64_t j = 0; j < e.k.n_pad; ++j) {
-    bias[j] = out.bias_k != nullptr && j < e.k.n ? static_cast<const T*>(out.bias_k)[j] : T(0);
+    bias[j] = out.bias_k != nullptr && j < e.k.n ? static_cast<const T*>(out.bias_k)[pass.index(j)] : T(0);
   }
   pass.bias = bias;
   pass.same.clear(e.q.n_pad, T(-HUGE_VAL));
@@ -180,8 +238,8 @@ int extremes_typed(const PairwiseArgs& args, const ExtremesOut& out) {
     }
   });
   for (int64_t i = 0; i < e.q.n; ++i) {
-    out.max_same[i] = pass.same.index[i];
-    out.min_other[i] = pass.other.index[i];
+    out.max_same[pass.index(i)] = pass.same.index[i];
+    out.min_other[pass.index(i)] = pass.other.index[i];
   }
   return 0;
 }

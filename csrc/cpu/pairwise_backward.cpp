@@ -35,20 +35,21 @@ struct Pass {
   const T* tiles = nullptr;  // logits that forward kept, see Engine::kept_at
 };
 
-// The rows of q that a tile reads: of P panels, or of T panels where those hold something else.
+// The rows of q that a tile reads from element k on: of P panels, or of T panels where those hold something else.
 template <class M>
-inline const ElemOf<M>* tile_rows(const Engine<M>& e, const ElemOf<M>* block, int64_t i) {
+inline const ElemOf<M>* tile_rows(const Engine<M>& e, const ElemOf<M>* block, int64_t i, int64_t k) {
   constexpr int NR = Tile<M>::NR;
   if constexpr (M::kPack == 1) {
-    return block + i * NR;
+    return block + k * e.block + i * NR;
   } else {
-    return block + i / NR * NR * e.depth + i % NR;
+    return block + i / NR * NR * e.depth + i % NR + k * NR;
   }
 }
 
 template <class M, Mode kMode, bool kCols, bool kMasked>
-inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, const ElemOf<M>* b, int64_t i, int64_t j,
-                                    AccOfMath<M>* g, Vec<AccOfMath<M>>& g_sum, const AccOfMath<M>* kept) {
+inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, const ElemOf<M>* b, int64_t depth,
+                                    RowsOfTile<M> from, int64_t i, int64_t j, AccOfMath<M>* g, Vec<AccOfMath<M>>& g_sum,
+                                    const AccOfMath<M>* kept) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
   const Engine<M>& e = pass.e;
@@ -58,10 +59,12 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
       unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = load<T>(kept + r * e.block + v * L); });
     });
   } else {
-    if constexpr (M::kPack == 1) {
-      dot_tile_of_p<M, NV>(a, e.block, b, e.depth, t);
+    if constexpr (M::kPack == 1 && kMode == Mode::kFixed) {
+      finish_tile_of_p<M>(a, e.block, b, depth, from, t);
+    } else if constexpr (M::kPack == 1) {
+      finish_tile_of_p_apart<M>(a, e.block, b, depth, from, t);
     } else {
-      dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
+      finish_tile<M, true>(a, 1, Tile<M>::NR, b, depth, from, t);
     }
     unroll<MR>([&](auto r)
                    SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { t[r][v] = t[r][v] * e.unit + e.offset; }); });
@@ -88,7 +91,7 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
       } else {
         Vec<T> factor = splat<T>(row_factor);
         if constexpr (kCols) factor += col_factor[v];
-        w = (kMode == Mode::kFixed ? exponential<M>(x) : logistic_v<T>(x)) * factor;
+        w = (kMode == Mode::kFixed ? exponential<M>(x) : logistic_v(x)) * factor;
       }
       if constexpr (kMasked) {
         IVec<T> mask = (id[v] != e.q.ids.id[i + r]) & valid[v];
@@ -113,20 +116,32 @@ void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* 
   const int64_t j0 = bj * e.block, j1 = min64(e.k.n, j0 + e.block);
   const bool exclude = e.may_exclude(bi, bj);
   const T* const tiles = pass.tiles == nullptr ? nullptr : pass.tiles + e.kept_at(bi, bj);
+  DeepPanel<M> deep;
   for (int64_t j = j0; j < j1; j += NR) {
     const ElemOf<M>* b = tiles != nullptr ? nullptr : t_k + (j - j0) * e.depth;
     const bool ragged = j + NR > e.k.n;
+    deep.begin(tiles != nullptr ? 0 : e.depth, i1 - i0, [&](int64_t i, int64_t k, RowsOfTile<M> from, TileOf<M>& out) {
+      const ElemOf<M>* a = tile_rows<M>(e, q, i, k);
+      if constexpr (M::kPack == 1) {
+        store_tile_of_p<M>(a, e.block, b + k * NR, DeepPanel<M>::kStep, from, out);
+      } else {
+        store_tile<M, true>(a, 1, NR, b + k * NR, DeepPanel<M>::kStep, from, out);
+      }
+    });
+    const int64_t left = e.depth - deep.done;
+    if (tiles == nullptr) b += deep.done * NR;
     for (int64_t i = i0; i < i1; i += MR) {
-      const ElemOf<M>* a = tiles != nullptr ? nullptr : tile_rows<M>(e, q, i - i0);
+      const ElemOf<M>* a = tiles != nullptr ? nullptr : tile_rows<M>(e, q, i - i0, deep.done);
+      const RowsOfTile<M> from = deep.at(i - i0);
       const T* const kept = tiles == nullptr ? nullptr : tiles + (i - i0) * e.block + (j - j0);
       T* to = g + (i - i0) * Tile<M>::kLdG + (j - j0);
       if constexpr (kUnmasked<T, kMode>) {
         if (!exclude && !ragged && i + MR <= e.q.n) {
-          weight_tile<M, kMode, kCols, false>(pass, a, b, i, j, to, g_sum, kept);
+          weight_tile<M, kMode, kCols, false>(pass, a, b, left, from, i, j, to, g_sum, kept);
           continue;
         }
       }
-      weight_tile<M, kMode, kCols, true>(pass, a, b, i, j, to, g_sum, kept);
+      weight_tile<M, kMode, kCols, true>(pass, a, b, left, from, i, j, to, g_sum, kept);
     }
   }
   if constexpr (kMode == Mode::kSoftplus) {

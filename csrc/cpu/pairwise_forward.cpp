@@ -41,12 +41,17 @@ struct PanelColumns {
 
 template <class M, Mode kMode, bool kCols, bool kMasked>
 inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& columns, const ElemOf<M>* a,
-                                    const ElemOf<M>* b, int64_t i, bool col_rank, AccOfMath<M>* keep_at) {
+                                    const ElemOf<M>* b, int64_t depth, RowsOfTile<M> from, int64_t i, bool col_rank,
+                                    AccOfMath<M>* keep_at) {
   using T = AccOfMath<M>;
   constexpr int MR = Tile<M>::MR, NV = Tile<M>::NV, L = Tile<M>::L;
   const Engine<M>& e = pass.e;
   Vec<T> t[MR][NV];
-  dot_tile<M, NV, true>(a, 1, Tile<M>::NR, b, e.depth, t);
+  if constexpr (kMode == Mode::kFixed) {
+    finish_tile<M, true>(a, 1, Tile<M>::NR, b, depth, from, t);
+  } else {
+    finish_tile_apart<M, true>(a, 1, Tile<M>::NR, b, depth, from, t);
+  }
 
   IVec<T> mask[MR][NV];
   unroll<MR>([&](auto r)
@@ -93,7 +98,7 @@ inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& column
       T* sum_at = pass.row.sum + (i + r) * L;
       const Vec<T> old = load<T>(max_at);
       Vec<T> now = old;
-      unroll<NV>([&](auto v) SSLK_INLINE { now = t[r][v] > now ? t[r][v] : now; });
+      unroll<NV>([&](auto v) SSLK_INLINE { now = larger(t[r][v], now); });
       Vec<T> sum = load<T>(sum_at) * exp2_v(old - now);
       unroll<NV>([&](auto v) SSLK_INLINE {
         const Vec<T> x = exp2_v(t[r][v] - now);
@@ -106,7 +111,7 @@ inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& column
       unroll<NV>([&](auto v) SSLK_INLINE {
         const Vec<T> old = columns.max[v];
         Vec<T> now = old;
-        unroll<MR>([&](auto r) SSLK_INLINE { now = t[r][v] > now ? t[r][v] : now; });
+        unroll<MR>([&](auto r) SSLK_INLINE { now = larger(t[r][v], now); });
         Vec<T> sum = columns.sum[v] * exp2_v(old - now);
         unroll<MR>([&](auto r) SSLK_INLINE {
           const Vec<T> x = exp2_v(t[r][v] - now);
@@ -121,7 +126,7 @@ inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& column
       T* sum_at = pass.row.sum + (i + r) * L;
       Vec<T> sum = load<T>(sum_at);
       unroll<NV>([&](auto v) SSLK_INLINE {
-        Vec<T> x = kMode == Mode::kSoftplus ? softplus_v<T>(t[r][v]) : exponential<M>(t[r][v]);
+        Vec<T> x = kMode == Mode::kSoftplus ? softplus_v(t[r][v]) : exponential<M>(t[r][v]);
         if constexpr (kMasked) x = keep<T>(x, mask[r][v]);
         sum += x;
         if constexpr (kCols) columns.sum[v] += x;
@@ -165,6 +170,8 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
   const bool exclude = e.may_exclude(bi, bj);
   const bool col_rank = kCols && pass.col.rank != nullptr;
   T* const tiles = pass.tiles == nullptr ? nullptr : pass.tiles + e.kept_at(bi, bj);
+  DeepPanel<M> deep;
+  const auto rows_at = [&](int64_t i) { return t_q + i / NR * NR * e.depth + i % NR; };
   for (int64_t j = j0; j < j1; j += NR) {
     PanelColumns<M> columns;
     const ElemOf<M>* b = t_k + (j - j0) * e.depth;
@@ -178,16 +185,22 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
       if (col_rank) columns.threshold[v] = load<T>(pass.col.threshold + j + v * L);
     });
     const bool ragged = j + NR > e.k.n;
+    deep.begin(e.depth, i1 - i0, [&](int64_t i, int64_t k, RowsOfTile<M> from, TileOf<M>& out) {
+      store_tile<M, true>(rows_at(i) + k * NR, 1, NR, b + k * NR, DeepPanel<M>::kStep, from, out);
+    });
+    const int64_t left = e.depth - deep.done;
+    b += deep.done * NR;
     for (int64_t i = i0; i < i1; i += MR) {
-      const ElemOf<M>* a = t_q + (i - i0) / NR * NR * e.depth + (i - i0) % NR;
+      const ElemOf<M>* a = rows_at(i - i0) + deep.done * NR;
+      const RowsOfTile<M> from = deep.at(i - i0);
       T* const keep_at = tiles == nullptr ? nullptr : tiles + (i - i0) * e.block + (j - j0);
       if constexpr (kUnmasked<T, kMode>) {
         if (!exclude && !ragged && i + MR <= e.q.n) {
-          reduce_tile<M, kMode, kCols, false>(pass, columns, a, b, i, col_rank, keep_at);
+          reduce_tile<M, kMode, kCols, false>(pass, columns, a, b, left, from, i, col_rank, keep_at);
           continue;
         }
       }
-      reduce_tile<M, kMode, kCols, true>(pass, columns, a, b, i, col_rank, keep_at);
+      reduce_tile<M, kMode, kCols, true>(pass, columns, a, b, left, from, i, col_rank, keep_at);
     }
     if (kCols) merge_columns<M, kMode>(pass.col, columns, j);
   }

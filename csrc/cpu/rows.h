@@ -29,13 +29,15 @@ struct Source {
   const T* inv = nullptr;
   int64_t d = 0;
   void (*read)(const void*, int64_t, int64_t, T, T*) = nullptr;
-  bool plain = true;            // elements are T in memory
-  int64_t element = sizeof(T);  // bytes
+  bool plain = true;               // elements are T in memory
+  int64_t element = sizeof(T);     // bytes
+  const int64_t* order = nullptr;  // row i is row order[i] of the matrices; null: row i
 
   int64_t rows() const { return part[0].n + part[1].n; }
 
   // out[0:d] = inv[i] * x_i
   void row(int64_t i, T* out) const {
+    if (order != nullptr) i = order[i];
     const Rows& p = i < part[0].n ? part[0] : part[1];
     const int64_t local = i < part[0].n ? i : i - part[0].n;
     read(p.data, local * p.stride, d, inv ? inv[i] : T(1), out);
@@ -47,6 +49,7 @@ struct Source {
       row(i, buffer);
       return buffer;
     }
+    if (order != nullptr) i = order[i];
     const Rows& p = i < part[0].n ? part[0] : part[1];
     return static_cast<const T*>(p.data) + (i < part[0].n ? i : i - part[0].n) * p.stride;
   }

@@ -46,22 +46,36 @@ struct Groups {
   int64_t largest() const { return ceil_div(blocks, count); }
 };
 
+// The threads that share a loop, and wait for each other at its end.  (benchmarks/schedule.cpp plays other teams.)
+struct Team {
+  int64_t size() const { return omp_get_num_threads(); }
+  // run(i) for i < n: equal shares, the same for every loop of n.
+  template <class Run>
+  void share(int64_t n, Run run) const {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; ++i) run(i);
+  }
+  // Who is free takes the next one.
+  template <class Run>
+  void share_dynamically(int64_t n, Run run) const {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) run(i);
+  }
+};
+
 // `n` meetings of groups at once, each of which takes `steps` steps of `lanes` pairs of blocks that may run at the
 // same time: lane(meeting, step, lane).  Called by all threads of a team.
-template <class Lane>
-inline void hold_meetings(int64_t n, int64_t steps, int64_t lanes, Lane lane) {
-  const int64_t threads = omp_get_num_threads();
-  if (n % threads == 0 || n >= 4 * threads) {
-#pragma omp for schedule(static)
-    for (int64_t m = 0; m < n; ++m) {
+template <class Threads, class Lane>
+inline void hold_meetings(const Threads& team, int64_t n, int64_t steps, int64_t lanes, Lane lane) {
+  if (n % team.size() == 0 || n >= 4 * team.size()) {
+    team.share(n, [&](int64_t m) {
       for (int64_t s = 0; s < steps; ++s) {
         for (int64_t l = 0; l < lanes; ++l) lane(m, s, l);
       }
-    }
+    });
   } else {
     for (int64_t s = 0; s < steps; ++s) {
-#pragma omp for schedule(static)
-      for (int64_t ml = 0; ml < n * lanes; ++ml) lane(ml / lanes, s, ml % lanes);
+      team.share(n * lanes, [&](int64_t ml) { lane(ml / lanes, s, ml % lanes); });
     }
   }
 }
@@ -75,24 +89,25 @@ inline void meet_groups(const Groups& side_a, int64_t a, const Groups& side_b, i
 }
 
 // Every block with itself and with every other once, meet(i, j) with i <= j.
-template <class Meet>
-inline void meet_within(const Groups& side, Meet meet) {
+template <class Meet, class Threads = Team>
+inline void meet_within(const Groups& side, Meet meet, const Threads& team = {}) {
   const int64_t largest = side.largest();
-  hold_meetings(side.count, 1 + Tournament(largest).rounds(), largest, [&](int64_t g, int64_t step, int64_t lane) {
-    const int64_t first = side.first(g);
-    int64_t a, b;
-    if (step == 0) {
-      if (lane < side.size(g)) meet(first + lane, first + lane);
-    } else {
-      const Tournament inner(side.size(g));
-      if (step <= inner.rounds() && lane < inner.pairs() && inner.pair(step - 1, lane, &a, &b)) {
-        meet(first + a, first + b);
-      }
-    }
-  });
+  hold_meetings(team, side.count, 1 + Tournament(largest).rounds(), largest,
+                [&](int64_t g, int64_t step, int64_t lane) {
+                  const int64_t first = side.first(g);
+                  int64_t a, b;
+                  if (step == 0) {
+                    if (lane < side.size(g)) meet(first + lane, first + lane);
+                  } else {
+                    const Tournament inner(side.size(g));
+                    if (step <= inner.rounds() && lane < inner.pairs() && inner.pair(step - 1, lane, &a, &b)) {
+                      meet(first + a, first + b);
+                    }
+                  }
+                });
   const Tournament outer(side.count);
   for (int64_t round = 0; round < outer.rounds(); ++round) {
-    hold_meetings(outer.pairs(), largest, largest, [&](int64_t p, int64_t step, int64_t lane) {
+    hold_meetings(team, outer.pairs(), largest, largest, [&](int64_t p, int64_t step, int64_t lane) {
       int64_t a, b;
       if (outer.pair(round, p, &a, &b)) meet_groups(side, a, side, b, largest, step, lane, meet);
     });
@@ -100,11 +115,11 @@ inline void meet_within(const Groups& side, Meet meet) {
 }
 
 // Every block of one side with every block of the other: in a round group i meets group i + round.
-template <class Meet>
-inline void meet_across(const Groups& side_a, const Groups& side_b, Meet meet) {
+template <class Meet, class Threads = Team>
+inline void meet_across(const Groups& side_a, const Groups& side_b, Meet meet, const Threads& team = {}) {
   const int64_t rounds = max64(side_a.count, side_b.count), lanes = max64(side_a.largest(), side_b.largest());
   for (int64_t round = 0; round < rounds; ++round) {
-    hold_meetings(side_a.count, lanes, lanes, [&](int64_t a, int64_t step, int64_t lane) {
+    hold_meetings(team, side_a.count, lanes, lanes, [&](int64_t a, int64_t step, int64_t lane) {
       const int64_t b = (a + round) % rounds;
       if (b < side_b.count) meet_groups(side_a, a, side_b, b, lanes, step, lane, meet);
     });
@@ -112,16 +127,14 @@ inline void meet_across(const Groups& side_a, const Groups& side_b, Meet meet) {
 }
 
 // The same where only blocks of side a gather results: those are free to meet at any time.
-template <class Meet>
-inline void meet_for_rows(const Groups& side_a, const Groups& side_b, Meet meet) {
-  const int64_t largest = side_a.largest();
-  const int64_t part = max64(1, min64(largest, side_a.blocks / (4 * int64_t(omp_get_num_threads()))));
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t first = 0; first < side_a.blocks; first += part) {
+template <class Meet, class Threads = Team>
+inline void meet_for_rows(const Groups& side_a, const Groups& side_b, Meet meet, const Threads& team = {}) {
+  const int64_t part = max64(1, min64(side_a.largest(), side_a.blocks / (4 * team.size())));
+  team.share_dynamically(ceil_div(side_a.blocks, part), [&](int64_t p) {
     for (int64_t j = 0; j < side_b.blocks; ++j) {
-      for (int64_t i = first; i < min64(side_a.blocks, first + part); ++i) meet(i, j);
+      for (int64_t i = p * part; i < min64(side_a.blocks, (p + 1) * part); ++i) meet(i, j);
     }
-  }
+  });
 }
 
 SSLK_END

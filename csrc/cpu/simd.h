@@ -125,6 +125,28 @@ inline __attribute__((always_inline)) Vec<T> keep(Vec<T> x, IVec<T> mask) {
   return bit_cast<Vec<T>>(bit_cast<IVec<T>>(x) & mask);
 }
 
+// a where it is larger (smaller) than b, else b; also where one is a NaN.
+inline SSLK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+inline SSLK_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+inline SSLK_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+inline SSLK_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+
 // All ones in the first `count` lanes (count may be negative or more than there are lanes).
 template <class T>
 inline __attribute__((always_inline)) IVec<T> lanes_below(int64_t count) {
@@ -193,7 +215,7 @@ constexpr double kLn2 = 0.69314718055994530942;
 // kCoarse: degree 4, 2.6e-6, for operands that were rounded to bfloat16 (2e-3).
 template <bool kBounded, bool kCoarse>
 inline SSLK_INLINE Vec<float> exp2_of(Vec<float> t) {
-  if constexpr (!kBounded) t = t < -126.0f ? splat<float>(-126.0f) : t;  // a NaN compares false and stays
+  if constexpr (!kBounded) t = larger(splat<float>(-126.0f), t);
   // 1.5 * 2^23 + 127: adding it leaves round(t) + 127, the exponent field of 2^round(t), in the low bits.
   const float magic = 12583039.0f;
   Vec<float> shifted = t + magic;
@@ -274,23 +296,41 @@ inline SSLK_INLINE Vec<float> reciprocal(Vec<float> x) {
 }
 inline SSLK_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
-// log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(y), y = e / (2 + e) <= 1/3.
-template <class T>
-inline __attribute__((always_inline)) Vec<T> softplus_v(Vec<T> x) {
-  constexpr int kTerms = sizeof(T) == 4 ? 7 : 17;  // y^2 <= 1/9: the next term is below half an ulp
-  Vec<T> e = exp_minus_abs<T>(x);
-  Vec<T> y = e * reciprocal(T(2) + e);
-  Vec<T> y2 = y * y;
-  Vec<T> p = splat<T>(T(1) / T(2 * kTerms - 1));
-  for (int n = kTerms - 2; n >= 0; --n) p = p * y2 + T(1) / T(2 * n + 1);
-  return (x > T(0) ? x : (x == x ? Vec<T>{} : x)) + T(2) * y * p;
+// log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|) <= 1.  float: log1p(e) = e p(e), p of degree 8 (minimax in
+// relative error, 3e-8); double: log1p(e) = 2 atanh(y), y = e / (2 + e) <= 1/3, the next term below half an ulp.
+inline SSLK_INLINE Vec<float> softplus_v(Vec<float> x) {
+  const IVec<float> sign = splat_int<float>(INT32_MIN);
+  const Vec<float> minus_abs = bit_cast<Vec<float>>(bit_cast<IVec<float>>(x) | sign);
+  const Vec<float> e = exp2_v(minus_abs * float(kLog2E));
+  Vec<float> p = splat<float>(0.005232694261758521f);
+  p = p * e - 0.02950523876707348f;
+  p = p * e + 0.07822595186123846f;
+  p = p * e - 0.13663245793390952f;
+  p = p * e + 0.19106006760116692f;
+  p = p * e - 0.24842982213554102f;
+  p = p * e + 0.333190968075461f;
+  p = p * e - 0.4999949314048224f;
+  p = p * e + 0.9999999698795629f;
+  return larger(Vec<float>{}, x) + e * p;
+}
+inline SSLK_INLINE Vec<double> softplus_v(Vec<double> x) {
+  constexpr int kTerms = 17;
+  Vec<double> e = exp_minus_abs<double>(x);
+  Vec<double> y = e * reciprocal(2.0 + e);
+  Vec<double> y2 = y * y;
+  Vec<double> p = splat<double>(1.0 / (2 * kTerms - 1));
+  for (int n = kTerms - 2; n >= 0; --n) p = p * y2 + 1.0 / (2 * n + 1);
+  return (x > 0.0 ? x : (x == x ? Vec<double>{} : x)) + 2.0 * y * p;
 }
 
-// 1 / (1 + exp(-x)) without overflow on either side.
-template <class T>
-inline __attribute__((always_inline)) Vec<T> logistic_v(Vec<T> x) {
-  Vec<T> e = exp_minus_abs<T>(x);
-  return (x < T(0) ? e : splat<T>(T(1))) * reciprocal(T(1) + e);
+// 1 / (1 + exp(-x)).  float: the exponential is kept where its reciprocal is a normal number.
+inline SSLK_INLINE Vec<float> logistic_v(Vec<float> x) {
+  const Vec<float> t = smaller(splat<float>(125.0f), larger(splat<float>(-126.0f), x * float(-kLog2E)));
+  return reciprocal(1.0f + exp2_of<true, false>(t));
+}
+inline SSLK_INLINE Vec<double> logistic_v(Vec<double> x) {
+  Vec<double> e = exp_minus_abs<double>(x);
+  return (x < 0.0 ? e : splat<double>(1.0)) * reciprocal(1.0 + e);
 }
 
 // -------------------------------------------------------------------------------- 16-bit conversions

@@ -71,7 +71,7 @@ struct Tile {
   static constexpr int L = Simd<Acc>::kLanes;
 #if defined(__AVX512F__)
   static constexpr int MR = 8, NV = 2;
-  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 2 : 4;
+  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 3 : 6;
 #elif defined(__AVX2__)
   static constexpr int MR = 4, NV = 3;
   static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 3 : 6;
@@ -93,32 +93,31 @@ struct Tile {
 // instruction set).
 constexpr int64_t kRowAlign = 16;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class M, int NV>
-inline SSLK_INLINE void clear_tile(Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
-  unroll<Tile<M>::MR>([&](auto r)
-                          SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<AccOfMath<M>>{}; }); });
+template <class M, int R, int NV>
+inline SSLK_INLINE void clear_tile(Vec<AccOfMath<M>> (&acc)[R][NV]) {
+  unroll<R>([&](auto r) SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = Vec<AccOfMath<M>>{}; }); });
 }
 
 // acc[r][v] += sum over k < depth of a[r * a_row + k * a_k] * b[k * b_k + v * L ...].
 // kUnitRow: the rows of A are adjacent (a packed panel or G^T), so a_row is 1 at compile time.
-template <class M, int NV, bool kUnitRow>
+template <class M, bool kUnitRow, int R, int NV>
 inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
-                                 const ElemOf<M>* __restrict b, int64_t depth,
-                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV], int64_t b_k = Tile<M>::NR) {
+                                 const ElemOf<M>* __restrict b, int64_t depth, Vec<AccOfMath<M>> (&acc)[R][NV],
+                                 int64_t b_k = Tile<M>::NR) {
   using E = ElemOf<M>;
-  constexpr int MR = Tile<M>::MR, L = Tile<M>::L;
+  constexpr int L = Tile<M>::L;
   const int64_t row = kUnitRow ? 1 : a_row;
   // The counters of a loop that is not unrolled are a tenth of its instructions (a sixth with AVX2).
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Vec<E> bv[NV];
     unroll<NV>([&](auto v) SSLK_INLINE { bv[v] = load<E>(b + v * L); });
-    unroll<MR>([&](auto r) SSLK_INLINE {
+    unroll<R>([&](auto r) SSLK_INLINE {
       const Vec<E> av = splat<E>(a[r * row]);
       unroll<NV>([&](auto v) SSLK_INLINE { multiply_add<M>(acc[r][v], av, bv[v]); });
     });
@@ -127,45 +126,168 @@ inline SSLK_INLINE void add_dots(const ElemOf<M>* __restrict a, int64_t a_row, i
   }
 }
 
-// The same from nothing.
-template <class M, int NV, bool kUnitRow>
+// Where a tile begins: zero, or what it was left at.
+template <class M, int R, int NV>
+inline SSLK_INLINE void begin_tile(Vec<AccOfMath<M>> (&acc)[R][NV], const Vec<AccOfMath<M>> (*from)[NV]) {
+  if (from == nullptr) {
+    clear_tile<M>(acc);
+  } else {
+    unroll<R>([&](auto r) SSLK_INLINE { unroll<NV>([&](auto v) SSLK_INLINE { acc[r][v] = from[r][v]; }); });
+  }
+}
+
+// A tile from the beginning.
+template <class M, bool kUnitRow, int R, int NV>
 inline SSLK_INLINE void dot_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
-                                 const ElemOf<M>* __restrict b, int64_t depth,
-                                 Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV], int64_t b_k = Tile<M>::NR) {
-  clear_tile<M, NV>(acc);
-  add_dots<M, NV, kUnitRow>(a, a_row, a_k, b, depth, acc, b_k);
+                                 const ElemOf<M>* __restrict b, int64_t depth, Vec<AccOfMath<M>> (&acc)[R][NV],
+                                 int64_t b_k = Tile<M>::NR) {
+  clear_tile<M>(acc);
+  add_dots<M, kUnitRow>(a, a_row, a_k, b, depth, acc, b_k);
+}
+
+template <class M>
+using TileOf = Vec<AccOfMath<M>>[Tile<M>::MR][Tile<M>::NV];
+template <class M>
+using RowsOfTile = const Vec<AccOfMath<M>> (*)[Tile<M>::NV];  // null: a tile begins at zero
+
+// The same on top of what the tile was left at, all in registers: for code that needs few itself.
+template <class M, bool kUnitRow>
+inline SSLK_INLINE void finish_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
+                                    const ElemOf<M>* __restrict b, int64_t depth, RowsOfTile<M> from, TileOf<M>& acc) {
+  begin_tile<M>(acc, from);
+  add_dots<M, kUnitRow>(a, a_row, a_k, b, depth, acc);
 }
 
 // The same, in the same order, with A in the D-panels of gemm_block: `a` is its first row in the first panel.
-template <class M, int NV>
-inline SSLK_INLINE void dot_tile_of_p(const ElemOf<M>* __restrict a, int64_t p_rows, const ElemOf<M>* __restrict b,
-                                      int64_t depth, Vec<AccOfMath<M>> (&acc)[Tile<M>::MR][NV]) {
+template <class M>
+inline SSLK_INLINE void finish_tile_of_p(const ElemOf<M>* __restrict a, int64_t p_rows, const ElemOf<M>* __restrict b,
+                                         int64_t depth, RowsOfTile<M> from, TileOf<M>& acc) {
   static_assert(M::kPack == 1, "P panels hold pairs of rows, not pairs of features");
   constexpr int NR = Tile<M>::NR;
-  clear_tile<M, NV>(acc);
+  begin_tile<M>(acc, from);
   for (int64_t k = 0; k < depth; k += NR) {
-    add_dots<M, NV, false>(a, NR, 1, b, min64(NR, depth - k), acc);
+    add_dots<M, false>(a, NR, 1, b, min64(NR, depth - k), acc);
     a += p_rows * NR;
     b += NR * NR;
   }
 }
 
-// One panel of gemm_block: C[0:rows][0:NV*L] += A P for a panel that is NV vectors wide.
-// kPacked: rows of P are NR apart, else p_row.
-template <class M, int NV, bool kUnitRow, bool kPacked>
-inline void gemm_panel(AccOfMath<M>* c, int64_t ldc, int64_t rows, const ElemOf<M>* a, int64_t a_row, int64_t a_k,
-                       const ElemOf<M>* p, int64_t p_row, int64_t depth) {
+// Both with the result in memory.
+template <class M, bool kUnitRow>
+__attribute__((noinline)) void store_tile(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
+                                          const ElemOf<M>* __restrict b, int64_t depth, RowsOfTile<M> from,
+                                          TileOf<M>& out) {
+  TileOf<M> acc;
+  finish_tile<M, kUnitRow>(a, a_row, a_k, b, depth, from, acc);
+  begin_tile<M>(out, acc);
+}
+
+template <class M>
+__attribute__((noinline)) void store_tile_of_p(const ElemOf<M>* __restrict a, int64_t p_rows,
+                                               const ElemOf<M>* __restrict b, int64_t depth, RowsOfTile<M> from,
+                                               TileOf<M>& out) {
+  TileOf<M> acc;
+  finish_tile_of_p<M>(a, p_rows, b, depth, from, acc);
+  begin_tile<M>(out, acc);
+}
+
+// And for code that has many registers in use itself.  AVX2 has 16, of which the loop needs all: GCC then has
+// accumulators go to memory and back in every step, so there the loop is in a function of its own, and its result
+// goes to memory once.
+#if defined(__AVX512F__)
+constexpr bool kFewRegisters = false;
+#else
+constexpr bool kFewRegisters = true;
+#endif
+
+template <class M, bool kUnitRow>
+inline SSLK_INLINE void finish_tile_apart(const ElemOf<M>* __restrict a, int64_t a_row, int64_t a_k,
+                                          const ElemOf<M>* __restrict b, int64_t depth, RowsOfTile<M> from,
+                                          TileOf<M>& acc) {
+  if constexpr (kFewRegisters) {
+    TileOf<M> memory;
+    store_tile<M, kUnitRow>(a, a_row, a_k, b, depth, from, memory);
+    begin_tile<M>(acc, memory);
+  } else {
+    finish_tile<M, kUnitRow>(a, a_row, a_k, b, depth, from, acc);
+  }
+}
+
+template <class M>
+inline SSLK_INLINE void finish_tile_of_p_apart(const ElemOf<M>* __restrict a, int64_t p_rows,
+                                               const ElemOf<M>* __restrict b, int64_t depth, RowsOfTile<M> from,
+                                               TileOf<M>& acc) {
+  if constexpr (kFewRegisters) {
+    TileOf<M> memory;
+    store_tile_of_p<M>(a, p_rows, b, depth, from, memory);
+    begin_tile<M>(acc, memory);
+  } else {
+    finish_tile_of_p<M>(a, p_rows, b, depth, from, acc);
+  }
+}
+
+// Tiles of one panel of columns whose rows are long: the panel does not stay in the L1 cache while all rows of a block
+// go past it.  So all tiles take its first kStep elements of the depth, then all the next ones, and wait in memory in
+// between; the order of additions is the same.
+template <class M>
+struct DeepPanel {
+  // About 16 KB of the panel.
+  static constexpr int64_t kStep =
+      ceil_div(16384 / int64_t(sizeof(AccOfMath<M>)) / Tile<M>::NR, Tile<M>::NR) * Tile<M>::NR;
+  TileOf<M> tile[Tile<M>::kBlock / Tile<M>::MR];
+  int64_t done = 0;  // elements of the depth that are in them
+
+  // store(i, k, from, out) for the tile at row i and elements [k, k + kStep) of the depth.
+  template <class Store>
+  void begin(int64_t depth, int64_t rows, Store store) {
+    done = 0;
+    if (depth <= 2 * kStep) return;
+    for (; depth - done > kStep; done += kStep) {
+      for (int64_t i = 0; i < rows; i += Tile<M>::MR) {
+        TileOf<M>& here = tile[i / Tile<M>::MR];
+        store(i, done, done > 0 ? here : nullptr, here);
+      }
+    }
+  }
+  RowsOfTile<M> at(int64_t i) const { return done > 0 ? tile[i / Tile<M>::MR] : nullptr; }
+};
+
+// Elements from one row to the next above which the processor does not fetch rows ahead by itself.
+constexpr int64_t kFarRows = 384;
+
+// Rows of one panel of gemm_block: C[0:rows][0:NV*L] += A P for a panel that is NV vectors wide, R rows at a time.
+// kPacked: rows of P are NR apart, else p_row.  Returns how many rows are done: whole groups of R.
+template <class M, int R, int NV, bool kUnitRow, bool kPacked>
+inline SSLK_INLINE int64_t gemm_rows(AccOfMath<M>* c, int64_t ldc, int64_t first, int64_t rows, const ElemOf<M>* a,
+                                     int64_t a_row, int64_t a_k, const ElemOf<M>* p, int64_t p_row, int64_t depth) {
   using T = AccOfMath<M>;
-  constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR, L = Tile<M>::L;
-  for (int64_t i = 0; i < rows; i += MR) {
-    Vec<T> acc[MR][NV];
-    dot_tile<M, NV, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc, kPacked ? NR : p_row);
+  constexpr int NR = Tile<M>::NR, L = Tile<M>::L;
+  int64_t i = first;
+  for (c += i * ldc; i + R <= rows; i += R) {
+    Vec<T> acc[R][NV];
+    if (ldc >= kFarRows) {
+      unroll<R>([&](auto r) SSLK_INLINE {
+        __builtin_prefetch(c + r * ldc, 1);
+        __builtin_prefetch(c + r * ldc + NV * L - 1, 1);
+      });
+    }
+    dot_tile<M, kUnitRow>(a + i * a_row, a_row, a_k, p, depth, acc, kPacked ? NR : p_row);
     // C is added at the end: waiting for it at the start would stall the multiply-adds.
-    unroll<MR>([&](auto r) SSLK_INLINE {
+    unroll<R>([&](auto r) SSLK_INLINE {
       unroll<NV>([&](auto v) SSLK_INLINE { store<T>(c + v * L, load<T>(c + v * L) + acc[r][v]); });
       c += ldc;
     });
   }
+  return i;
+}
+
+// A panel of one vector has as many accumulators as a whole one: fewer would wait for each other.
+template <class M, int NV, bool kUnitRow, bool kPacked>
+void gemm_panel(AccOfMath<M>* c, int64_t ldc, int64_t rows, const ElemOf<M>* a, int64_t a_row, int64_t a_k,
+                const ElemOf<M>* p, int64_t p_row, int64_t depth) {
+  constexpr int MR = Tile<M>::MR, R = NV == 1 ? MR * Tile<M>::NV : MR;
+  int64_t done = gemm_rows<M, R, NV, kUnitRow, kPacked>(c, ldc, 0, rows, a, a_row, a_k, p, p_row, depth);
+  if constexpr (R != MR) gemm_rows<M, MR, NV, kUnitRow, kPacked>(c, ldc, done, rows, a, a_row, a_k, p, p_row, depth);
 }
 
 // C[0:rows][0:D] += A[rows][depth] P.  kPacked: P lies in D-panels, panel dp holds [p_size][NR] elements; else it is

@@ -21,7 +21,7 @@ namespace {
 // log(1 + exp(-|x|)): what softplus adds to max(x, 0).
 template <class T>
 inline SSLK_INLINE Vec<T> log1p_exp_minus_abs(Vec<T> x) {
-  return softplus_v<T>(x < T(0) ? x : -x);
+  return softplus_v(x < T(0) ? x : -x);
 }
 
 // The tables of one call, in the accumulation type.
@@ -124,7 +124,7 @@ void decoder_gradients(const VaeCall<T>& call, const VaeBackwardArgs& out, int64
     for (int k = 0; k < count; k += L) {
       const Vec<T> rv = load<T>(r + k), xv = load<T>(x + k);
       if (args.likelihood == Likelihood::bernoulli) {
-        store<T>(r + k, g * (logistic_v<T>(rv) - xv));
+        store<T>(r + k, g * (logistic_v(rv) - xv));
         store<T>(x + k, -g * rv);
         continue;
       }

@@ -81,7 +81,8 @@ def triplet_loss(
         total = heads.reduce(mined.loss, "sum")
         count = (mined.active if reduction == "mean_nonzero" else mined.terms).sum()
     # A NaN distance is neither the largest nor the smallest: mining alone would pass over it.
-    total = total * (1 + (z.detach() * 0).sum())
+    if z.numel() > 0:
+        total = total * (1 + torch.linalg.vector_norm(z.detach(), float("inf")) * 0)
     return total if reduction == "sum" else total / count.clamp(min=1)
 
 

@@ -69,12 +69,12 @@ def _distances_backward(pairs: Pairs, d: Distances, g: DistanceGradients | None)
             own, other = z[c].to(acc), z.index_select(0, index[c]).to(acc)
             if pairs.cosine:
                 weight = -weights[c, None]
-                dz[c] += other.mul_(weight)
+                dz[c].add_(other.mul_(weight))  # dz[c] += ... would copy dz[c] onto itself as well
                 accumulate_rows_(dz, index[c], own * weight)
             else:
                 weight = torch.where(distance[c] == 0, 0.0, weights[c] / distance[c])[:, None]
                 away = other.sub_(own).mul_(weight)
-                dz[c] -= away
+                dz[c].sub_(away)
                 accumulate_rows_(dz, index[c], away)
     return dz.to(z.dtype)
 

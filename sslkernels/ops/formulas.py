@@ -20,6 +20,7 @@ from sslkernels.ops import heads
 from sslkernels.ops.distances import two_distances
 from sslkernels.ops.extremes import extremes
 from sslkernels.ops.pairwise import pairwise
+from sslkernels.ops.rows import dots
 
 # ------------------------------------------------------------------------------- softmax family
 
@@ -179,9 +180,8 @@ def hard_triplets(
             # the mean less cancels.
             wide = z.to(acc)
             centred = wide - wide.mean(0)
-            tiles = Tiles(
-                centred, None, wide.new_full((), -2.0), centred.square().sum(1), ids_q=labels
-            )
+            square = dots(centred, centred)
+            tiles = Tiles(centred, None, wide.new_full((), -2.0), square, ids_q=labels)
         positive, negative = extremes(tiles)
     valid = (positive >= 0) & (negative >= 0)
     d_positive, d_negative = two_distances(

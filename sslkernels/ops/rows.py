@@ -77,9 +77,9 @@ def add_class_dots_gradient_(dz: Tensor, z: Tensor, index: Tensor, g: Tensor) ->
         for c in chunks(z):
             others, own = sums.index_select(0, index[c]), z[c]
             if weights_inside:
-                dz[c] += others.sub_(own * g[c, None])
+                dz[c].add_(others.sub_(own * g[c, None]))
             else:
-                dz[c] += others.sub_(own).mul_(g[c, None])
+                dz[c].add_(others.sub_(own).mul_(g[c, None]))
 
 
 ACCUMULATE: Op = Op(
