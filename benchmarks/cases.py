@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: inputs of every op, the float64 truth, and the work that counts.
 
-Sizes mean, per op: nt_xent, clip, siglip, sup_con, triplet: N (rows in all for nt_xent, sup_con and
-triplet, pairs for clip and siglip); moco and enqueue: K, the rows of the queue, with ``batch``
-queries or keys; ema: the number of tensors, 161 for the parameters of ResNet-50, otherwise tensors
-of 64 elements; losses of autoencoders and adversaries: see generative.py.
+Sizes mean, per op: nt_xent, info_nce, clip, siglip, sup_con, triplet: N (rows in all for nt_xent,
+sup_con and triplet, pairs for info_nce, clip and siglip); moco and enqueue: K, the rows of the
+queue, with ``batch`` queries or keys; ema: the number of tensors, 161 for the parameters of
+ResNet-50, otherwise tensors of 64 elements; losses of autoencoders and adversaries: see generative.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sslkernels import reference
 TEMPERATURE = 0.1
 DECAY = 0.99
 LOGIT_SCALE, LOGIT_BIAS = 10.0, -10.0
-LOSSES = ("nt_xent", "moco", "clip", "siglip", "sup_con", "triplet")
+LOSSES = ("nt_xent", "moco", "info_nce", "clip", "siglip", "sup_con", "triplet")
 OPS = (*LOSSES, *generative.OPS, "enqueue", "ema")
 TRUTH_BLOCK = 1024  # rows of the similarity matrix that the truth holds at a time
 
@@ -64,15 +64,18 @@ class Case:
         """Floating-point operations that count; None where time alone is meaningful.
 
         What an exact method in O(N D) memory does: S twice and a product for each gradient, 8 N^2 D
-        for clip and siglip; half of it where S is symmetric (nt_xent, sup_con); one pass over a queue
-        without gradient, 4 n K D.
+        for info_nce, clip and siglip; half of it where S is symmetric (nt_xent, sup_con); one triangle
+        of S, once, for triplet, whose gradient needs two rows a row; one pass over a queue without
+        gradient, 4 n K D.
         """
         if self.op in ("nt_xent", "sup_con"):
             return 4.0 * self.size**2 * self.dim
         if self.op == "moco":
             return 4.0 * self.batch * self.size * self.dim
-        if self.op in ("clip", "siglip"):
+        if self.op in ("info_nce", "clip", "siglip"):
             return 8.0 * self.size**2 * self.dim
+        if self.op == "triplet":
+            return 1.0 * self.size**2 * self.dim
         return None
 
     @property
@@ -110,6 +113,8 @@ class Case:
             query, key = views(self.batch)
             queue = F.normalize(rows(self.size), dim=1)
             return {"leaves": [query], "key": key.detach(), "queue": queue}
+        if self.op == "info_nce":
+            return {"leaves": list(views(self.size))}
         if self.op in ("clip", "siglip"):
             a, b = views(self.size)
             return {"leaves": [F.normalize(x.detach(), dim=1).requires_grad_() for x in (a, b)]}
@@ -143,6 +148,8 @@ class Case:
             loss = reference.info_nce_loss(
                 leaves[0], x["key"].double(), x["queue"].double(), TEMPERATURE
             )
+        elif self.op == "info_nce":
+            loss = reference.info_nce_loss(*leaves, temperature=TEMPERATURE)
         elif self.op == "clip":
             loss = reference.clip_loss(*leaves, LOGIT_SCALE)
         elif self.op == "siglip":

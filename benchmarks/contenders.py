@@ -112,6 +112,8 @@ def _library_call(op: str, library: Any, x: Inputs) -> Callable[..., Tensor]:
             return library.info_nce_loss(q, k, queue, TEMPERATURE, normalize=False)
 
         return moco
+    if op == "info_nce":
+        return lambda query, key: library.info_nce_loss(query, key, temperature=TEMPERATURE)
     if op == "clip":
         return lambda a, b: library.clip_loss(a, b, LOGIT_SCALE)
     if op == "siglip":
@@ -178,6 +180,73 @@ def _info_nce_pytorch(case: Case, x: Inputs) -> Contender:
     info_nce = _import("info_nce").info_nce
     key, queue = x["key"], x["queue"]
     return _loss(x, lambda query: info_nce(query, key, queue, temperature=TEMPERATURE))
+
+
+def _info_nce_pytorch_in_batch(case: Case, x: Inputs) -> Contender:
+    info_nce = _import("info_nce").info_nce
+    return _loss(x, lambda query, key: info_nce(query, key, temperature=TEMPERATURE))
+
+
+def _linear_cross_entropy(case: Case, x: Inputs) -> Contender:
+    """``F.linear_cross_entropy`` in chunks: the other side is the weight, the pair the class.
+
+    It normalises nothing and has one direction: clip calls it twice.
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Missing("torch.nn.functional.linear_cross_entropy came with torch 2.13")
+    target = torch.arange(case.size, device=case.device)
+    options: Any = torch.nn.LinearCrossEntropyOptions()
+
+    def one_way(a: Tensor, b: Tensor) -> Tensor:
+        loss: Tensor = F.linear_cross_entropy(a, b, target, options=options)
+        return loss
+
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        if case.op == "clip":
+            return (one_way(LOGIT_SCALE * a, b) + one_way(LOGIT_SCALE * b, a)) / 2
+        return one_way(F.normalize(a, dim=1) / TEMPERATURE, F.normalize(b, dim=1))
+
+    return _loss(x, call)
+
+
+def _cached_mnrl(case: Case, x: Inputs) -> Contender:
+    """sentence-transformers' cached loss from embeddings on: blocks of rows, each with its backward."""
+    module = _import("sentence_transformers.sentence_transformer.losses")
+    loss_fn = module.CachedMultipleNegativesRankingLoss(
+        torch.nn.Sequential(torch.nn.Identity()), scale=1 / TEMPERATURE, mini_batch_size=256
+    )
+    leaves: list[Tensor] = x["leaves"]
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        loss: Tensor = loss_fn.calculate_loss([[leaf] for leaf in leaves], with_backward=True)
+        return loss
+
+    def results() -> list[Tensor]:
+        loss = step().detach().clone()
+        return [loss, *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
+
+    return Contender(step, results, None, leaves)
+
+
+def _monai(case: Case, x: Inputs) -> Contender:
+    if case.size > 1024:
+        raise Missing(
+            "it forms N x N x D products: 2 GB for one tensor at N = 2048; run to N = 1024"
+        )
+    loss = _import("monai.losses").ContrastiveLoss(temperature=TEMPERATURE)
+    return _loss(x, lambda z1, z2: loss(z1, z2))
+
+
+def _open_clip(case: Case, x: Inputs) -> Contender:
+    module = _import("open_clip.loss")
+    scale = torch.tensor(LOGIT_SCALE, device=case.device)
+    if case.op == "clip":
+        clip = module.ClipLoss()
+        return _loss(x, lambda a, b: clip(a, b, scale))
+    siglip, bias = module.SigLipLoss(), torch.tensor(LOGIT_BIAS, device=case.device)
+    return _loss(x, lambda a, b: siglip(a, b, scale, bias))
 
 
 def _moco_official(case: Case, x: Inputs) -> Contender:
@@ -477,6 +546,14 @@ CONTENDERS["nt_xent"] |= {
     "pytorch-metric-learning": _pml_nt_xent,
 }
 CONTENDERS["moco"] |= {"MoCo [D, K]": _moco_official, "info-nce-pytorch": _info_nce_pytorch}
+CONTENDERS["nt_xent"] |= {"MONAI": _monai}
+CONTENDERS["info_nce"] |= {
+    "F.linear_cross_entropy": _linear_cross_entropy,
+    "info-nce-pytorch": _info_nce_pytorch_in_batch,
+    "sentence-transformers": _cached_mnrl,
+}
+CONTENDERS["clip"] |= {"F.linear_cross_entropy": _linear_cross_entropy, "open_clip": _open_clip}
+CONTENDERS["siglip"] |= {"open_clip": _open_clip}
 CONTENDERS["sup_con"] |= {"pytorch-metric-learning": _pml_sup_con}
 CONTENDERS["clip"] |= {"inf_cl": _inf_cl}  # on GPUs
 for _op in ("vae", "vae_step", "features", "adversarial"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.cases import LOSSES
 from benchmarks.contenders import OURS
 from benchmarks.runner import COLUMNS, DEFAULT, KEPT, Row
 
@@ -22,6 +23,7 @@ TITLES = {
     "moco": "InfoNCE with a queue (MoCo), forward + backward",
     "enqueue": "Normalise and enqueue keys",
     "ema": "EMA update",
+    "info_nce": "InfoNCE in the batch, forward + backward",
     "clip": "CLIP loss, forward + backward",
     "siglip": "SigLIP loss, forward + backward",
     "sup_con": "SupCon loss, forward + backward",
@@ -44,6 +46,10 @@ STYLES = {
     "pytorch-metric-learning": ("#882255", "P"),
     "info-nce-pytorch": ("#999933", "X"),
     "inf_cl": ("#117733", "<"),
+    "F.linear_cross_entropy": ("#ee3377", "s"),
+    "sentence-transformers": ("#004488", "D"),
+    "MONAI": ("#88ccee", "^"),
+    "open_clip": ("#ddaa33", "v"),
     "MoCo [D, K]": ("#7f7f7f", ">"),
     "torch [K, D]": ("#b15928", "h"),
     "_foreach_lerp_": ("#bfa500", "d"),
@@ -258,7 +264,7 @@ def plots(rows: list[Row], folder: Path) -> str:
     except ImportError as error:
         return f"No plots: {error}."
     drawn = []
-    for op in ("nt_xent", "moco", "clip", "siglip", "sup_con", "triplet"):
+    for op in LOSSES:
         size_name = "K" if op == "moco" else "N"
         for metric, title, scale, unit in (
             ("time", "time", 1e3, "ms"),

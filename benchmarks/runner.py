@@ -91,7 +91,7 @@ def headline_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     jobs += [times(case("ema", size), only, {}) for size in (40, 161)]
     jobs += [
         times(case(op, 2048), only, compiled | slow)
-        for op in ("clip", "siglip", "sup_con", "triplet")
+        for op in ("info_nce", "clip", "siglip", "sup_con", "triplet")
     ]
     made = [case("features", 16), case("adversarial", 256, dim=900)]
     made += [case(op, 4096, dim=784) for op in ("vae", "vae_step", "reparameterize")]
@@ -128,7 +128,7 @@ def full_plan(base: dict[str, Any], only: list[str] | None) -> list[Job]:
     jobs += [times(case("moco", 65536, batch=batch), only, {}) for batch in (1, 32)]
     jobs += [times(case("enqueue", 65536, batch=batch), only, {}) for batch in (32, 256)]
     jobs += [times(case("ema", size), only, {}) for size in (40, 161)]
-    for op in ("clip", "siglip", "sup_con", "triplet"):
+    for op in ("info_nce", "clip", "siglip", "sup_con", "triplet"):
         jobs += [times(case(op, size), only, {}) for size in (256, 1024, 2048, 4096)]
     made = [case("features", size) for size in (4, 16)]
     made += [case("adversarial", size, dim=900) for size in (16, 256)]
