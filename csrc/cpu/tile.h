@@ -71,7 +71,7 @@ struct Tile {
   static constexpr int L = Simd<Acc>::kLanes;
 #if defined(__AVX512F__)
   static constexpr int MR = 8, NV = 2;
-  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 3 : 6;
+  static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 2 : 4;
 #elif defined(__AVX2__)
   static constexpr int MR = 4, NV = 3;
   static constexpr int kPanelsPerBlock = sizeof(Acc) == 4 ? 3 : 6;
