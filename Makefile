@@ -77,6 +77,10 @@ test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it
 test-peers-suites: $(VENV)/.build $(PEERS)/.ready ## run those libraries' own tests, without and with the patch: CHECKOUTS=folder
 	$(PEERS)/bin/python tests/peers/suites.py "$(CHECKOUTS)" $(ARGS)
 
+.PHONY: test-peers-scripts
+test-peers-scripts: $(VENV)/.build $(PEERS)/.ready ## run those libraries' example scripts as they are and patched: CHECKOUTS=folder
+	$(PEERS)/bin/python tests/peers/scripts.py "$(CHECKOUTS)" $(ARGS)
+
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation into build/site; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
@@ -184,7 +188,8 @@ $(PEERS)/.ready: constraints-peers.txt pyproject.toml $(VENV)/.tools
 		info_nce monai catalyst timm torch_ema examples examples_text > $(PEERS)/requirements.txt
 	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input --prefer-binary \
 		--retries 5 --timeout 60 -c constraints-peers.txt $(PIP_FLAGS) torch torchvision pytest \
-		pytest-benchmark expecttest -r $(PEERS)/requirements.txt
+		pytest-benchmark expecttest datasets faiss-cpu braceexpand webdataset pandas \
+		-r $(PEERS)/requirements.txt
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.tools $(CPU_SOURCES)

@@ -214,6 +214,27 @@ def test_outcomes_of_other_libraries_are_compared(monkeypatch: pytest.MonkeyPatc
     assert set(suites.KNOWN) <= set(suites.SUITES)
 
 
+def test_losses_of_scripts_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/peers/scripts.py: differences in units of the loss, and one line for each script."""
+    monkeypatch.syspath_prepend(ROOT / "tests/peers")
+    import scripts
+
+    assert scripts.difference([4.0, 0.1], [4.0, 0.1]) == 0
+    assert scripts.difference([4.0, 0.1], [4.1, 0.1]) == pytest.approx(0.025)
+    assert scripts.difference([4.0, 0.1], [4.0, 0.3]) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="longer|shorter"):
+        scripts.difference([4.0], [4.0, 1.0])
+    seen = {"losses": [4.0], "seconds": 2.0, "peak_bytes": 3 * 2**20}
+    alone = {**seen, "loss_ms": 1.5, "loss_bytes": 2048, "rows": 64}
+    assert scripts.row("a", [seen, seen], [alone, alone]).endswith(
+        "| 0.0e+00 | 64 | 1.50 → 1.50 | 2 → 2 | 2.0 → 2.0 | 3 → 3 |"
+    )
+    assert "| – | – | – | 2.0 → 2.0 |" in scripts.row("a", [seen, seen], [seen, seen])
+    for chosen in scripts.SCRIPTS.values():
+        for script in chosen:
+            assert set(script.patch) <= set(sslkernels.integrations._patching.PEERS)
+
+
 def test_an_interpreter_that_does_not_run_is_passed_over(ci: None, tmp_path: Path) -> None:
     """pyenv has names for versions that are not chosen: they exist and fail."""
     import wheel
