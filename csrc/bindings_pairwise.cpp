@@ -87,6 +87,9 @@ struct PairwiseForward {
   }
   void run() {
     const int64_t n = args->rows(), m = args->cols();
+    if (!args->self && out.col == nullptr && out.threshold_col != nullptr) {
+      throw std::invalid_argument("pairwise_forward: threshold_col needs col, ranks are counted beside the columns");
+    }
     require(kName, {{"row", out.row, n},
                     {"rank_row", out.rank_row, out.threshold_row != nullptr ? n : 0},
                     {"rank_col", out.rank_col, out.threshold_col != nullptr ? m : 0}});

@@ -154,6 +154,22 @@ def test_names_are_checked() -> None:
         _C.attend(paired, lse=0, mean_key=0, threshold=0, rank=0)
 
 
+def test_ranks_of_columns_need_columns() -> None:
+    """The kernel once wrote thresholds to where it had no memory."""
+    x, out, counts = torch.ones(3, 2), torch.empty(3), torch.empty(3, dtype=torch.int64)
+    handle = cpu._tiles("lse", Tiles(x, x.clone(), scale=torch.ones(())))
+    with pytest.raises(ValueError, match="^pairwise_forward: threshold_col needs col"):
+        _C.pairwise_forward(
+            handle,
+            row=out.data_ptr(),
+            col=None,
+            threshold_row=None,
+            threshold_col=out.data_ptr(),
+            rank_row=None,
+            rank_col=counts.data_ptr(),
+        )
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

@@ -179,6 +179,13 @@ def test_bad_combinations(arguments: dict, message: str) -> None:
         pairwise(q=torch.ones(2, 2), scale=torch.tensor(1.0), **arguments)
 
 
+def test_ranks_of_columns_need_columns() -> None:
+    """Where columns are not reduced there is nothing to count beside."""
+    q, k = torch.ones(3, 2), torch.ones(4, 2)
+    with pytest.raises(ValueError, match="above.col needs want_col=True"):
+        pairwise("lse", q, k, scale=torch.tensor(1.0), threshold_col=torch.zeros(4))
+
+
 def test_attend_refuses_keys_that_require_grad() -> None:
     """Their gradient would silently be missing."""
     q, k = (x.requires_grad_() for x in make(3, 4, 2))

@@ -186,7 +186,8 @@ def pairwise(
         PairwiseForward(row, col, rank_row, rank_col); what was not asked for is empty.
 
     Raises:
-        ValueError: If kind and bias, or self mode and want_col, do not go together.
+        ValueError: If kind and bias, self mode and want_col, or thresholds of columns and want_col do
+            not go together.
     """
     if kind not in ("lse", "softplus"):
         raise ValueError(f"pairwise: kind must be 'lse' or 'softplus', got {kind!r}")
@@ -195,6 +196,10 @@ def pairwise(
     if tiles.k is None and want_col:
         raise ValueError("pairwise: want_col must be False in self mode (row and col are equal)")
     if above is not None:
+        if above.col is not None and tiles.k is not None and not want_col:
+            raise ValueError(
+                "pairwise: above.col needs want_col=True, got thresholds and want_col=False"
+            )
         above = Thresholds(*(None if x is None else x.detach() for x in above))
     result: PairwiseForward = PAIRWISE(kind, tiles, want_col, above)
     return result
