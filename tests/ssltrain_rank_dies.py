@@ -21,5 +21,7 @@ def step(self: Trainer, *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
+    # torchrun ends the other process when it sees that one is gone; here it has to find out by itself.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Trainer._step = step  # type: ignore[method-assign]
     sys.exit(main(sys.argv[3:]))
