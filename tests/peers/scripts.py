@@ -89,12 +89,7 @@ SCRIPTS = {
         Script("src/open_clip_train/main.py", ("open_clip",), "clip", (name,), words, "src")
         for name, words in (("ClipLoss", ()), ("SigLipLoss", ("--siglip",)))
     ),
-    "sentence_transformers_main": (
-        _texts("nli/training_nli_v2"),
-        _texts("other/training_gooaq_infonce_gor"),
-        _texts("other/training_batch_hard_trec"),
-        _texts("quora_duplicate_questions/training_multiple_negatives_ranking_loss"),
-    ),
+    "sentence_transformers_main": (_texts("nli/training_nli_v2"),),
 }  # fmt: skip
 
 

