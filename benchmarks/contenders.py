@@ -544,18 +544,21 @@ CONTENDERS["nt_xent"] |= {
     "sslkernels bf16": _ours_bfloat16,
     "lightly": _lightly_nt_xent,
     "pytorch-metric-learning": _pml_nt_xent,
+    "MONAI": _monai,
 }
 CONTENDERS["moco"] |= {"MoCo [D, K]": _moco_official, "info-nce-pytorch": _info_nce_pytorch}
-CONTENDERS["nt_xent"] |= {"MONAI": _monai}
 CONTENDERS["info_nce"] |= {
     "F.linear_cross_entropy": _linear_cross_entropy,
     "info-nce-pytorch": _info_nce_pytorch_in_batch,
     "sentence-transformers": _cached_mnrl,
 }
-CONTENDERS["clip"] |= {"F.linear_cross_entropy": _linear_cross_entropy, "open_clip": _open_clip}
+CONTENDERS["clip"] |= {
+    "F.linear_cross_entropy": _linear_cross_entropy,
+    "open_clip": _open_clip,
+    "inf_cl": _inf_cl,  # on GPUs
+}
 CONTENDERS["siglip"] |= {"open_clip": _open_clip}
 CONTENDERS["sup_con"] |= {"pytorch-metric-learning": _pml_sup_con}
-CONTENDERS["clip"] |= {"inf_cl": _inf_cl}  # on GPUs
 for _op in ("vae", "vae_step", "features", "adversarial"):
     CONTENDERS[_op] |= {"torch.nn.functional": _in_torch(generative.functional_call)}
 CONTENDERS["vae"] |= {

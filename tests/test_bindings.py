@@ -20,6 +20,8 @@ from torch import Tensor
 
 _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built")
 
+from sanitize.bindings import signatures  # noqa: E402
+
 from sslkernels.backends import autoencoders_cpu, cpu, updates_cpu  # noqa: E402
 from sslkernels.backends.interface import (  # noqa: E402
     Kept,
@@ -48,20 +50,6 @@ CALLERS = [
 # ---- What the module says, what its types say, what callers write --------------------------------
 
 
-def stub() -> dict[str, ast.arguments]:
-    """Arguments of everything in _C.pyi by name; methods as Class.method, constructors as Class."""
-    found = {}
-    for node in ast.parse((PACKAGE / "_C.pyi").read_text("utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = node.args
-        elif isinstance(node, ast.ClassDef):
-            for method in node.body:
-                assert isinstance(method, ast.FunctionDef)
-                name = node.name if method.name == "__init__" else f"{node.name}.{method.name}"
-                found[name] = method.args
-    return found
-
-
 def public() -> Iterator[tuple[str, Any]]:
     """Functions and methods of the module that have a signature, which constructors have not."""
     for name, value in vars(_C).items():
@@ -74,7 +62,7 @@ def public() -> Iterator[tuple[str, Any]]:
 
 
 def test_types_are_those_of_the_module() -> None:
-    typed = stub()
+    typed = signatures()
     classes = {name for name, value in vars(_C).items() if inspect.isclass(value)}
     assert {name for name, _ in public()} | classes == set(typed)
     for name, value in public():
