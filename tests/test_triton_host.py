@@ -36,6 +36,7 @@ from sslkernels.backends.triton import (  # noqa: E402
     aot,
     configs,
     contrastive,
+    features,
     gradients,
     launch,
     plan,
@@ -63,7 +64,7 @@ def launches(
         assert not unknown, f"{kernel.__name__} has no {unknown}"
         seen.append((kernel.__name__, grid, {**dict(zip(names, args, strict=True)), **flags}))
 
-    for module in (contrastive, launch, gradients, plan, updates):
+    for module in (contrastive, features, launch, gradients, plan, updates):
         monkeypatch.setattr(module, "launch", record)
     monkeypatch.setattr(configs, "arch_of", lambda device: request.param)
     monkeypatch.setattr(configs, "interpreting", lambda: True)
@@ -137,6 +138,26 @@ def test_nothing_is_read_on_the_host(size, dtype: torch.dtype, launches) -> None
             assert arguments[key] >= 0, (name, key)
 
 
+def test_no_address_of_a_feature_map_is_read_on_the_host(launches) -> None:
+    """Tensors are arguments of the launch: a CUDA graph may capture it, and nothing is copied."""
+    sizes = [5, 3 << 30, 0, 8192]
+    maps = [torch.empty(4096, d, dtype=torch.bfloat16) for d in sizes]
+    targets = [torch.empty(4096, d) for d in sizes]
+    out = ours.features_forward(maps, targets, True, 0.5)
+    dout = torch.empty(()).expand(4096, 4)
+    found = ours.features_backward(maps, targets, True, 0.5, dout, [True, True, True, False])
+    assert out.shape == (4096, 4) and found[3] is None
+    assert [x.shape for x in found[:3]] == [x.shape for x in maps[:3]]
+    units = (3 << 30) // 8192 + 3
+    assert [(name, grid) for name, grid, _ in launches] == [
+        ("features_forward_kernel", (4096 * units,)),
+        ("features_combine_kernel", (4096 * 4,)),
+        ("features_backward_kernel", (4096 * (units - 2),)),
+    ]
+    assert 4096 * units <= GRID_LIMITS[0]
+    assert launches[2][2]["columns"] == (0, 1)
+
+
 class _DeviceWork(TorchDispatchMode):
     """Collects operations of torch that would be launches: all but views and memory."""
 
@@ -205,7 +226,7 @@ def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any,
         found.add((kernel.__name__, repr(specialization), repr(sorted(options.items()))))
 
     with monkeypatch.context() as patch:
-        for module in (contrastive, launch, gradients, plan, updates):
+        for module in (contrastive, features, launch, gradients, plan, updates):
             patch.setattr(module, "launch", record)
         patch.setattr(configs, "arch_of", lambda device: "sm_90")
         patch.setattr(configs, "interpreting", lambda: True)
@@ -226,6 +247,9 @@ def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any,
         ours.contrastive_backward(loss, Kept(whole.state, None), scale, Wanted(True, True, True))
         unit, norm = updates.normalize_rows(q)
         updates.normalize_rows_backward(torch.zeros_like(unit), q, norm)
+        maps = [q.float(), q, k]
+        ours.features_forward(maps, [k] * 3, True, 0.5)
+        ours.features_backward(maps, [k] * 3, True, 0.5, torch.zeros(n, 3), [True] * 3)
     return found
 
 

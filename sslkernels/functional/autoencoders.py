@@ -249,8 +249,8 @@ def feature_reconstruction_loss(
 
     rho is the square (Johnson et al. 2016, whose feature reconstruction loss this is with the
     features of a fixed network), or the smooth L1 of data2vec: x^2 / (2 beta) below beta and |x| -
-    beta / 2 above.  The targets get no gradient.  All maps are one launch on the CPU (up to 16 a
-    launch), plain torch in blocks elsewhere.
+    beta / 2 above.  The targets get no gradient.  All maps are one launch (up to 16 a launch; with
+    Triton for each pair of dtypes), plain torch in blocks where there are no kernels.
 
     Args:
         features: [N, ...] tensors of any shapes and dtypes, or a single one; all of one N.

@@ -4,9 +4,9 @@
 The functions are those of ``backends/interface.py``, for CUDA (or ROCm) tensors.  The kernels compute
 float32, bfloat16 and float16.  **float64 goes to the chunked backend**, which serves every device:
 FP64 tiles would be a second set of kernels for a case that only tests have.  ``reroute(q)`` gives the
-reason, and the first such call logs it.  Feature reconstruction is plain torch here, in
-blocks.  Importing this package does not import Triton;
-``why_unavailable(device)`` says whether the kernels can run there.
+reason, and the first such call logs it.  One pass over elements (VAE, noise, feature maps) is plain
+torch for float64.  Importing this package does not import Triton; ``why_unavailable(device)`` says
+whether the kernels can run there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import chunked, devices
-from ..autoencoders_torch import features_backward as features_backward
-from ..autoencoders_torch import features_forward as features_forward
+from ..arithmetic import widest
 from ..interface import (
     Attend,
     Contrastive,
@@ -194,28 +193,50 @@ def extremes(tiles: Tiles) -> Extremes:
     return _engine(tiles.q).extremes(tiles)
 
 
-def _elements(x: Tensor) -> ModuleType:
-    """The module that makes one pass over these elements."""
-    if x.dtype == torch.float64:
+def _elements(module: str, *tensors: Tensor) -> ModuleType:
+    """The module that makes one pass over these elements: Triton's, or torch's where one is float64."""
+    if widest(*tensors) == torch.float64:
         return importlib.import_module("..autoencoders_torch", __name__)
-    return importlib.import_module(".autoencoders", __name__)
+    return importlib.import_module(module, __name__)
 
 
 def vae_forward(problem: Vae) -> VaeTerms:
     """See ``Autoencoders.vae_forward``."""
-    return _elements(problem.x).vae_forward(problem)
+    return _elements(".autoencoders", problem.x).vae_forward(problem)
 
 
 def vae_backward(problem: Vae, drec: Tensor, dkl: Tensor, wanted: VaeWanted) -> VaeGradients:
     """See ``Autoencoders.vae_backward``."""
-    return _elements(problem.x).vae_backward(problem, drec, dkl, wanted)
+    return _elements(".autoencoders", problem.x).vae_backward(problem, drec, dkl, wanted)
 
 
 def reparameterize(mean: Tensor, log_variance: Tensor, seed: Tensor) -> Tensor:
     """See ``Autoencoders.reparameterize``."""
-    return _elements(mean).reparameterize(mean, log_variance, seed)
+    return _elements(".autoencoders", mean).reparameterize(mean, log_variance, seed)
 
 
 def reparameterize_backward(log_variance: Tensor, seed: Tensor, dz: Tensor) -> Tensor:
     """See ``Autoencoders.reparameterize_backward``."""
-    return _elements(log_variance).reparameterize_backward(log_variance, seed, dz)
+    module = _elements(".autoencoders", log_variance)
+    return module.reparameterize_backward(log_variance, seed, dz)
+
+
+def features_forward(
+    features: list[Tensor], targets: list[Tensor], smooth: bool, beta: float
+) -> Tensor:
+    """See ``Autoencoders.features_forward``."""
+    module = _elements(".features", *features, *targets)
+    return module.features_forward(features, targets, smooth, beta)
+
+
+def features_backward(
+    features: list[Tensor],
+    targets: list[Tensor],
+    smooth: bool,
+    beta: float,
+    dout: Tensor,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """See ``Autoencoders.features_backward``."""
+    module = _elements(".features", *features, *targets)
+    return module.features_backward(features, targets, smooth, beta, dout, wanted)
