@@ -26,169 +26,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
+    autoencoders,
     configs,
+    features,
     kernels,
     kernels_backward,
     kernels_contrastive,
     kernels_rows,
     pairs,
-    plan,
     tiles,
     updates,
 )
 from .configs import Config, chunks, compiler_options, limits
+from .variants import (
+    DIVISIBLE,
+    DIVISIONS,
+    FLOAT32,
+    INT32,
+    INT64,
+    OPERANDS,
+    SMALL,
+    VARIANTS,
+    Types,
+)
 
 TRITON_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-_FLOAT32 = {
-    "row_s_ptr", "col_s_ptr", "m_ptr", "s_ptr", "scale_ptr", "bias_ptr", "lift_ptr", "factor_ptr",
-    "center_ptr", "threshold_row_ptr", "threshold_col_ptr", "threshold_ptr", "row_ptr", "drow_ptr",
-    "col_ptr", "dcol_ptr", "dx_ptr", "dbias_ptr", "acc_ptr", "parts_ptr", "value_ptr", "bias_y_ptr",
-    "mean_ptr", "out_ptr", "lse_ptr", "grad_ptr", "weight_ptr", "weight_x_ptr", "weight_y_ptr",
-    "positive_ptr", "inv_ptr", "logit_ptr", "loss_ptr", "dloss_ptr", "lse_out_ptr", "row_weight_ptr",
-    "along_ptr", "divisor_ptr", "divisor", "factor",
-}  # fmt: skip
-_INT32 = {
-    "row_rank_ptr", "col_rank_ptr", "part_rank_ptr", "index_ptr", "short_ptr", "short_x_ptr",
-    "short_y_ptr", "span_ptr", "span_x_ptr", "span_y_ptr", "wide_ptr", "calm_ptr", "calm_x_ptr",
-    "calm_y_ptr",
-}  # fmt: skip
-_INT64 = {"ids_ptr", "ids_x_ptr", "ids_y_ptr", "rank_ptr", "index_out_ptr"}
-_OPERANDS = {"x_ptr", "y_ptr", "g_ptr", "unit_ptr", "a_ptr", "b_ptr", "da_ptr", "db_ptr"}
-
-_FORWARD = {"KIND": 0, "TRIANGLE": False, "HAS_COL": False, "HAS_BIAS": False, "EXCLUDE": 1,
-            "HAS_RANK_ROW": False, "HAS_RANK_COL": False}  # fmt: skip
-_LSE = {"KIND": 0, "HAS_ROW": True, "HAS_COL": True, "HAS_BIAS": False, "EXCLUDE": 1,
-        "WANT_DBIAS": False}  # fmt: skip
-_SOFTPLUS = {**_LSE, "KIND": 1, "HAS_BIAS": True, "WANT_DBIAS": True}
-# One variant for each way a kernel is used by the losses.  (kernel, its row of the config table, flags)
-VARIANTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "forward self": (
-        kernels.forward_kernel, "forward", {**_FORWARD, "TRIANGLE": True, "HAS_COL": True},
-    ),
-    "forward self, few rows": (
-        kernels.forward_kernel,
-        "narrow",
-        {**_FORWARD, "TRIANGLE": True, "HAS_COL": True, "EXCLUDE": 3},
-    ),
-    "forward self ids": (
-        kernels.forward_kernel,
-        "forward",
-        {**_FORWARD, "TRIANGLE": True, "HAS_COL": True, "EXCLUDE": 2},
-    ),
-    "forward rows": (kernels.forward_kernel, "forward", {**_FORWARD, "EXCLUDE": 0}),
-    "forward rows+cols": (
-        kernels.forward_kernel, "forward", {**_FORWARD, "EXCLUDE": 0, "HAS_COL": True},
-    ),
-    "forward rows+cols ids": (
-        kernels.forward_kernel, "forward", {**_FORWARD, "HAS_COL": True, "EXCLUDE": 2},
-    ),
-    "forward softplus": (
-        kernels.forward_kernel, "narrow", {**_FORWARD, "KIND": 1, "HAS_BIAS": True},
-    ),
-    "ranks self": (
-        kernels.forward_kernel,
-        "narrow",
-        {**_FORWARD, "TRIANGLE": True, "HAS_COL": True, "HAS_RANK_ROW": True, "HAS_RANK_COL": True},
-    ),
-    "ranks rows+cols ids": (
-        kernels.forward_kernel,
-        "narrow",
-        {**_FORWARD, "HAS_COL": True, "EXCLUDE": 2, "HAS_RANK_ROW": True, "HAS_RANK_COL": True},
-    ),
-    "extremes": (kernels_rows.extremes_kernel, "extremes", {"SELF": True, "HAS_BIAS": True}),
-    "backward": (kernels_backward.backward_kernel, "fused", _LSE),
-    "backward, few rows": (kernels_backward.backward_kernel, "fused", {**_LSE, "EXCLUDE": 3}),
-    "backward ids": (kernels_backward.backward_kernel, "fused", {**_LSE, "EXCLUDE": 2}),
-    "backward rows": (kernels_backward.backward_kernel, "fused", {**_LSE, "HAS_COL": False}),
-    "backward softplus": (kernels_backward.backward_kernel, "fused", _SOFTPLUS),
-    "attend": (kernels_rows.attend_kernel, "fused", {"EXCLUDE": 0, "HAS_RANK": False}),
-    "attend ids ranks": (kernels_rows.attend_kernel, "fused", {"EXCLUDE": 2, "HAS_RANK": True}),
-    "panel": (kernels_backward.panel_kernel, "panel", {**_LSE, "SYMMETRIC": True}),
-    "panel ids": (kernels_backward.panel_kernel, "panel", {**_LSE, "EXCLUDE": 2, "SYMMETRIC": False}),
-    "panel softplus": (
-        kernels_backward.panel_kernel, "panel", {**_SOFTPLUS, "EXCLUDE": 2, "SYMMETRIC": False},
-    ),
-    "product": (kernels_backward.product_kernel, "product", {}),
-}  # fmt: skip
-
-
-# The kernels around the tiles, one program shape each: (kernel, constants, types of arguments whose
-# names are not in the lists above).  "T" is the dtype of the operands.
-_ROWS = {"ACC": triton.language.float32, "BLOCK_N": 8, "BLOCK_D": 128}
-_AGAIN = {"STRIDE_X": 128, "STRIDE_Y": 128, "D": 128, "PRECISION": "ieee",
-          "SLOTS": 16, "BLOCK_M": 32, "BLOCK_D": 32}  # fmt: skip
-_PAIRS = {"NORMALIZE": True, "EXACT": "T", "D": 128, "STRIDE_AN": 128, "STRIDE_AD": 1, "STRIDE_BN": 128,
-          "STRIDE_BD": 1, "WIDTH": 128, "NUM_D": 1, "BLOCK_D": 128}  # fmt: skip
-_COMBINE = {**_AGAIN, "SLOTS": 128, "LOSS": True, "PER_ROW": False, "KIND": 0,
-            "TRIANGLE": True, "ROWS": True, "HAS_RANK": True, "EXCLUDE": 1,
-            "HELD": 128, "RATIO": 2, "BLOCK_N": plan.COMBINE_ROWS}  # fmt: skip
-SMALL: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
-    "combine": (kernels.combine_kernel, {**_COMBINE, "FINAL": True}, {}),
-    "combine, fold": (kernels.combine_kernel, {**_COMBINE, "ROWS": False, "FINAL": False, "LOSS": False}, {}),
-    "attend combine": (
-        kernels_rows.attend_combine_kernel,
-        {**_AGAIN, "SLOTS": 32, "HAS_RANK": False, "EXCLUDE": 0, "ONLINE": False, "HELD": 64,
-         "BLOCK_N": 16},
-        {},
-    ),
-    "extremes combine": (
-        kernels_rows.extremes_combine_kernel, {"HELD": 128, "BLOCK_L": 256}, {},
-    ),
-    "narrow": (pairs.narrow_kernel, {"SPANS": plan.NARROW_SPANS}, {}),
-    "weigh": (
-        kernels_backward.weigh_kernel, {"HAS_LIFT": False, "SPANS": plan.NARROW_SPANS}, {},
-    ),
-    "lift": (kernels_backward.lift_kernel, {"BLOCK": 4096}, {}),
-    "gather": (
-        kernels_backward.gather_kernel,
-        {"D": 128, "HELD": 64, "FEATURES": 128, "SLOTS": 16, "BLOCK_N": 16,
-         "BLOCK_D": 128},
-        {},
-    ),
-    "prepare": (
-        kernels_contrastive.prepare_kernel, {**_PAIRS, "HAS_LOGIT": True, "BLOCK_N": 8}, {"da_ptr": "*T"},
-    ),
-    "sum": (kernels_contrastive.sum_kernel, {"DIVIDE": True, "BLOCK": 1024}, {}),
-    "lift pairs": (kernels_contrastive.lift_pairs_kernel, {"PER_ROW": False, "BLOCK": 4096}, {}),
-    "weigh pairs": (
-        kernels_contrastive.weigh_pairs_kernel,
-        {**_PAIRS, "PER_ROW": False, "HAS_LIFT": True, "BLOCK_N": plan.SPAN, "num_warps": 8},
-        {"da_ptr": "*T"},
-    ),
-    "finish": (
-        kernels_contrastive.finish_kernel,
-        {**_PAIRS, "WANT_A": True, "WANT_B": True, "WANT_DSCALE": True, "HELD": 64, "SLOTS": 4,
-         "BLOCK_N": 8},
-        {"da_ptr": "*T"},
-    ),
-    "normalize": (updates.normalize_kernel, _ROWS, {"unit_ptr": "*T", "norm_ptr": "*fp32"}),
-    "normalize backward": (
-        updates.normalize_backward_kernel,
-        _ROWS,
-        {"dx_ptr": "*T", "dunit_ptr": "*fp32", "norm_ptr": "*fp32"},
-    ),
-    "EMA": (
-        updates.ema_kernel,
-        {"HAS_DECAY_PTR": False, "STOCHASTIC": False, "TARGET": "T", "SOURCE": triton.language.float32,
-         "ACC": triton.language.float32, "ALIGNED": True, "BLOCK": updates.EMA_BLOCK},
-        {"address_ptr": "*i64", "numel_ptr": "*i64", "tensor_ptr": "*i32", "start_ptr": "*i64",
-         "place_ptr": "*i32", "decay_ptr": "*fp32", "decay_bits": "i64", "rest_bits": "i64",
-         "seed": "i64", "step": "i64"},
-    ),
-    "enqueue": (
-        updates.enqueue_kernel,
-        {**_ROWS, "NORMALIZE": True, "HAS_LABELS": True},
-        {"queue_ptr": "*T", "labels_ptr": "*i64", "position_ptr": "*i64", "keys_ptr": "*T",
-         "new_labels_ptr": "*i64"},
-    ),
-    "advance": (updates.advance_kernel, {}, {"position_ptr": "*i64", "fill_ptr": "*i64"}),
-}  # fmt: skip
-# 64-bit divisions by run-time values, none of them in an inner loop: a position in the queue once a key, a
-# place on the line of tiles once a program or once a row (``pairs.share_of_line``, ``pairs.slots_of``).
-_DIVISIONS = dict.fromkeys(
-    ("enqueue", "advance", "combine", "attend combine", "extremes combine", "gather"), 4
-) | {"finish": 8}
 
 
 @dataclass(frozen=True)
@@ -215,7 +77,7 @@ class Usage:
             found.append("no tensor-core instruction")
         if not self.stores:  # Triton 3.7.1 did that to a kernel with too many chunks
             found.append("writes nothing: compiled to a kernel without a body")
-        if self.wide_divisions > _DIVISIONS.get(variant, 0 if variant in SMALL else 4):
+        if self.wide_divisions > DIVISIONS.get(variant, 0 if variant in SMALL else 4):
             found.append(f"{self.wide_divisions} 64-bit divisions")
         return found
 
@@ -228,7 +90,7 @@ def target_of(arch: str) -> GPUTarget:
 
 
 def source(
-    fn: Any, dtype: str, D: int, constants: dict[str, Any], types: dict[str, str] | None = None
+    fn: Any, dtype: str, D: int, constants: dict[str, Any], types: dict[str, Types] | None = None
 ) -> ASTSource:
     """What Triton compiles for a launch, without one.
 
@@ -239,40 +101,45 @@ def source(
         constants: Compile-time arguments by name.
         types: Types of arguments whose names do not say them.
     """
-    signature: dict[str, str] = {}
+    signature: dict[str, Types] = {}
     constexprs: dict[tuple[int], Any] = {}
-    attrs: dict[tuple[int], list[list[Any]]] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     # As a launch would: see ``tiles.kernel``.
     unaligned = {p.name for p in fn.params if p.do_not_specialize_on_alignment}
     for position, name in enumerate(fn.arg_names):
-        if types is not None and name in types:
-            signature[name] = types[name].replace("T", TRITON_DTYPES[dtype])
+        given = None if types is None else types.get(name)
+        if isinstance(given, tuple):
+            # A tuple is specialised member by member, whatever the kernel asks for.
+            signature[name] = tuple(t.replace("T", TRITON_DTYPES[dtype]) for t in given)
+            attrs |= {(position, i): [["tt.divisibility", 16]] for i in range(len(given))}
+            continue
+        if given is not None:
+            kind = given.replace("T", TRITON_DTYPES[dtype])
         elif name in constants:
-            signature[name] = "constexpr"
+            kind = "constexpr"
             constexprs[(position,)] = constants[name]
         elif name == "eps":
-            signature[name] = "fp32"
-        elif name in _OPERANDS:
-            signature[name] = "*" + TRITON_DTYPES[dtype]
-        elif name in _FLOAT32:
-            signature[name] = "*fp32" if name.endswith("_ptr") else "fp32"
-        elif name in _INT32:
-            signature[name] = "*i32"
-        elif name in _INT64:
-            signature[name] = "*i64"
+            kind = "fp32"
+        elif name in OPERANDS:
+            kind = "*" + TRITON_DTYPES[dtype]
+        elif name in FLOAT32:
+            kind = "*fp32" if name.endswith("_ptr") else "fp32"
+        elif name in INT32:
+            kind = "*i32"
+        elif name in INT64:
+            kind = "*i64"
         elif name in ("stride_xd", "stride_gd", "stride_d"):
-            signature[name] = "constexpr"
+            kind = "constexpr"
             constexprs[(position,)] = 1
         else:
-            signature[name] = "i32"
-        if signature[name] == "constexpr":
+            kind = "i32"
+        signature[name] = kind
+        if kind == "constexpr":
             continue
-        if signature[name].startswith("*"):
+        if kind.startswith("*"):
             divisible = name not in unaligned
         else:
-            divisible = name in ("stride_xn", "stride_gn", "stride_n") or (
-                name == "D" and D % 16 == 0
-            )
+            divisible = name in DIVISIBLE or (name == "D" and D % 16 == 0)
         if divisible:
             attrs[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)
@@ -329,7 +196,7 @@ def compile_kernel(
 
 
 def compile_small(
-    name: str, arch: str, dtype: str, other_types: dict[str, str] | None = None
+    name: str, arch: str, dtype: str, other_types: dict[str, Types] | None = None
 ) -> tuple[Usage, Any]:
     """Compile one of ``SMALL``.
 
@@ -493,7 +360,7 @@ def small_cases(
     archs: Iterable[str] = ARCHS, dtypes: Iterable[str] = tuple(TRITON_DTYPES)
 ) -> list[Case]:
     """The kernels around the tiles; those that know no dtype once."""
-    typed = [name for name, (_, _, types) in SMALL.items() if "*T" in types.values()] + ["EMA"]
+    typed = [name for name, (*_, types) in SMALL.items() if "*T" in types.values()] + ["EMA"]
     dtypes = tuple(dtypes)
     return [
         Case(name, arch, dtype, 0, None)
@@ -546,6 +413,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     modules = (
         tiles, pairs, kernels, kernels_backward, kernels_contrastive, kernels_rows, updates,
+        autoencoders, features,
     )  # fmt: skip
     for module in modules:
         tree = ast.parse(Path(module.__file__ or "").read_text())
