@@ -42,7 +42,7 @@ SHAPES = [
     ("nt_xent", 262144, 128), ("nt_xent", 8192, 64), ("nt_xent", 8192, 256), ("nt_xent", 8192, 512),
     ("nt_xent", 8192, 1024), ("moco", 65536, 128), ("moco", 65536, 256), ("clip", 4096, 512),
     ("clip", 32768, 512), ("clip", 262144, 1024), ("siglip", 32768, 768), ("sup_con", 8192, 128),
-    ("triplet", 4096, 256),
+    ("triplet", 4096, 256), ("vae", 8192, 784), ("reparameterize", 16384, 128), ("features", 16, 128),
 ]  # fmt: skip
 # float32 products run at a fifteenth of the bfloat16 rate: larger shapes would take minutes a call.
 FLOAT32_FLOPS = 1e14
@@ -51,8 +51,12 @@ QUICK = [
     ("nt_xent", 65536, 128),
     ("moco", 65536, 128),
     ("clip", 32768, 512),
+    ("features", 16, 128),
 ]
-TINY = [("nt_xent", 64, 32), ("moco", 96, 32), ("clip", 48, 32), ("siglip", 48, 32)]
+TINY = [
+    ("nt_xent", 64, 32), ("moco", 96, 32), ("clip", 48, 32), ("siglip", 48, 32), ("vae", 4, 20),
+    ("reparameterize", 5, 32), ("features", 2, 1),
+]  # fmt: skip
 PROVIDERS = ("sslkernels", "eager", "torch.compile", "inf_cl")
 DENSE = ("eager", "torch.compile")  # hold the N x N matrix
 
@@ -133,6 +137,13 @@ def _step(z: Tensor) -> Tensor:
     return sslkernels.nt_xent_loss(z[::2], z[1::2], 0.1)
 
 
+def _elements(x: Tensor) -> Tensor:
+    """What autoencoders take: noise, the variational loss, feature maps."""
+    z = sslkernels.reparameterize(x, x, 7)
+    maps = sslkernels.feature_reconstruction_loss([x, z], [z.detach(), x.detach()])
+    return maps + sslkernels.vae_loss(z, (x > 0).to(x.dtype), x, x)
+
+
 def compile_and_graphs(report: Report, on_gpu: bool) -> None:
     """torch.compile(fullgraph=True) and, on a GPU, capture and replay in a CUDA graph."""
     device = "cuda" if on_gpu else "cpu"
@@ -144,9 +155,12 @@ def compile_and_graphs(report: Report, on_gpu: bool) -> None:
         loss = call(leaf)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-    plain = gradient(_step)
+    def whole(x: Tensor) -> Tensor:
+        return _step(x) + _elements(x)
+
+    plain = gradient(whole)
     backend = "inductor" if on_gpu else "aot_eager"
-    compiled = gradient(torch.compile(_step, fullgraph=True, backend=backend))
+    compiled = gradient(torch.compile(whole, fullgraph=True, backend=backend))
     for ours, want in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, want)
     report.say(f"- torch.compile(fullgraph=True, backend={backend!r}): same loss and gradient")
@@ -160,7 +174,7 @@ def compile_and_graphs(report: Report, on_gpu: bool) -> None:
     leaf = z.clone().requires_grad_()
 
     def everything() -> tuple[Tensor, Tensor, Tensor]:
-        loss = _step(leaf) + sslkernels.info_nce_loss(leaf, leaf.detach(), queue.keys, 0.1)
+        loss = whole(leaf) + sslkernels.info_nce_loss(leaf, leaf.detach(), queue.keys, 0.1)
         gradient = torch.autograd.grad(loss, leaf)[0]
         queue.enqueue(leaf.detach())
         sslkernels.ema_update_(target, source, 0.99)
@@ -186,13 +200,13 @@ def compile_and_graphs(report: Report, on_gpu: bool) -> None:
         tensor.copy_(value)
     for ours, want in zip(replayed, [*everything(), target[0]], strict=True):
         torch.testing.assert_close(ours, want, rtol=0, atol=0)
-    report.say("- CUDA graph of loss, backward, enqueue and EMA: replay gives the same bits")
+    report.say("- CUDA graph of losses, backward, enqueue and EMA: replay gives the same bits")
     torch.cuda.set_sync_debug_mode("error")
     try:
         everything()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    report.say("- no host synchronisation in loss, backward, enqueue and EMA")
+    report.say("- no host synchronisation in losses, backward, enqueue and EMA")
 
 
 class DeviceCase(Case):
