@@ -103,6 +103,22 @@ def test_rows_written_in_another_dtype(arch: str, rows: str, unit: str) -> None:
     assert unit.removeprefix("*") in str(compiled.src.signature["unit_ptr"])
 
 
+@pytest.mark.parametrize("name", [*aot.VARIANTS, *aot.SMALL])
+def test_nothing_is_assumed_that_a_launch_would_not_find(name: str) -> None:
+    """An argument that is not specialised has no alignment, or figures are those of another kernel."""
+    if name in aot.SMALL:
+        kernel, constants, types = aot.SMALL[name]
+    else:
+        (kernel, _, constants), types = aot.VARIANTS[name], None
+    made = aot.source(kernel, "bfloat16", 128, constants, types)
+    for position, *member in made.attrs:
+        parameter = kernel.params[position]
+        if made.signature[parameter.name][:1] == "*":
+            assert not parameter.do_not_specialize_on_alignment, parameter.name
+        elif not member:
+            assert not parameter.do_not_specialize, parameter.name
+
+
 def test_a_kernel_over_its_budget_is_reported() -> None:
     """The checks see a spill, a lack of shared memory and a missing tensor core."""
     wide = aot.Case("backward", "sm_80", "bfloat16", 512, configs.Config(128, 64, 128, 8, 2))

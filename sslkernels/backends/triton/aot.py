@@ -139,7 +139,8 @@ def source(
         if kind.startswith("*"):
             divisible = name not in unaligned
         else:
-            divisible = name in DIVISIBLE or (name == "D" and D % 16 == 0)
+            aligned = name in DIVISIBLE or (name == "D" and D % 16 == 0)
+            divisible = aligned and not fn.params[position].do_not_specialize
         if divisible:
             attrs[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn, signature, constexprs=constexprs, attrs=attrs)

@@ -412,6 +412,12 @@ def gather_kernel(
     tl.store(dx_ptr + at, total, mask=ok)
 
 
+@triton.jit
+def _row_length(stride):
+    """That of G, in whole 128: a launch does not say so, and of an argument ``multiple_of`` is lost."""
+    return tl.multiple_of(stride.to(tl.int64), 128)
+
+
 @kernel
 def panel_kernel(
     g_ptr,  # [rows of the panel, stride_gn] in the operand dtype
@@ -514,18 +520,19 @@ def panel_kernel(
         tl.store(dbias_ptr + tl.program_id(0), total)
     g = g.to(g_ptr.dtype.element_ty)
     panel_rows = (rows - first_block * BLOCK_N).to(tl.int64)
-    at = g_ptr + panel_rows[:, None] * stride_gn + cols[None, :]
+    length = _row_length(stride_gn)
+    at = g_ptr + panel_rows[:, None] * length + cols[None, :]
     tl.store(at, g, mask=row_ok[:, None])
     if SYMMETRIC:
         if twice:
-            mirror = g_ptr + cols.to(tl.int64)[:, None] * stride_gn + rows[None, :]
+            mirror = g_ptr + cols.to(tl.int64)[:, None] * length + rows[None, :]
             tl.store(mirror, tl.trans(g), mask=(cols < M)[:, None] & row_ok[None, :])
 
 
 @kernel
 def product_kernel(
     dx_ptr,  # [slots, N, D] float32
-    g_ptr,  # [N, stride_gn]
+    g_ptr,  # [N, stride_gn], as ``panel_kernel`` wrote it
     y_ptr,  # [M, D]
     factor_ptr,  # one number
     lift_ptr,  # [1]
@@ -548,6 +555,7 @@ def product_kernel(
     Feature blocks vary fastest along the line of tiles, so that neighbours share rows of G.
     """
     tiles = tl.cdiv(M, BLOCK_M)
+    length = _row_length(stride_gn)
     first, lo, left, last, slot = share_of_line(share, tiles, total)
     factor = tl.load(factor_ptr)
     if HAS_LIFT:
@@ -563,7 +571,7 @@ def product_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for tile in range(lo, hi):
             cols = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            g = tl.load(g_ptr + panel_rows[:, None] * stride_gn + cols[None, :])
+            g = tl.load(g_ptr + panel_rows[:, None] * length + cols[None, :])
             y = load_chunk(y_ptr, tile * BLOCK_M, feature, BLOCK_M, STRIDE_Y, D, BLOCK_D)
             acc = tile_dot(g, y, acc, PRECISION)
         first_row = slot.to(tl.int64) * N + x_start
