@@ -465,6 +465,18 @@ def test_targets_get_no_gradient_and_weights_may() -> None:
     assert target.grad is None and feature.grad is not None
 
 
+@pytest.mark.parametrize("beta", [0.0, 5e-324, 1e-40, 2.0**-126])
+def test_a_tiny_beta_is_the_distance_itself(on_engine: str, beta: float) -> None:
+    """1 / beta would be infinite, and nothing times it is not a number."""
+    feature = torch.tensor([[1.0, -2.0, 3.0]], requires_grad=True)
+    loss = ssl.feature_reconstruction_loss(
+        feature, torch.tensor([[1.0, 0.0, 0.0]]), distance="smooth_l1", beta=beta
+    )
+    (gradient,) = torch.autograd.grad(loss, feature)
+    torch.testing.assert_close(loss.detach(), torch.tensor(5 / 3))
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, -1 / 3, 1 / 3]]))
+
+
 def test_channels_last_is_not_copied(tmp_path: Path) -> None:
     feature, target = (
         draw(4, 16, 32, 32, seed=s).to(memory_format=torch.channels_last) for s in (0, 1)

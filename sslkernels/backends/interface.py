@@ -445,7 +445,7 @@ class Autoencoders(Protocol):
         features: list[Tensor],  # L of [N, d_l], float dtypes
         targets: list[Tensor],  # as many, same shapes
         smooth: bool,  # smooth L1 of width beta; else squares
-        beta: float,
+        beta: float,  # 0 or at least 2^-126
     ) -> Tensor:
         """Mean distance by sample and map, [N, L] acc of the widest dtype."""
         ...

@@ -4,8 +4,8 @@
     out[i, l] = mean over j of rho(feature_l[i, j] - target_l[i, j])
 
 rho is the square, or the smooth L1 of width beta: x^2 / (2 beta) below beta, |x| - beta / 2 above; beta =
-0 is |x|.  The targets get no gradient.  An op has as many arguments as its schema: it takes up to
-``SLOTS`` maps in one launch, and a longer list is several.
+0 is |x|, and a beta without a reciprocal in float32 counts as 0.  The targets get no gradient.  An op has
+as many arguments as its schema: it takes up to ``SLOTS`` maps in one launch, and a longer list is several.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sslkernels.ops import registry
 from sslkernels.ops._library import Gradient, Op
 
 SLOTS = 16
+SMALLEST_BETA = 2.0**-126
 
 
 def _slots_type() -> Any:
@@ -125,6 +126,7 @@ def features(
     maps: list[Tensor], targets: list[Tensor], smooth: bool = False, beta: float = 1.0
 ) -> Tensor:
     """[N, L]: mean distance by sample and map; see the module."""
+    beta = beta if beta >= SMALLEST_BETA else 0.0
     parts = []
     for start in range(0, len(maps), SLOTS):
         some, wanted = maps[start : start + SLOTS], targets[start : start + SLOTS]

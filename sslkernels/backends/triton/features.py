@@ -23,8 +23,6 @@ UNIT = 8192  # elements of a program, as on the CPU
 BLOCK = 1024  # elements at a time: eight a thread
 COMBINE_BLOCK = 128  # sums that are added at a time
 _SQUARED, _ABSOLUTE, _SMOOTH = 0, 1, 2  # KIND: the smooth L1 of beta = 0 is |x|
-# A smaller beta has no reciprocal in float32, where |x| - beta / 2 is |x| to all digits.
-_SMALLEST = 2.0**-126
 
 
 @triton.jit
@@ -226,7 +224,7 @@ def _groups(features: list[Tensor], targets: list[Tensor], chosen: list[int]) ->
 def _kind(smooth: bool, beta: float) -> int:
     if not smooth:
         return _SQUARED
-    return _SMOOTH if beta >= _SMALLEST else _ABSOLUTE
+    return _SMOOTH if beta > 0 else _ABSOLUTE
 
 
 def features_forward(
