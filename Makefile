@@ -18,6 +18,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Other libraries' classes need torchvision, which needs a torch of its own.
 PEERS := .venv-peers
+# What the tests and scripts of these libraries import beside what the libraries ask for: of torch,
+# sentence-transformers and open_clip; of lightly 1.5; of solo-learn.
+PEERS_IMPORT := pytest-mock expecttest datasets faiss-cpu braceexpand webdataset pandas \
+	aenum certifi lightly_utils requests urllib3 lightning
 # What builds and checks packages, and pyright.
 TOOLS := .venv-tools
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
@@ -188,7 +192,7 @@ $(PEERS)/.ready: constraints-peers.txt pyproject.toml $(VENV)/.tools
 		info_nce monai catalyst timm torch_ema examples examples_text > $(PEERS)/requirements.txt
 	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input --prefer-binary \
 		--retries 5 --timeout 60 -c constraints-peers.txt $(PIP_FLAGS) torch torchvision pytest \
-		pytest-benchmark expecttest datasets faiss-cpu braceexpand webdataset pandas \
+		pytest-benchmark $(PEERS_IMPORT) \
 		-r $(PEERS)/requirements.txt
 	@touch $@
 

@@ -240,7 +240,7 @@ def run(suite: Suite, checkout: Path, patched: bool, python: str) -> dict[str, s
     """Outcomes of the tests by id.
 
     Raises:
-        SystemExit: pytest ran no test.
+        SystemExit: pytest wrote no report.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = checkout.resolve()
@@ -324,6 +324,8 @@ def main() -> int:
         suite = SUITES[name]
         both = [run(suite, places[name], patched, args.python) for patched in (False, True)]
         count = [[list(o.values()).count(how) for o in both] for how in ("passed", "failed")]
+        if not count[0][0]:
+            raise SystemExit(f"suites: no test of {name} passes without the patch: {both[0]}")
         print(f"| {name} | {suite.repository} {suite.tag} | {count[0][0]} | {count[0][1]} "
               f"| {count[1][0]} | {count[1][1]} |", flush=True)  # fmt: skip
         for test in broken(*both):
