@@ -88,7 +88,7 @@ _PAIRS: dict[tuple[str, str], dict[str, Any]] = {
         "zoom": 0.0,
         "shear": 0.0,
         "projector_dim": 16,
-        "epochs": 45,
+        "epochs": 38,
     },
     ("gan", "digits"): {
         **_DRAWN,
@@ -97,7 +97,7 @@ _PAIRS: dict[tuple[str, str], dict[str, Any]] = {
         "base_lr": 8e-4,  # 2e-4 at 64 images, as in the paper
         "batch_size": 64,
         "r1": 1.0,
-        "epochs": 60,
+        "epochs": 48,
         "schedule": "constant",
         "warmup": 0.0,
     },
