@@ -4,6 +4,7 @@
 Environment:
     DEBUG=1                -O0 -g, for a debugger
     SSLKERNELS_WERROR=1    compiler warnings are errors (CI)
+    SSLKERNELS_OPENMP=0    kernels on one thread, as where the compiler has no OpenMP
     SSLKERNELS_SANITIZE=1  address and undefined-behaviour sanitizers
     SSLKERNELS_CUDA        0 | 1 | auto: build sslkernels._cuda with nvcc (see csrc/cuda/build.py)
 """
@@ -61,9 +62,12 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def compile_flags() -> list[str]:
-    """Flags of every translation unit."""
-    flags = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
+def compile_flags(openmp: bool = True) -> list[str]:
+    """Flags of every translation unit, but for those of its instruction set."""
+    flags = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
+    # Without it nothing asks for the number of threads.
+    alone = ["unknown-pragmas", "unused-variable", "unused-parameter", "unused-function"]
+    flags += ["-fopenmp"] if openmp else [f"-Wno-{warning}" for warning in alone]
     flags += ["-include", "csrc/portable.h"]  # the oldest C library that torch allows
     # -ffp-contract=fast: a * b + c may become one FMA.  No -ffast-math: NaN and inf must survive.
     flags += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
@@ -75,19 +79,33 @@ def compile_flags() -> list[str]:
     return flags
 
 
+def compiles(compiler: str, flags: list[str], text: str) -> bool:
+    """Whether a compiler takes a source with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(text)
+        command = [compiler, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def supports_openmp(compiler: str) -> bool:
+    """Whether the compiler has OpenMP, flag and header, and is to use it; says so where it has not."""
+    if os.environ.get("SSLKERNELS_OPENMP", "") == "0":
+        return False
+    text = "#include <omp.h>\nint probe() { return omp_get_num_threads(); }\n"
+    if compiles(compiler, ["-fopenmp"], text):
+        return True
+    print(f"sslkernels: built for one thread: {compiler} has no OpenMP", file=sys.stderr)
+    return False
+
+
 def supported_isas(compiler: str) -> dict[str, list[str]]:
     """Instruction sets that the compiler knows, by compiling an empty file; baseline always."""
     isas: dict[str, list[str]] = {"baseline": []}
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return isas
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("int probe() { return 0; }\n")
-        for name, flags in X86_ISAS.items():
-            command = [compiler, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
-            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                isas[name] = flags
-    return isas
+    text = "int probe() { return 0; }\n"
+    return isas | {n: flags for n, flags in X86_ISAS.items() if compiles(compiler, flags, text)}
 
 
 def remove_other_builds(extension: Path) -> None:
@@ -121,11 +139,9 @@ class BuildExt(build_ext):
             super().build_extension(ext)
             return
         compiler = self.compiler
-        isas = supported_isas(
-            compiler.compiler_so_cxx[0]
-            if hasattr(compiler, "compiler_so_cxx")
-            else compiler.compiler_so[0]
-        )
+        program = getattr(compiler, "compiler_so_cxx", compiler.compiler_so)[0]
+        isas = supported_isas(program)
+        flags = compile_flags(supports_openmp(program))
         known = [(f"SSLK_HAVE_{name.upper()}", "1") for name in isas]
         jobs = []
         for name, isa_flags in isas.items():
@@ -139,7 +155,7 @@ class BuildExt(build_ext):
 
         def compile_one(job: tuple) -> list[str]:
             source, folder, macros, isa_flags = job
-            extra = [*ext.extra_compile_args, *isa_flags]
+            extra = [*flags, *isa_flags]
             expected = compiler.object_filenames([source], output_dir=folder)
             if self._fresh(expected[0], source):
                 return expected
@@ -191,7 +207,6 @@ def cuda_build() -> ModuleType:
 extension = Extension(
     "sslkernels._C",
     COMMON_SOURCES,
-    extra_compile_args=compile_flags(),
     depends=HEADERS,
     language="c++",
     py_limited_api=LIMITED_API,

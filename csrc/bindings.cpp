@@ -35,6 +35,14 @@ PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().isa)
 
 PyObject* has_bf16(PyObject*, PyObject*) { return to_python(kernels().bf16); }
 
+PyObject* has_openmp(PyObject*, PyObject*) {
+#ifdef _OPENMP
+  return to_python(true);
+#else
+  return to_python(false);
+#endif
+}
+
 PyObject* peak_of_workspaces(PyObject*, PyObject*) { return to_python(workspace_peak()); }
 
 PyObject* reset_peak_of_workspaces(PyObject*, PyObject*) {
@@ -105,6 +113,8 @@ const Definition& definition() {
          "set_isa($module, name, /)\n--\n\nUse an instruction set: \"auto\" or one of available_isas()."},
         {"has_bf16", has_bf16, METH_NOARGS,
          "has_bf16($module, /)\n--\n\nWhether the instruction set in use multiplies in bfloat16."},
+        {"has_openmp", has_openmp, METH_NOARGS,
+         "has_openmp($module, /)\n--\n\nWhether calls may use several threads; without OpenMP they use one."},
         {"workspace_peak", peak_of_workspaces, METH_NOARGS,
          "workspace_peak($module, /)\n--\n\nBytes that the workspaces of all threads held at once, at most."},
         {"reset_workspace_peak", reset_peak_of_workspaces, METH_NOARGS,

@@ -2,12 +2,11 @@
 // How long a cache line takes from one core to another and back, which on virtual machines changes under a running
 // program and decides how fast threads work together (docs/cpu.md).
 
-#include <omp.h>
-
 #include <atomic>
 #include <cmath>
 #include <thread>
 
+#include "openmp.h"
 #include "sslkernels.h"
 
 namespace sslk {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -13,7 +14,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import HANGS_S, available_isas
+from mutants.workshop import package, rules
 
 import sslkernels
 
@@ -106,6 +109,52 @@ def test_the_extension_links_neither_torch_nor_openmp() -> None:
     if needed.returncode:
         pytest.skip("no ldd")
     assert not re.findall(r"lib(?:torch|c10|gomp|omp|iomp)\S*", needed.stdout)
+
+
+def test_a_compiler_without_openmp_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's clang refuses the flag; others lack the header."""
+    refuses = tmp_path / "c++"
+    refuses.write_text("#!/bin/sh\nexit 1\n")
+    refuses.chmod(0o755)
+    monkeypatch.delenv("SSLKERNELS_OPENMP", raising=False)
+    assert not rules().supports_openmp(str(refuses))
+    assert "built for one thread" in capsys.readouterr().err
+    assert "-fopenmp" not in rules().compile_flags(openmp=False)
+
+
+@pytest.mark.campaign
+def test_without_openmp_kernels_run_on_one_thread(tmp_path: Path) -> None:
+    """Same bits, no symbol of a runtime, and info() says so.  The compiler takes minutes."""
+    site = package(tmp_path)
+    folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "objects")]
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S,
+        env={**os.environ, "SSLKERNELS_OPENMP": "0", "SSLKERNELS_WERROR": "1", "SSLKERNELS_CUDA": "0"},
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    (extension,) = site.glob("_C*.so")
+    assert not re.search(rb"GOMP_|omp_get_|__kmpc", extension.read_bytes())
+    code = """
+import io, sys, torch, sslkernels, test_processes as t
+torch.set_num_threads(4)
+print(sslkernels.info(), file=sys.stderr)
+torch.save(t.work(*t.made()), sys.stdout.buffer)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])},
+        cwd=tmp_path, capture_output=True, timeout=HANGS_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"4 of torch, 1 of the CPU extension (built without OpenMP)" in done.stderr
+    import test_processes
+
+    assert test_processes.same(
+        torch.load(io.BytesIO(done.stdout)), test_processes.work(*test_processes.made())
+    )
 
 
 @pytest.fixture(scope="module")

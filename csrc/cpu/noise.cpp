@@ -9,8 +9,7 @@
 //
 // Plain-torch twin: sslkernels/backends/autoencoders_torch.py.
 
-#include <omp.h>
-
+#include "../openmp.h"
 #include "blocks.h"
 #include "kernels.h"
 #include "philox.h"

@@ -15,8 +15,7 @@
 //
 // Plain-torch twin: sslkernels/reference.py (info_nce_loss, negative_mode="paired").
 
-#include <omp.h>
-
+#include "../openmp.h"
 #include "kernels.h"
 #include "narrow.h"
 #include "rows.h"

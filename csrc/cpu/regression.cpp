@@ -5,8 +5,7 @@
 //
 // Plain-torch twin: sslkernels/reference.py (byol_loss).
 
-#include <omp.h>
-
+#include "../openmp.h"
 #include "kernels.h"
 #include "rows.h"
 #include "workspace.h"
@@ -70,7 +69,7 @@ int forward(const RegressionArgs& args, RowState<T>* state, T* loss) {
     }
   }
   if (args.reduction == Reduction::none) {
-    std::memcpy(loss, row_loss, size_t(n) * sizeof(T));
+    if (n > 0) std::memcpy(loss, row_loss, size_t(n) * sizeof(T));
     return 0;
   }
   double sum = 0;

@@ -149,7 +149,7 @@ template <class T>
 void write_row(DType dtype, const T* g, int64_t d, void* out, int64_t offset);
 template <>
 inline void write_row<double>(DType, const double* g, int64_t d, void* out, int64_t offset) {
-  std::memcpy(static_cast<double*>(out) + offset, g, size_t(d) * sizeof(double));
+  if (d > 0) std::memcpy(static_cast<double*>(out) + offset, g, size_t(d) * sizeof(double));
 }
 template <>
 inline void write_row<float>(DType dtype, const float* g, int64_t d, void* out, int64_t offset) {

@@ -8,8 +8,7 @@
 // blocks are dealt in the same order one by one.
 #pragma once
 
-#include <omp.h>
-
+#include "../openmp.h"
 #include "tile.h"
 
 SSLK_BEGIN

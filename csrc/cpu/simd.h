@@ -179,6 +179,19 @@ inline __attribute__((always_inline)) T sum_lanes(Vec<T> v) {
   return s;
 }
 
+// Lane l of the result is lane lanes[l] of a and b, which follow each other.
+template <class E>
+inline SSLK_INLINE Vec<E> shuffle(Vec<E> a, Vec<E> b, IVec<E> lanes) {
+#if defined(__clang__)
+  constexpr int L = Simd<E>::kLanes;
+  Vec<E> result = {};
+  for (int l = 0; l < L; ++l) result[l] = lanes[l] < L ? a[lanes[l]] : b[lanes[l] - L];
+  return result;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // Transposes L vectors of L lanes: lane c of v[r] becomes lane r of v[c].  Stage h swaps the h x h
 // squares beside the diagonal of every 2h x 2h square.
 template <class E>
@@ -195,8 +208,8 @@ inline SSLK_INLINE void transpose(Vec<E> (&v)[Simd<E>::kLanes]) {
       unroll<L>([&](auto r) SSLK_INLINE {
         if constexpr ((r & h) == 0) {
           const Vec<E> a = v[r], b = v[r + h];
-          v[r] = __builtin_shuffle(a, b, low);
-          v[r + h] = __builtin_shuffle(a, b, high);
+          v[r] = shuffle<E>(a, b, low);
+          v[r + h] = shuffle<E>(a, b, high);
         }
       });
     }

@@ -2,12 +2,11 @@
 // Scratch memory of one kernel call: one piece (csrc/memory.h), carved into 64-byte aligned arrays.
 #pragma once
 
-#include <omp.h>
-
 #include <cstdint>
 #include <cstring>
 
 #include "../memory.h"
+#include "../openmp.h"
 #include "isa.h"
 
 SSLK_BEGIN

@@ -231,6 +231,7 @@ class Info:
     isa: str | None  # instruction set in use
     available_isas: tuple[str, ...]
     threads: int
+    openmp: bool  # the CPU extension is built with it; without, it computes on one thread
     cuda_extension: bool  # sslkernels._cuda is built
     cuda_device: str | None
     asked_for: str | None  # by backend(...), set_backend or SSLKERNELS_BACKEND
@@ -239,11 +240,14 @@ class Info:
     def __str__(self) -> str:
         """One fact a line."""
         available = ", ".join(self.available_isas)
+        threads = str(self.threads)
+        if self.cpu_extension and not self.openmp:
+            threads += " of torch, 1 of the CPU extension (built without OpenMP)"
         lines = [
             f"sslkernels {self.version} (python {self.python}, torch {self.torch})",
             f"  CPU extension   {'built' if self.cpu_extension else 'not built'}",
             f"  ISA             {self.isa or '-'} (available: {available or '-'})",
-            f"  threads         {self.threads}",
+            f"  threads         {threads}",
             f"  triton          {self.triton or 'not installed'}",
             f"  CUDA extension  {'built' if self.cuda_extension else 'not built'}",
             f"  CUDA device     {self.cuda_device or 'none'}",
@@ -270,10 +274,11 @@ def info() -> Info:
         >>> print(sslkernels.info())  # doctest: +ELLIPSIS
         sslkernels ...
     """
-    isa, available, built = None, (), False
+    isa, available, built, openmp = None, (), False, False
     if not _why_not("cpu", torch.device("cpu")):
         extension = importlib.import_module("sslkernels._C")
         isa, available, built = extension.isa(), tuple(extension.available_isas()), True
+        openmp = extension.has_openmp()
     triton = devices.triton()
     name = _override.get() or _process
     backends = {}
@@ -294,6 +299,7 @@ def info() -> Info:
         isa=isa,
         available_isas=available,
         threads=torch.get_num_threads(),
+        openmp=openmp,
         cuda_extension=_spec_exists("sslkernels._cuda"),
         cuda_device=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         asked_for=name,

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +86,16 @@ def isas(which: str) -> dict[str, list[str]]:
     return {"baseline": []} if which == "baseline" else known
 
 
+@dataclass(frozen=True)
+class Toolchain:
+    """How units are compiled, where others than those of the mutants are wanted."""
+
+    folder: Path = BUILD
+    program: str = field(default_factory=compiler)
+    flags: tuple[str, ...] = ()  # more of them
+    openmp: bool = True
+
+
 def usable() -> list[str]:
     """Instruction sets of the built module that this processor has."""
     code = "from sslkernels import _C; print(*_C.available_isas())"
@@ -132,11 +142,14 @@ def includes(source: str, root: Path) -> set[str]:
     return seen
 
 
-def compile_unit(unit: Unit, which: str, root: Path, folder: Path) -> Path:
+def compile_unit(
+    unit: Unit, which: str, root: Path, folder: Path, chain: Toolchain | None = None
+) -> Path:
     """Compile one unit of the sources under ``root`` into ``folder``."""
+    chain = chain or Toolchain()
     output = folder / unit.object
     macros = [f"-DSSLK_HAVE_{name.upper()}=1" for name in isas(which)]
-    flags = rules().compile_flags()
+    flags = rules().compile_flags(chain.openmp)
     if unit.isa is None:
         import sysconfig
 
@@ -145,18 +158,40 @@ def compile_unit(unit: Unit, which: str, root: Path, folder: Path) -> Path:
     else:
         macros.append(f"-DSSLK_ISA_NS={unit.isa}")
         flags = [*flags, *isas(which)[unit.isa]]
-    command = [compiler(), *flags, "-O1", "-w", "-fPIC", *macros, "-c", unit.source, "-o"]
+    command = [
+        chain.program,
+        *flags,
+        "-O1",
+        "-w",
+        "-fPIC",
+        *chain.flags,
+        *macros,
+        "-c",
+        unit.source,
+        "-o",
+    ]
     done = subprocess.run([*command, str(output)], cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{unit.source} does not compile:\n{done.stderr[-3000:]}")
     return output
 
 
-def link(objects: list[Path], output: Path) -> None:
-    command = [compiler(), "-shared", "-fPIC", *map(str, objects), "-o", str(output)]
+def link(objects: list[Path], output: Path, flags: tuple[str, ...] = ()) -> None:
+    command = [compiler(), "-shared", "-fPIC", *flags, *map(str, objects), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the module does not link:\n{done.stderr[-3000:]}")
+
+
+def package(folder: Path) -> Path:
+    """``folder/sslkernels``: links to the package's files, where another module can stand beside them."""
+    place = folder / "sslkernels"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for path in (ROOT / "sslkernels").iterdir():
+        if path.suffix != ".so" and path.name != "__pycache__":
+            (place / path.name).symlink_to(path)
+    return place
 
 
 class Workshop:
@@ -270,9 +305,10 @@ def _run_in_interpreter(root: Path, arguments: tuple[str, ...], output: int) -> 
     return code if code >= 0 else f"the process died of {signal.Signals(-code).name}"
 
 
-def build_objects(which: str, jobs: int) -> dict[str, Path]:
-    """Every unit of the unchanged sources."""
-    folder = BUILD / which
+def build_objects(which: str, jobs: int, chain: Toolchain | None = None) -> dict[str, Path]:
+    """Every unit of the unchanged sources; what is newer than they are is kept."""
+    chain = chain or Toolchain()
+    folder = chain.folder / which
     folder.mkdir(parents=True, exist_ok=True)
     todo = []
     for unit in units(which):
@@ -283,7 +319,7 @@ def build_objects(which: str, jobs: int) -> dict[str, Path]:
         if not path.exists() or path.stat().st_mtime <= newest:
             todo.append(unit)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda unit: compile_unit(unit, which, ROOT, folder), todo))
+        list(pool.map(lambda unit: compile_unit(unit, which, ROOT, folder, chain), todo))
     return {unit.object: folder / unit.object for unit in units(which)}
 
 
