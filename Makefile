@@ -69,8 +69,12 @@ mutants: test-setup ## break the kernels in a hundred ways and see tests fail ea
 	$(BIN)/python tests/mutants $(ARGS)
 
 .PHONY: sanitize
-sanitize: $(VENV)/.tools ## CPU kernels under the sanitizers for addresses, undefined behaviour and threads
+sanitize: $(VENV)/.tools $(if $(findstring bindings,$(ARGS)),$(VENV)/.test) ## CPU kernels under the sanitizers for addresses, undefined behaviour and threads (ARGS=bindings: the module)
 	$(BIN)/python tests/sanitize $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.tools ## wrong calls of the C++ module, chosen by what they reach; needs clang (ARGS="--seconds 600")
+	$(BIN)/python tests/sanitize/fuzz.py $(ARGS)
 
 .PHONY: test-peers
 test-peers: $(VENV)/.build $(PEERS)/.ready ## compare with the libraries that it stands in for (own environment, 6 GB)

@@ -74,6 +74,9 @@ inline void require(const char* function, std::initializer_list<Array> arrays) {
   }
 }
 
+// The stride of rows of so many elements.  Of none it is 0: their address may be null, to which nothing is added.
+inline int64_t stride_of(int64_t stride, int64_t columns) { return columns > 0 ? stride : 0; }
+
 // A number on the device, [1] acc or null.
 inline double read_scalar(const void* address, DType dtype) {
   if (address == nullptr) return 0.0;

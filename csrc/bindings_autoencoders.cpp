@@ -45,6 +45,9 @@ struct Vae {
     require(kName, {{"reconstruction", args.reconstruction.data, n, args.d, args.reconstruction.stride},
                     {"x", args.x.data, n, args.d, args.x.stride}});
     if (args.spread.data != nullptr) require(kName, {{"spread", args.spread.data, n, args.spread.stride}});
+    args.reconstruction.stride = stride_of(args.reconstruction.stride, args.d);
+    args.x.stride = stride_of(args.x.stride, args.d);
+    args.spread.stride = stride_of(args.spread.stride, args.spread.data != nullptr ? args.d : 0);
     return args;
   }
 };
@@ -60,9 +63,11 @@ Fields latent_fields() {
   };
 }
 
-void require_latent(const char* function, int64_t n, const VaeLatent& codes) {
-  require(function, {{"mean", codes.mean.data, n, codes.d, codes.mean.stride},
-                     {"log_variance", codes.log_variance.data, n, codes.d, codes.log_variance.stride}});
+void require_latent(const char* function, int64_t n, VaeLatent* codes) {
+  require(function, {{"mean", codes->mean.data, n, codes->d, codes->mean.stride},
+                     {"log_variance", codes->log_variance.data, n, codes->d, codes->log_variance.stride}});
+  codes->mean.stride = stride_of(codes->mean.stride, codes->d);
+  codes->log_variance.stride = stride_of(codes->log_variance.stride, codes->d);
 }
 
 struct VaeForward {
@@ -81,7 +86,7 @@ struct VaeForward {
   }
   void run() {
     const int64_t n = args->reconstruction.n;
-    require_latent(kName, n, latent);
+    require_latent(kName, n, &latent);
     require(kName, {{"reconstruction", reconstruction, n}, {"kl", kl, n}});
     check(kernels().vae_forward(*args, latent, reconstruction, kl));
   }
@@ -108,7 +113,7 @@ struct VaeBackward {
   void run() {
     out.dkl_stride = out.drec_stride;
     const int64_t n = args->reconstruction.n;
-    require_latent(kName, n, latent);
+    require_latent(kName, n, &latent);
     require(kName, {{"drec", out.drec, n}, {"dkl", out.dkl, n}});
     if (out.dspread != nullptr) require(kName, {{"spread", args->spread.data, n, args->d}});
     check(kernels().vae_backward(*args, latent, out));
@@ -177,7 +182,9 @@ struct FeatureFields {
       throw std::invalid_argument(std::string(op) + ": the lists must have the same length");
     }
     for (size_t l = 0; l < n; ++l) {
-      if (sizes[l] < 0) throw std::invalid_argument(std::string(op) + ": sizes must be 0 or more");
+      if (sizes[l] < 0 || sizes[l] > kMostElements) {
+        throw std::invalid_argument(std::string(op) + ": sizes must be from 0 to 2^47");
+      }
       require(op, {{"a feature", features[l], args.n, sizes[l]}, {"a target", targets[l], args.n, sizes[l]}});
     }
     entries.resize(n);

@@ -65,6 +65,8 @@ struct Contrastive {
     if (args.bf16 && (args.dtype == DType::f64 || !kernels().bf16)) {
       throw std::invalid_argument("contrastive: bf16 needs AVX512-BF16 and other inputs than float64");
     }
+    args.a.stride = stride_of(args.a.stride, args.d);
+    args.b.stride = stride_of(args.b.stride, labels ? 0 : args.d);
     args.scale = read_scalar(scale, args.dtype);
     args.bias = read_scalar(bias, args.dtype);
     return args;
@@ -137,6 +139,7 @@ struct ContrastiveForward {
   void run() {
     ContrastiveArgs all = *args;
     all.bank = bank;
+    all.bank.stride = stride_of(bank.stride, all.d);
     all.ids_k = ids_k;
     all.sigma = sigma;
     require(kName, {{"bank", bank.data, bank.n, all.d, bank.stride},
@@ -236,6 +239,8 @@ struct Regression {
     const int64_t n = args.target.n = args.prediction.n;
     require(kName, {{"prediction", args.prediction.data, n, args.d, args.prediction.stride},
                     {"target", args.target.data, n, args.d, args.target.stride}});
+    args.prediction.stride = stride_of(args.prediction.stride, args.d);
+    args.target.stride = stride_of(args.target.stride, args.d);
     return args;
   }
 };
@@ -316,6 +321,8 @@ struct Paired {
     require(kName, {{"query", args.query.data, n, args.d, args.query.stride},
                     {"positive_key", args.positive.data, n, args.d, args.positive.stride},
                     {"scale", scale, 1}});
+    args.query.stride = stride_of(args.query.stride, args.d);
+    args.positive.stride = stride_of(args.positive.stride, args.d);
     args.scale = read_scalar(scale, args.dtype);
     return args;
   }
@@ -350,8 +357,8 @@ struct PairedFields {
                        {"mean_key", state.mean_key, n, args.d}});
     args.negatives = negatives;
     args.m = m;
-    args.stride_row = row_stride;
-    args.stride_key = key_stride;
+    args.stride_row = stride_of(row_stride, m * args.d);
+    args.stride_key = stride_of(key_stride, args.d);
     return args;
   }
 };

@@ -412,6 +412,7 @@ struct Enqueue {
                     {"fill", args.fill, 1},
                     {"keys", args.keys.data, n, args.dim, args.keys.stride}});
     if (args.queue_labels != nullptr) require(kName, {{"labels", args.labels, n}});
+    args.keys.stride = stride_of(args.keys.stride, args.dim);
     check(kernels().enqueue(args));
   }
 };

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tests/sanitize [address thread ...]``: the CPU kernels under the compiler's sanitizers.
+"""``python tests/sanitize [address thread bindings ...]``: kernels and bindings under sanitizers.
 
     address   AddressSanitizer and UndefinedBehaviorSanitizer
     thread    ThreadSanitizer, with OpenMP's functions on std::thread (gomp.cpp says why)
+    bindings  the module in Python under those of "address": wrong calls (bindings.py), and some test files
 
 ``kernels.cpp`` calls every kernel, on one and on four threads, from memory that ends where the data ends.  It
 needs no Python and no torch, so a report can only be about these sources; there are no suppressions.
+``fuzz.py`` chooses wrong calls by what they reach, and needs clang.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mutants.workshop import ROOT, compiler, isas, rules  # noqa: E402
+from cuda_emulation.toolchain import sanitizer_library  # noqa: E402
+from mutants.workshop import (  # noqa: E402
+    ROOT,
+    Toolchain,
+    build_objects,
+    compiler,
+    isas,
+    link,
+    package,
+    rules,
+)
 
 HERE = Path(__file__).resolve().parent
 FLAGS = {
@@ -28,6 +40,8 @@ FLAGS = {
     "none": [],
 }
 CORE = ["csrc/dispatch.cpp", "csrc/memory.cpp", "csrc/portable.cpp"]
+# Through Python: every function of the module, and inputs of nothing.
+TESTS = ["tests/test_bindings.py", "tests/test_empty.py"]
 OWN = ["tests/sanitize/kernels.cpp", "tests/sanitize/gomp.cpp"]
 
 
@@ -60,6 +74,48 @@ def build(kind: str, isa: str = "baseline", level: str = "-O1", jobs: int = 2) -
     return program
 
 
+def build_package(which: str, jobs: int) -> Path:
+    """A folder with the package and a sanitized module."""
+    folder = ROOT / "build" / "sanitize" / "bindings"
+    flags = tuple(FLAGS["address"])
+    objects = build_objects(which, jobs, Toolchain(folder, flags=flags))
+    link(list(objects.values()), package(folder) / "_C.abi3.so", flags)
+    return folder
+
+
+def check_bindings(isa: str, jobs: int) -> int:
+    """Exit status of wrong calls and of some tests with the sanitized module; 0: nothing was found."""
+    folder = build_package("baseline" if isa == "baseline" else "all", jobs)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": sanitizer_library() or "",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python leaves objects behind
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    module = folder / "sslkernels" / "_C.abi3.so"
+    calls = [str(HERE / "bindings.py"), str(module), "--sanitized"]
+    # pytest puts the folders of "pythonpath" before all others: this package before that of the checkout.
+    paths = f"pythonpath={folder} python tests"
+    tests = [
+        "-m",
+        "pytest",
+        "-v",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        "-o",
+        paths,
+        *TESTS,
+    ]
+    for arguments in (calls, tests):
+        status = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
+        if status:
+            return status
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="sanitize", description=__doc__)
     parser.add_argument("kinds", nargs="*", default=["address", "thread"])
@@ -68,6 +124,10 @@ def main() -> int:
     options = parser.parse_args()
     failed = []
     for kind in options.kinds:
+        if kind == "bindings":
+            print(f"{kind}:", flush=True)
+            failed += [kind] * bool(check_bindings(options.isa, options.jobs))
+            continue
         program = build(kind, options.isa, jobs=options.jobs)
         print(f"{kind}:", flush=True)
         if subprocess.run([str(program), "check"]).returncode:

@@ -4,6 +4,7 @@
     --examples N    calls (20,000)
     --seed S        other calls than those of seed 0
     --only K        example K alone, which is printed
+    --bytes FILE    the calls that the fuzzer (fuzz.py) read from these bytes, which are printed
 
 A process that dies leaves the number of its last example in the folder of temporary files
 (sslkernels-bindings-PID).
@@ -28,9 +29,10 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 STUB = Path(__file__).resolve().parents[2] / "sslkernels" / "_C.pyi"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -42,7 +44,9 @@ WORDS = {
 }
 HANDLES = ("tiles", "contrastive", "regression", "paired", "vae")
 MOST = 12  # rows and columns
-MEMORY = 1 << 20  # bytes of each array: kept tiles are whole blocks
+FILLED = 16 << 10  # bytes of an array: MOST rows of MOST rows of MOST doubles
+LARGE = 1 << 20
+T = TypeVar("T")
 REFUSED = (TypeError, ValueError, MemoryError, OverflowError, RuntimeError)
 JUNK: tuple[Any, ...] = (
     None,
@@ -91,31 +95,93 @@ def signatures() -> dict[str, ast.arguments]:
     return found
 
 
-class Caller:
-    """Makes one wrong call after the other."""
+class Bytes:
+    """Choices that are read from bytes: what a call needs of random.Random.  After the last: 255."""
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    @property
+    def ended(self) -> bool:
+        return self.at >= len(self.data)
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self.data[self.at - 1] if self.at <= len(self.data) else 255
+
+    def random(self) -> float:
+        return self._byte() / 256
+
+    def randrange(self, stop: int) -> int:
+        return self._byte() % stop
+
+    def choice(self, values: Sequence[T]) -> T:
+        return values[self._byte() % len(values)]
+
+    def shuffle(self, values: list[Any]) -> None:
+        first = self._byte() % max(1, len(values))
+        values[:] = values[first:] + values[:first]
+
+
+def contents() -> list[bytes]:
+    """What arrays are filled with: zeros, anything at all, small and large integers, floats."""
+    source = random.Random(0)
+    floats = (ctypes.c_float * (FILLED // 4))(*(source.gauss(0, 1) for _ in range(FILLED // 4)))
+    doubles = (ctypes.c_double * (FILLED // 8))(*(source.gauss(0, 1) for _ in range(FILLED // 8)))
+    integers = [source.randrange(4).to_bytes(8, "little") for _ in range(FILLED // 8)]
+    return [
+        bytes(FILLED),
+        source.randbytes(FILLED),
+        b"".join(integers),
+        b"".join(reversed([bytes(4) + x[:4] for x in integers])),
+        bytes(floats),
+        bytes(doubles),
+        b"\xff" * FILLED,
+    ]
+
+
+class Caller:
+    """Makes one wrong call after the other.
+
+    Args:
+        module: ``_C``.
+        vast: Sizes too, of which two are more than memory; a sanitizer's allocator ends there.
+        slow: What takes 10 ms and more, now and then.
+    """
+
+    def __init__(self, module: ModuleType, vast: bool = True, slow: bool = True) -> None:
         self.module = module
         self.signatures = signatures()
-        self.arrays = [ctypes.create_string_buffer(MEMORY + 64) for _ in range(32)]
+        # The kept tiles of a loss are whole blocks; nothing else is as large.
+        self.large = ctypes.create_string_buffer(LARGE + 64)
+        self.arrays = [ctypes.create_string_buffer(FILLED + 128) for _ in range(32)]
+        self.contents = contents()
         self.isas = module.available_isas()
         self.outcomes: collections.Counter[str] = collections.Counter()
+        self.vast_share, self.slow = 0.03 if vast else 0.0, slow
 
     def example(self, seed: int, number: int, show: bool = False) -> None:
         """The call with this number, and those that make its handle or object."""
-        self.random = random.Random(seed * 1_000_003 + number)
+        self.one(random.Random(seed * 1_000_003 + number), show)
+
+    def from_bytes(self, data: bytes, show: bool = False) -> None:
+        """Calls as long as there are bytes, at most four."""
+        source = Bytes(data)
+        for _ in range(4):
+            if not source.ended:
+                self.one(source, show)
+
+    def one(self, source: random.Random | Bytes, show: bool) -> None:
+        self.random: Any = source
         self.show, self.taken = show, 0
         # A call that is right but for one thing reaches further than one that is wrong everywhere.
         self.wrong = self.random.choice((0.0, 0.0, 0.02, 0.02, 0.1))
-        vast = self.random.random() < 0.03
+        self.may_be_vast, self.vast = self.random.random() < self.vast_share, False
         self.length = self.random.randrange(4)
-        self.may_be_vast, self.vast = vast, False
-        for array in self.random.sample(self.arrays, 6):
-            self.fill(array)
         self.module.set_isa(self.random.choice(self.isas))
         name = self.random.choice(list(self.signatures))
-        if name == "peak_flops" and self.random.random() < 0.98:
-            return  # 10 ms
+        if name == "peak_flops" and not (self.slow and self.random.random() < 0.02):
+            return
         try:
             self.call(name)
         except REFUSED as error:
@@ -123,23 +189,6 @@ class Caller:
             self.outcomes[f"{type(error).__name__} from {name}"] += 1
         else:
             self.outcomes[f"result from {name}"] += 1
-
-    def fill(self, array: Any) -> None:
-        """Zeros, anything at all, small integers or floats."""
-        size = 4096
-        kind = self.random.randrange(4)
-        if kind == 0:
-            data = bytes(size)
-        elif kind == 1:
-            data = self.random.randbytes(size)
-        elif kind == 2:
-            data = b"".join(
-                self.random.randrange(4).to_bytes(8, "little") for _ in range(size // 8)
-            )
-        else:
-            one = (ctypes.c_float * 64)(*(self.random.gauss(0, 1) for _ in range(64)))
-            data = bytes(one) * (size // 256)
-        array[:size] = data
 
     def call(self, name: str) -> Any:
         owner, _, method = name.partition(".")
@@ -195,7 +244,7 @@ class Caller:
             )
             return [self.value(name, inner) for _ in range(length)]
         if kind == "_Address" or kind == "address":
-            return self.address()
+            return self.address(name)
         if kind == "str":
             return self.random.choice(WORDS.get(name, DTYPES))
         if kind == "bool":
@@ -211,13 +260,15 @@ class Caller:
             return 0  # functions of torch: an address of anything else would be called
         return self.number(name)
 
-    def address(self) -> int | None:
+    def address(self, name: str) -> int | None:
         if self.random.random() < self.wrong * 2:
             return self.random.choice((None, 0))
-        array = self.arrays[self.taken % len(self.arrays)]
+        array = self.large if name == "tiles" else self.arrays[self.taken % len(self.arrays)]
         self.taken += 1
         start = ctypes.addressof(array)
-        return start + -start % 64 + 8 * self.random.randrange(4)
+        start += -start % 64 + 8 * self.random.randrange(4)
+        ctypes.memmove(start, self.random.choice(self.contents), FILLED)
+        return start
 
     def number(self, name: str) -> int:
         if name == "n_threads":
@@ -243,8 +294,15 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
+    parser.add_argument("--bytes", type=Path, nargs="+", default=[])
+    parser.add_argument("--sanitized", action="store_true", help="no sizes beyond all memory")
     options = parser.parse_args()
-    caller = Caller(load(options.module))
+    caller = Caller(load(options.module), vast=not options.sanitized)
+    for path in options.bytes:
+        caller.from_bytes(path.read_bytes(), show=True)
+    if options.bytes:
+        print(dict(caller.outcomes))
+        return 0
     if options.only is not None:
         caller.example(options.seed, options.only, show=True)
         print(dict(caller.outcomes))
