@@ -69,14 +69,18 @@ TEMPERATURES = st.one_of(
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def loss_cases(names: list[str]) -> st.SearchStrategy[LossCase]:
+def loss_cases(
+    names: list[str],
+    sizes: st.SearchStrategy[int] = SIZES,
+    widths: st.SearchStrategy[int] = WIDTHS,
+) -> st.SearchStrategy[LossCase]:
     """Cases of these losses."""
     return st.builds(
         LossCase,
         loss=st.sampled_from(names),
-        n=SIZES,
-        d=WIDTHS,
-        m=SIZES,
+        n=sizes,
+        d=widths,
+        m=sizes,
         dtype=st.sampled_from(list(DTYPES)),
         temperature=TEMPERATURES,
         normalize=st.booleans(),

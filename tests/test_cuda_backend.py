@@ -16,10 +16,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from cuda_emulation import toolchain
+from test_fuzz import AVERAGES, QUEUES, check_average, check_queue, run
 from torch import Tensor
 
 import sslkernels
@@ -500,3 +502,21 @@ def test_import_without_the_extension() -> None:
     assert done.returncode == 0, done.stderr
     assert "[0.5, 0.5, 0.5]" in done.stdout
     assert "sslkernels._cuda is not usable" in done.stdout and "SSLKERNELS_CUDA=1" in done.stdout
+
+
+# ---- Random cases --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("few", [8, pytest.param(3000, marks=pytest.mark.campaign)])
+def test_random_queues(emulated: ModuleType, request: pytest.FixtureRequest, few: int) -> None:
+    """Those of tests/test_fuzz.py, with pointers of the 44 bits that the kernel keeps of them."""
+
+    def check(case: dict[str, Any]) -> None:
+        check_queue({**case, "ptr": case["ptr"] % 2**44}, ["cuda"])
+
+    run(request, QUEUES, check, few)
+
+
+@pytest.mark.parametrize("few", [8, pytest.param(2000, marks=pytest.mark.campaign)])
+def test_random_averages(emulated: ModuleType, request: pytest.FixtureRequest, few: int) -> None:
+    run(request, AVERAGES, lambda case: check_average(case, ["cuda"]), few)

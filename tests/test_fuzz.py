@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,11 +22,13 @@ from fuzz_cases import (
     CHOOSING,
     DTYPES,
     ELEMENTWISE,
+    LAYOUTS,
     LOSSES,
     ORDINARY,
     SEEDS,
     SIZES,
     LossCase,
+    laid_out,
     loss_cases,
     tensors,
 )
@@ -122,14 +124,15 @@ def close(case: LossCase, what: str, got: Tensor, eager: Tensor, truth: Tensor, 
     assert error <= limit, f"{what}: error {error:.3e} > {limit:.3e}, largest value {size:.3e}"
 
 
-def check_loss(case: LossCase) -> None:
+def check_loss(case: LossCase, names: Sequence[str] | None = None) -> None:
+    """The right number on each of some engines, all of them by default, or the same error."""
     made = tensors(case)
     truth_kind, truth = outcome(reference, case, {
         k: v.double() if v.is_floating_point() else v for k, v in made.items()})  # fmt: skip
     assert truth_kind == "value", f"the definition raised {truth}"
     _, eager = outcome(reference, case, made)
     found = {}
-    for name in engines():
+    for name in names or engines():
         with engine(name):
             found[name] = outcome(sslkernels, case, made)
     kinds = {name: kind for name, (kind, _) in found.items()}
@@ -327,7 +330,7 @@ QUEUES = st.fixed_dictionaries(
 )
 
 
-def check_queue(case: dict[str, Any]) -> None:
+def check_queue(case: dict[str, Any], names: Sequence[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
     size, d, n = case["size"], case["d"], case["n"]
     keys = torch.randn((n, 3 * d if case["strided"] else d), generator=generator)
@@ -336,12 +339,12 @@ def check_queue(case: dict[str, Any]) -> None:
     labels = torch.randint(-(2**62), 2**62, (n,), generator=generator) if case["labels"] else None
     want, at = reference.enqueue(before, case["ptr"] % size, keys, normalize=case["normalize"])
     calls = {"plain torch": updates_torch.enqueue_}
-    for name in engines():
+    for name in names or engines():
         calls[name] = torch.ops.sslkernels.queue_enqueue_
     for name, call in calls.items():
         queue, ptr, fill = before.clone(), torch.tensor([case["ptr"]]), torch.tensor([case["fill"]])
         own = torch.full((size,), -1) if case["labels"] else None
-        with engine(name if ":" in name else "chunked"):
+        with engine("chunked" if name == "plain torch" else name):
             call(queue, ptr, fill, keys, case["normalize"], own, labels)
         if n == 0:
             assert torch.equal(queue, before), f"{name}: written by no keys"
@@ -380,7 +383,7 @@ AVERAGES = st.fixed_dictionaries(
 )
 
 
-def check_average(case: dict[str, Any]) -> None:
+def check_average(case: dict[str, Any], names: Sequence[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
 
     def some(size: int, dtype: str) -> Tensor:
@@ -394,7 +397,7 @@ def check_average(case: dict[str, Any]) -> None:
     want = [x.clone() for x in befores]
     reference.ema_update_(want, sources, case["decay"])
     results = []
-    for name in engines():
+    for name in names or engines():
         memory = [torch.full((len(x) + 2 + case["offset"],), 7.0, dtype=x.dtype) for x in befores]
         targets = [m[1 + case["offset"] : -1] for m in memory]
         for target, before in zip(targets, befores, strict=True):
@@ -419,6 +422,55 @@ def check_average(case: dict[str, Any]) -> None:
 
 def test_averages(request: pytest.FixtureRequest) -> None:
     run(request, AVERAGES, check_average, 40)
+
+
+# ---- noise -----------------------------------------------------------------------------------------
+
+NOISE = st.fixed_dictionaries(
+    {
+        "n": st.one_of(st.integers(0, 9), st.integers(0, 70)),
+        "d": st.integers(0, 9),
+        "mean": st.sampled_from(list(DTYPES)),
+        "variance": st.sampled_from(list(DTYPES)),
+        "layouts": st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+        "spread": st.sampled_from((0.0, 1.0, 9.0)),
+        "number": st.one_of(st.integers(-(2**63), 2**64 - 1), st.sampled_from((0, -1, 2**32))),
+        "seed": SEEDS,
+    }
+)
+
+
+def check_noise(case: dict[str, Any], names: Sequence[str] | None = None) -> None:
+    """The definition by Philox in Python's integers: value, and gradients by the chain rule."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    given = []
+    for dtype, layout, factor in zip(
+        ("mean", "variance"), case["layouts"], (1.0, case["spread"]), strict=True
+    ):
+        x = factor * torch.randn(case["n"], case["d"], generator=generator)
+        given.append(laid_out(x.to(DTYPES[case[dtype]]), layout))
+    mean, variance = (x.double() for x in given)
+    noise = reference.normal_noise(mean.numel(), case["number"] % 2**64).view(mean.shape)
+    moved = (variance / 2).exp() * noise
+    wide = "float64" in (case["mean"], case["variance"])
+    for name in names or engines():
+        leaves = [x.detach().requires_grad_() for x in given]
+        with engine(name):
+            z = sslkernels.reparameterize(*leaves, case["number"])
+            dz = torch.randn(z.shape, generator=generator.manual_seed(1)).to(z.dtype)
+            grads = torch.autograd.grad(z, leaves, dz)
+        wanted = (mean + moved, dz.double(), dz.double() * moved / 2)
+        for what, got, want in zip(("z", "dmean", "dvariance"), (z, *grads), wanted, strict=True):
+            assert got.shape == want.shape
+            eps = torch.finfo(got.dtype).eps
+            # Where a uniform number is near 1, its logarithm is a rounding of it: absolute, too.
+            slack = (1e-13 if wide else 3e-5) * (1 + (variance / 2).exp()) + eps * want.abs()
+            fits = want.to(got.dtype).isfinite()
+            assert bool(((got.double() - want).abs() <= slack)[fits].all()), f"{what} on {name}"
+
+
+def test_noise(request: pytest.FixtureRequest) -> None:
+    run(request, NOISE, check_noise, 40)
 
 
 # ---- what is refused -------------------------------------------------------------------------------

@@ -29,8 +29,13 @@ GROUPS = {
         "test_normalization.py",
         "test_nothing.py",
         "test_autoencoders.py",
+        "test_random.py",
     ],
 }
+
+
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("SSLKERNELS_BACKEND", None)
 
 
 def test_every_file_is_in_a_group() -> None:
@@ -41,8 +46,6 @@ def test_every_file_is_in_a_group() -> None:
 @pytest.mark.slow
 def test_kernels_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
     """Both groups side by side; the output of a group that failed is shown."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("SSLKERNELS_BACKEND", None)
     running = {}
     for group, names in GROUPS.items():
         files = [str(TESTS / "triton_interpreter" / name) for name in names]
@@ -50,7 +53,7 @@ def test_kernels_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
         running[group] = subprocess.Popen(
             command,
             cwd=TESTS.parent,
-            env=environment,
+            env=ENVIRONMENT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,3 +68,18 @@ def test_kernels_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
         for process in running.values():
             process.kill()
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.campaign
+def test_a_thousand_random_cases_in_the_interpreter() -> None:
+    """Those of every kind that tests/triton_interpreter/test_random.py has."""
+    file = str(TESTS / "triton_interpreter" / "test_random.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "campaign", file],
+        cwd=TESTS.parent,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]

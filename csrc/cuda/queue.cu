@@ -10,8 +10,8 @@
 // reads it, and the block that finishes last moves it on (is_last_block in common.cuh).
 //
 // Sums are float32, or float64 if either side is float64, in a fixed order: deterministic. A NaN in
-// a key makes its row NaN. Requires 0 <= queue_ptr < K; a pointer out of range still writes inside
-// the ring.
+// a key makes its row NaN. Requires 0 <= queue_ptr < K. A larger pointer counts modulo K up to 2^44; one
+// beyond, or a negative one, still writes inside the ring, but does not move (its upper bits count blocks).
 
 #include "common.cuh"
 
