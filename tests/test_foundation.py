@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from flat import LAYOUTS, own_arguments
+from helpers import HANGS_S
 from torch import nn
 
 import sslkernels
@@ -103,3 +107,46 @@ def test_a_compiled_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         results.append(torch.stack([*losses, *(p.detach().sum() for p in model.parameters())]))
     assert results[0][2] < results[0][0]
     torch.testing.assert_close(*results, atol=2e-5, rtol=2e-5)
+
+
+AHEAD_OF_TIME = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+if sys.argv[2] == "with": import sslkernels
+model = torch._inductor.aoti_load_package(sys.argv[1])
+print(model(*torch.arange(64.0).sin().view(2, 8, 4)).item())
+"""
+
+
+@pytest.mark.campaign
+@pytest.mark.filterwarnings("ignore")
+def test_ahead_of_time_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with a loss in it runs where sslkernels is imported, and elsewhere names the op.
+
+    Half a minute of a C++ compiler, without optimisation.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    x = torch.arange(64.0).sin().view(2, 8, 4)
+    options = {
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "aot_inductor.precompile_headers": False,
+    }
+    with torch.no_grad():
+        program = torch.export.export(sslkernels.NTXentLoss(0.5), tuple(x))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "loss.pt2"), inductor_configs=options
+        )
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", AHEAD_OF_TIME, package, word],
+            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            capture_output=True,
+            text=True,
+            timeout=HANGS_S,
+        )
+        for word in ("with", "without")
+    ]
+    assert done[0].returncode == 0, done[0].stderr
+    assert abs(float(done[0].stdout) - float(sslkernels.nt_xent_loss(*x, 0.5))) < 1e-6
+    assert "Could not find schema for sslkernels::contrastive" in done[1].stderr
