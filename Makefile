@@ -19,9 +19,9 @@ BIN := $(VENV)/bin
 # Other libraries' classes need torchvision, which needs a torch of its own.
 PEERS := .venv-peers
 # What the tests and scripts of these libraries import beside what the libraries ask for: of torch,
-# sentence-transformers and open_clip; of lightly 1.5; of solo-learn.
+# sentence-transformers and open_clip; of lightly 1.5; of solo-learn; of MONAI.
 PEERS_IMPORT := pytest-mock expecttest datasets faiss-cpu braceexpand webdataset pandas \
-	aenum certifi lightly_utils requests urllib3 lightning
+	aenum certifi lightly_utils requests urllib3 lightning parameterized
 # What builds and checks packages, and pyright.
 TOOLS := .venv-tools
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \

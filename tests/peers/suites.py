@@ -73,8 +73,8 @@ def small_bert(names: tuple[str, ...], checkout: Path) -> None:
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(
         vocab_size=len(vocabulary),
-        dim=48,
-        hidden_dim=96,
+        dim=128,
+        hidden_dim=256,
         n_heads=4,
         n_layers=2,
         max_position_embeddings=64,
@@ -124,7 +124,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}  # tests get a small random model instead of t
 # tests that are: the suites with source None.
 SUITES = {
     "lightly": Suite("lightly-ai/lightly", "v1.5.26", LIGHTLY, ".", ("lightly",)),
-    "lightly_main": Suite("lightly-ai/lightly", "e8d317fc", LIGHTLY, None, ("lightly",)),
+    # The release has no NNCLR any more.
+    "lightly_main": Suite("lightly-ai/lightly", "e8d317fc", LIGHTLY[:-1], None, ("lightly",)),
     "pytorch_metric_learning": PML,
     "pytorch_metric_learning_release": replace(PML, source=None),
     "open_clip": Suite(
@@ -231,7 +232,11 @@ KNOWN = {
     "lightly": {
         "tests.models.modules.test_memory_bank.TestMemoryBank::test_forward": "the tail of a batch that "
         "wraps is written to the front of the bank, where lightly drops it"
-    }
+    },
+    "sentence_transformers_main": {
+        "tests.sentence_transformer.losses.test_gradcache::test_gradcache_under_autocast": "the loss is "
+        "float32, as under autocast on GPUs, where torch's on the CPU is bfloat16; the test's premise"
+    },
 }
 KNOWN["lightly_main"] = KNOWN["lightly"]
 
