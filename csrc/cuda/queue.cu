@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kEnqueueThreads) enqueue_kernel(EnqueueArgs ar
   __syncthreads();  // no thread of this block has the pointer still to read
   if (threadIdx.x == 0 && is_last_block(args.queue_ptr)) {
     *args.queue_ptr = static_cast<unsigned long long>(wrap(begin + (args.N - first), args.K));
-    const int64_t fill = (*args.fill > 0 ? *args.fill : 0) + args.N;
+    const int64_t held = *args.fill < 0 ? 0 : *args.fill < args.K ? *args.fill : args.K;
+    const int64_t fill = held + args.N;
     *args.fill = fill < args.K ? fill : args.K;
   }
 }
