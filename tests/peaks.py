@@ -52,9 +52,13 @@ class Training:
 
     def peak(self, folder: Path) -> int:
         """Of a process that has done it before: the first time, torch makes things that stay."""
-        for _ in range(2):
+        collects = gc.isenabled()
+        gc.disable()  # what ran before may have left tensors in cycles, which are not to be freed now
+        try:
+            self.step()
             for leaf in self.leaves:
                 leaf.grad = None
-            gc.collect()
-            found = counted_peak(self.step, folder)
-        return found
+            return counted_peak(self.step, folder)
+        finally:
+            if collects:
+                gc.enable()
