@@ -5,6 +5,7 @@ Environment:
     DEBUG=1                -O0 -g, for a debugger
     SSLKERNELS_WERROR=1    compiler warnings are errors (CI)
     SSLKERNELS_OPENMP=0    kernels on one thread, as where the compiler has no OpenMP
+    SSLKERNELS_ISAS        instruction sets beside baseline, as "avx2,avx512"; by default all that there are
     SSLKERNELS_SANITIZE=1  address and undefined-behaviour sanitizers
     SSLKERNELS_CUDA        0 | 1 | auto: build sslkernels._cuda with nvcc (see csrc/cuda/build.py)
 """
@@ -100,12 +101,17 @@ def supports_openmp(compiler: str) -> bool:
 
 
 def supported_isas(compiler: str) -> dict[str, list[str]]:
-    """Instruction sets that the compiler knows, by compiling an empty file; baseline always."""
+    """Instruction sets that are wanted and the compiler knows (it compiles a line); baseline always."""
     isas: dict[str, list[str]] = {"baseline": []}
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return isas
+    wanted = os.environ.get("SSLKERNELS_ISAS", ",".join(X86_ISAS)).split(",")
+    unknown = sorted(set(wanted) - {"", "baseline", *X86_ISAS})
+    if unknown:
+        raise SystemExit(f"SSLKERNELS_ISAS must name some of {', '.join(X86_ISAS)}, got {unknown}")
     text = "int probe() { return 0; }\n"
-    return isas | {n: flags for n, flags in X86_ISAS.items() if compiles(compiler, flags, text)}
+    chosen = {name: flags for name, flags in X86_ISAS.items() if name in wanted}
+    return isas | {n: flags for n, flags in chosen.items() if compiles(compiler, flags, text)}
 
 
 def remove_other_builds(extension: Path) -> None:

@@ -51,7 +51,7 @@ FEW = ("after step 3", "in the third checkpoint", "in a line of metrics.csv")
     [
         ("moco", FEW),
         pytest.param("simclr", tuple(MOMENTS), marks=pytest.mark.slow),
-        pytest.param("byol", tuple(MOMENTS), marks=pytest.mark.slow),
+        pytest.param("byol", tuple(MOMENTS), marks=pytest.mark.campaign),
     ],
     ids=["moco", "simclr", "byol"],
 )
