@@ -193,3 +193,14 @@ def test_gradients_of_one_side_with_ids(on_engine: str, wanted: str) -> None:
         return s.masked_fill(ids_q[:, None] == ids_k, -torch.inf).logsumexp(1)
 
     check_loss(ours, truth, [k if wanted == "keys" else q], name=f"{on_engine} {wanted}")
+
+
+@pytest.mark.parametrize("loss", ["nt_xent_loss", "info_nce_loss", "dcl_loss"])
+def test_one_feature_has_no_gradient(on_engine: str, loss: str) -> None:
+    """Its unit is a sign, whatever its size: what cancels must cancel, not leave a rounding of 1 / |x|."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = [torch.randn(5, 1, generator=generator).requires_grad_() for _ in range(2)]
+        value = getattr(sslkernels, loss)(*x, temperature=0.1)
+        for gradient in torch.autograd.grad(value, x):
+            assert torch.equal(gradient, torch.zeros(5, 1)), f"{on_engine}, seed {seed}"

@@ -263,6 +263,9 @@ int forward(const ContrastiveArgs& args, const ContrastiveState& state, T* loss,
 template <class T>
 void finish_row(const ContrastiveArgs& args, const T* x_hat, T inv, T* g) {
   if (!args.normalize) return;
+  // Of one feature the unit is a sign, where x_hat may be a rounding off: what cancels must cancel.
+  const T sign = args.d == 1 ? std::copysign(T(1), x_hat[0]) : T(1);
+  if (args.d == 1) x_hat = &sign;
   const T along = inv < T(1.0 / kNormEps) ? dot(x_hat, g, args.d) : T(0);
   for (int64_t c = 0; c < args.d; ++c) g[c] = (g[c] - x_hat[c] * along) * inv;
 }
