@@ -61,8 +61,10 @@ def _multiply_alike_in_every_shape() -> None:
 
 
 if INTERPRETING:
+    import quick
     from triton.runtime import interpreter
 
+    quick.install()
     _round_bfloat16_as_compiled_code_does()
     _multiply_alike_in_every_shape()
 

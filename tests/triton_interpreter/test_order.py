@@ -20,6 +20,7 @@ import triton.language as tl
 from test_engine import backward, between, forward, make
 from torch import Tensor
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 from sslkernels.backends import triton as backend
 from sslkernels.backends.triton import configs
@@ -118,3 +119,22 @@ def test_any_order_gives_the_same_bits(size, kind) -> None:
     for name in ORDERS:
         for ours, first in zip(results[name], results["as is"], strict=True):
             assert torch.equal(ours, first), f"order {name!r}"
+
+
+@triton.jit
+def _product_kernel(out_ptr, x_ptr):
+    x = tl.load(x_ptr + tl.arange(0, 2))
+    tl.store(out_ptr + tl.arange(0, 2), x * x)
+
+
+def test_an_overflow_of_indices_is_noticed() -> None:
+    """Signed products fail beyond their range, unsigned ones wrap: 46341 squared is 2^31 + 4633."""
+    fits, wraps = torch.tensor([3, 46340]), torch.tensor([3, 46341])
+    for kind in (torch.int32, torch.uint32):
+        out = torch.zeros(2, dtype=kind)
+        _product_kernel[(1,)](out, fits.to(kind))
+        assert out.tolist() == [9, 46340**2]
+    _product_kernel[(1,)](out, wraps.to(torch.uint32))
+    assert out.tolist() == [9, 46341**2]
+    with pytest.raises(InterpreterError, match="int32 overflow in mul"):
+        _product_kernel[(1,)](torch.zeros(2, dtype=torch.int32), wraps.int())
