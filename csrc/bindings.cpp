@@ -57,6 +57,14 @@ PyObject* release_kept_workspaces(PyObject*, PyObject*) {
   return Py_None;
 }
 
+PyObject* fill_all_workspaces(PyObject*, PyObject* with_nan) {
+  const int yes = PyObject_IsTrue(with_nan);
+  if (yes < 0) return nullptr;
+  fill_workspaces(yes != 0);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
 PyObject* list_isas(PyObject*, PyObject*) {
   return guarded(static_cast<PyObject*>(nullptr), [] {
     Object list = Object::owned(PyList_New(0));
@@ -121,6 +129,8 @@ const Definition& definition() {
          "reset_workspace_peak($module, /)\n--\n\nCount workspace_peak() from now on."},
         {"release_workspaces", release_kept_workspaces, METH_NOARGS,
          "release_workspaces($module, /)\n--\n\nReturn to the system what this thread keeps between calls."},
+        {"fill_workspaces", fill_all_workspaces, METH_O,
+         "fill_workspaces($module, with_nan, /)\n--\n\nWhether workspaces start full of NaN, for tests."},
     };
     add_function<PeakFlops>(d);
     add_function<RoundTrip>(d);

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <utility>
 
 namespace sslk {
@@ -54,6 +55,7 @@ struct Kept {
 thread_local Kept kept[2];
 
 std::atomic<int64_t> in_use{0}, peak{0};
+std::atomic<bool> filling{false};
 
 void count(int64_t bytes) {
   const int64_t now = in_use.fetch_add(bytes, std::memory_order_relaxed) + bytes;
@@ -62,7 +64,15 @@ void count(int64_t bytes) {
   }
 }
 
+bool started(int64_t bytes, const Memory& memory) {
+  count(memory.counted);
+  if (filling.load(std::memory_order_relaxed)) std::memset(memory.data, 0xff, size_t(bytes));
+  return true;
+}
+
 }  // namespace
+
+void fill_workspaces(bool with_nan) { filling.store(with_nan); }
 
 bool take_memory(int64_t bytes, int64_t gaps, Memory* memory) {
   memory->counted = bytes - gaps;
@@ -73,13 +83,11 @@ bool take_memory(int64_t bytes, int64_t gaps, Memory* memory) {
     kept[k].in_use = true;
     memory->data = kept[k].data;
     memory->kept = k;
-    count(memory->counted);
-    return true;
+    return started(bytes, *memory);
   }
   memory->data = map(bytes);
   memory->mapped = bytes;
-  if (memory->data != nullptr) count(memory->counted);
-  return memory->data != nullptr;
+  return memory->data != nullptr && started(bytes, *memory);
 }
 
 void give_back(const Memory& memory) {

@@ -22,6 +22,8 @@ void give_back(const Memory& memory);
 // Bytes without gaps that the workspaces of all threads held at once, at most, since the last reset.
 int64_t workspace_peak();
 void reset_workspace_peak();
+// Whether every workspace starts full of NaN (bytes of 0xff), so that a read of what no kernel wrote is noticed.
+void fill_workspaces(bool with_nan);
 // Returns to the system what the calling thread keeps between calls.
 void release_workspaces();
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_alike, check_loss, engine, engines, outcome, threads
+from loss_cases import ON_TILES, Case, negatives, views
 from torch import Tensor, nn
 
 import sslkernels
@@ -204,3 +205,57 @@ def test_one_feature_has_no_gradient(on_engine: str, loss: str) -> None:
         value = getattr(sslkernels, loss)(*x, temperature=0.1)
         for gradient in torch.autograd.grad(value, x):
             assert torch.equal(gradient, torch.zeros(5, 1)), f"{on_engine}, seed {seed}"
+
+
+class Frozen(Case):
+    """A bank without a gradient, which is read once."""
+
+    def run(self, function, inputs, keywords):
+        q, p, bank, temperature = inputs
+        return function(q, p, bank.detach(), temperature, **keywords)
+
+
+BANK = Frozen("info_nce_loss bank", lambda n, d: [*views(n, d), negatives(n, d), torch.tensor(0.2)])
+# Losses that compute in bfloat16 where they are asked to, and the kernels that do.
+IN_BFLOAT16 = (
+    "nt_xent_loss",
+    "info_nce_loss batch",
+    "info_nce_loss queue",
+    "info_nce_loss bank",
+    "clip_loss",
+    "siglip_loss",
+    "sup_con_loss",
+    "dcl_loss",
+)
+BFLOAT16_ISA = [isa for isa in _C.available_isas() if isa == "avx512_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("case", "isa", "compute"),
+    [(c, isa, None) for c in (*ON_TILES, BANK) for isa in _C.available_isas()]
+    + [
+        (c, isa, torch.bfloat16)
+        for c in (*ON_TILES, BANK)
+        for isa in BFLOAT16_ISA
+        if c.name in IN_BFLOAT16
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_what_another_call_left_in_the_workspace(
+    case: Case, isa: str, compute: torch.dtype | None
+) -> None:
+    """Workspaces are not cleared: the same bits where they are full of NaN."""
+    more = {} if compute is None else {"compute_dtype": compute}
+    for n, d in ((1, 8), (3, 5), (33, 20), (70, 129), (130, 16)):
+        results = []
+        for spoilt in (False, True):
+            _C.fill_workspaces(spoilt)
+            try:
+                with engine(f"cpu:{isa}"):
+                    results.append(
+                        outcome(lambda x: case.call(sslkernels, x, **more), case.make(n, d))
+                    )
+            finally:
+                _C.fill_workspaces(False)
+        for got, wanted in zip(*reversed(results), strict=True):
+            assert torch.equal(got.nan_to_num(-7), wanted.nan_to_num(-7)), (n, d)

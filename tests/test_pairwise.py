@@ -10,6 +10,9 @@ from helpers import check_budget, check_loss, poisoned, threads
 from pairwise_truth import DTYPES, NEG_INF, dense, ids_for, make, scalars, weighted, weights
 from torch import Tensor
 
+from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
+from sslkernels.ops import registry
+
 # (N, M, D): one row, one column, lane and block sizes and their neighbours, a wide row, a tall
 # matrix that needs more than one block, and dimensions that are no power of two.
 SIZES = [
@@ -402,6 +405,46 @@ def test_nan_reaches_what_depends_on_it(on_engine: str) -> None:
     leaf = q.clone().requires_grad_()
     pairwise("softplus", leaf, k, scale=scale).row.sum().backward()
     assert leaf.grad is not None and torch.equal(leaf.grad.isnan().any(1), bad)
+    # To the bit: no other exponential for all rows because of one.
+    clean = q.clone()
+    clean[3] = 0
+    same = pairwise("lse", clean, k, scale=scale, want_col=True)
+    for got, expected in ((out.row, same.row), (near.lse, attend(clean, k, scale=scale).lse)):
+        assert torch.equal(got[~bad], expected[~bad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_softplus_and_logistic_of_each_magnitude(on_engine: str, dtype: torch.dtype) -> None:
+    """One similarity a row, from -60 to 60: relative to log(1 + exp(s)) and to its derivative."""
+    s = torch.linspace(-60.0, 60.0, 4001, dtype=dtype)[:, None]
+    s = torch.cat((s, torch.tensor([[0.0], [1e-30], [-1e-8]], dtype=dtype)))
+    q, one = s.clone().requires_grad_(), torch.ones(1, 1, dtype=dtype)
+    row = pairwise("softplus", q, one, scale=torch.tensor(1.0, dtype=dtype)).row
+    (slope,) = torch.autograd.grad(row.sum(), q)
+    exact = s.double()[:, 0]
+    truth = exact.clamp(min=0) + exact.abs().neg().exp().log1p()
+    room = 4e-7 if dtype == torch.float32 else 1e-15
+    # exp of a rounded argument: |s| roundings.
+    allowed = room * (1 + exact.abs()) * truth
+    assert bool(((row.double() - truth).abs() <= allowed).all())
+    derivative = exact.sigmoid()
+    allowed = room * (1 + exact.abs()) * derivative
+    assert bool(((slope.double()[:, 0] - derivative).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("which", [0, 63, 64, 129])
+def test_one_long_row_decides_how_all_are_summed(on_engine: str, which: int) -> None:
+    """Whether one shift serves all logits depends on the longest row, wherever it is."""
+    q, k = make(130, 130, 16)
+    (scale,) = scalars(q.dtype, 2.0)
+    q[which] = 400 * k[which]
+    for x, y in ((q, k), (k, q), (q, None)):
+        got = pairwise("lse", x, y, scale=scale).row
+        wide = [None if v is None else v.double() for v in (x, y)]
+        true = dense("lse", *wide, scale.double())[0]
+        check_budget(got, true, true, 2e-6, f"{on_engine} {which}", floor=1.0)
+    near, true = attend(k, q, scale=scale), dense("lse", k.double(), q.double(), scale.double())[0]
+    check_budget(near.lse, true, true, 2e-6, f"{on_engine} {which} attend", floor=1.0)
 
 
 @pytest.mark.parametrize("size", [(0, 5, 3), (5, 0, 3), (0, 0, 3)], ids=str)
@@ -431,6 +474,30 @@ def test_empty(on_engine: str, size) -> None:
         ids_k=torch.zeros(m, dtype=torch.int64),
     )
     assert bool((hard.max_same == -1).all()) and bool((hard.min_other == -1).all())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_rows_and_columns_that_are_empty_to_their_caller(on_engine: str, scale: float) -> None:
+    """The term of a log-sum-exp of -inf is 0, though there are pairs; one shift for all logits, or none."""
+    tiles = Tiles(*make(70, 65, 24), torch.tensor(scale))
+    backend = registry.resolve(tiles.q.device)
+    row, col = backend.pairwise_forward("lse", tiles, True, Thresholds())[:2]
+    drow, dcol = torch.linspace(-1.0, 2.0, 70), torch.linspace(-2.0, 1.0, 65)
+    empty_row, empty_col = torch.arange(70) % 3 == 0, torch.arange(65) % 5 == 0
+
+    def gradients(rows: RowState, columns: RowState | None) -> list[Tensor]:
+        return list(backend.pairwise_backward("lse", tiles, rows, columns, Wanted(True, True))[:2])
+
+    rows = RowState(row.masked_fill(empty_row, NEG_INF), drow)
+    dq = gradients(rows, None)[0]
+    assert not dq[empty_row].any() and dq[~empty_row].any(1).all()
+    said = gradients(rows, RowState(col.masked_fill(empty_col, NEG_INF), dcol))
+    weightless = gradients(
+        RowState(row, drow.masked_fill(empty_row, 0.0)),
+        RowState(col, dcol.masked_fill(empty_col, 0.0)),
+    )
+    for got, expected in zip(said, weightless, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_same_bits_for_any_number_of_threads(on_engine: str) -> None:

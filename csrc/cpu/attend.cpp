@@ -260,7 +260,7 @@ int attend_typed(const PairwiseArgs& args, const AttendOut& out) {
       for (int64_t t = team; thread == 0 && t < e.threads; ++t) norms[t] = 0;
     }
     double largest = 0;
-    for (int t = 0; t < e.threads; ++t) largest = norms[t] <= largest ? largest : norms[t];
+    for (int t = 0; t < e.threads; ++t) largest = std::fmax(largest, norms[t]);
     bound = std::fabs(args.scale) * std::sqrt(largest);
   }
   e.choose_mode(bound);

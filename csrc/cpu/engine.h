@@ -241,22 +241,20 @@ struct Engine {
     }
   }
 
-  // Raises `norm2` to the largest squared norm of some rows; a NaN stays.
+  // Raises `norm2` to the largest squared norm of some rows but those with a NaN, whose products are NaN in any mode.
   void raise_norm2(const Source<T>& source, int64_t first, int64_t last, ThreadScratch<M>& s, double* norm2) const {
     for (int64_t i = first; i < last; ++i) {
       const double here = squared_norm(source.view(i, s.buffer.acc), d);
-      if (*norm2 == *norm2 && !(here <= *norm2)) *norm2 = here;
+      if (here > *norm2) *norm2 = here;
     }
   }
 
-  // |scale| * max|q_i| * max|k_j| from the norms that the threads met; NaN if there is one.
+  // |scale| * max|q_i| * max|k_j| from the norms that the threads met.
   double bound(const ThreadScratch<M>* scratch) const {
     double largest_q = 0, largest_k = 0;
     for (int t = 0; t < threads; ++t) {
-      const double a = scratch[t].norm2_q, b = scratch[t].norm2_k;
-      if (a != a || b != b) return a + b;
-      largest_q = a > largest_q ? a : largest_q;
-      largest_k = b > largest_k ? b : largest_k;
+      largest_q = std::fmax(largest_q, scratch[t].norm2_q);
+      largest_k = std::fmax(largest_k, scratch[t].norm2_k);
     }
     return std::fabs(args.scale) * std::sqrt(largest_q) * std::sqrt(largest_k);
   }

@@ -217,7 +217,8 @@ void run_mode(const Pass<M>& pass, ThreadScratch<M>* scratch, bool col_results) 
   }
 }
 
-// Factors of G, several rows at a time.  Rows with nothing allowed have lse = -inf and get no gradient.
+// Factors of G, several rows at a time.  Rows with nothing allowed have lse = -inf and get no gradient: 0 / inf of
+// every pair, if there are some.
 template <class M>
 void fill_weight(const Engine<M>& e, const Weight<AccOfMath<M>>& w, const void* lse, const void* dlse, int64_t n,
                  int64_t n_pad, double scale) {
@@ -231,7 +232,7 @@ void fill_weight(const Engine<M>& e, const Weight<AccOfMath<M>>& w, const void* 
     for (int64_t i = i0; i < min64(n, i0 + W); ++i) {
       const bool nothing = !softplus && l[i] == -HUGE_VAL;
       factor[int(i - i0)] = nothing ? 0.0 : double(g[i]);
-      lse2[int(i - i0)] = softplus || nothing ? 0.0 : double(l[i]) * kLog2E;
+      lse2[int(i - i0)] = softplus ? 0.0 : nothing ? HUGE_VAL : double(l[i]) * kLog2E;
     }
     if (!softplus) factor *= scale;
     if (e.mode == Mode::kFixed) factor *= exp2_v(e.shift - lse2);

@@ -9,6 +9,8 @@ keeps the extra memory at O((N + M) * D).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,11 @@ def pairwise_forward(
     return PairwiseForward(row, col, rank_row, rank_col)
 
 
+def _divisor(lse: Tensor) -> Tensor:
+    """What exponentials of a row are divided by, as a logarithm: inf where nothing is allowed."""
+    return lse.masked_fill(lse == NEG_INF, math.inf)
+
+
 def _weights(kind: Kind, s: Tensor, rows: slice, row: RowState, col: RowState | None) -> Tensor:
     """[rows, M]: G of a block of S; see ``interface.Backend.pairwise_backward``."""
     drow = row.gradient[rows, None]
@@ -106,9 +113,9 @@ def _weights(kind: Kind, s: Tensor, rows: slice, row: RowState, col: RowState | 
     if row.lse is None:
         raise ValueError("pairwise_backward: kind 'lse' needs the lse of its rows, got None")
     if col is None or col.lse is None:
-        return s.sub_(finite(row.lse[rows])[:, None]).exp_().mul_(drow)
-    g = (s - finite(row.lse[rows])[:, None]).exp_().mul_(drow)
-    return g.add_(s.sub_(finite(col.lse)).exp_().mul_(col.gradient))
+        return s.sub_(_divisor(row.lse[rows])[:, None]).exp_().mul_(drow)
+    g = (s - _divisor(row.lse[rows])[:, None]).exp_().mul_(drow)
+    return g.add_(s.sub_(_divisor(col.lse)).exp_().mul_(col.gradient))
 
 
 def pairwise_backward(

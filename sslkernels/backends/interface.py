@@ -161,7 +161,7 @@ class Backend(Protocol):
 
         lse:       G_ij = drow_i exp(S_ij - row_i) + dcol_j exp(S_ij - col_j)
         softplus:  G_ij = (drow_i + dcol_j) sigmoid(S_ij)
-        Excluded pairs have G_ij = 0.  Where row_i is -inf nothing is allowed, so G_ij = 0 as well.
+        Excluded pairs have G_ij = 0, and a term whose row_i or col_j is -inf is 0: nothing is allowed there.
         ``col`` is None where columns have no gradient, and in self mode, where dq is the whole
         gradient, scale * (G + G^T) q.  ``wanted.dscale`` is for the ops: backends leave it.
         """

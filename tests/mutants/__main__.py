@@ -28,7 +28,18 @@ def _setting(mutant: Mutant) -> str:
 
 
 def _work(number: int, todo: list[Mutant], objects: dict, results: multiprocessing.Queue) -> None:
-    shop = Workshop(number)
+    """Try ``todo``; None into ``results`` is the end, of a worker that fails too."""
+    try:
+        _try_all(Workshop(number), todo, objects, results)
+    except Exception as error:
+        results.put((f"worker {number}", "error", repr(error), ""))
+    finally:
+        results.put(None)
+
+
+def _try_all(
+    shop: Workshop, todo: list[Mutant], objects: dict, results: multiprocessing.Queue
+) -> None:
     for which in sorted({_setting(m) for m in todo}):
         own = [m for m in todo if _setting(m) == which]
         shop.install(which, None, objects[which])
@@ -43,7 +54,6 @@ def _work(number: int, todo: list[Mutant], objects: dict, results: multiprocessi
                     continue
                 start = time.monotonic()
                 results.put((mutant.name, *shop.attempt(mutant, objects[which]), seconds(start)))
-    results.put(None)
 
 
 def main() -> int:

@@ -25,7 +25,16 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutants"
-COPIED = ("csrc", "sslkernels", "tests", "python", "pyproject.toml", "setup.py")
+COPIED = (
+    "benchmarks",
+    "csrc",
+    "docs",
+    "python",
+    "pyproject.toml",
+    "setup.py",
+    "sslkernels",
+    "tests",
+)
 # A test that goes round in circles is a mutant that was noticed.
 LIMIT_S = 3600
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
