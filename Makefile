@@ -110,7 +110,7 @@ bench-full: $(VENV)/.bench ## every benchmark, size and contender
 	$(BIN)/python -m benchmarks --full $(ARGS)
 
 .PHONY: gpu-check
-gpu-check: test-setup ## test and measure on a GPU and write one report; without one, a dry run
+gpu-check: test-setup $(VENV)/.gpu-peers ## test and measure on a GPU and write one report; without one, a dry run
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 .PHONY: gpu-report
@@ -149,6 +149,13 @@ clean: ## remove everything that was built, and .venv; runs/ stays
 # lightly alone: its dependency torchvision would replace torch by another build.
 $(VENV)/.bench: test-setup constraints.txt
 	@test -f $@ -a $@ -nt constraints.txt || { $(INSTALL) --no-deps lightly && touch $@; }
+
+# Other libraries' GPU kernels and lightly, alone like above.  The report names what could not be installed.
+GPU_PEERS := inf_cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2
+$(VENV)/.gpu-peers: test-setup Makefile constraints.txt
+	@test -f $@ -a $@ -nt Makefile -a $@ -nt constraints.txt || { missing=; \
+		for peer in lightly $(GPU_PEERS); do $(INSTALL) --no-deps $$peer || missing="$$missing $$peer"; done; \
+		test -z "$$missing" && touch $@ || echo "not installed, and not measured:$$missing" >&2; }
 
 .PHONY: test-setup
 test-setup:

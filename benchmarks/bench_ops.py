@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS, Missing
+from benchmarks.contender import Missing
+from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import make, verify
 
 SMALL = [

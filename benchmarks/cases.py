@@ -38,6 +38,7 @@ class Case:
     batch: int = 256
     dtype: str = "float32"
     device: str = "cpu"
+    temperature: float = TEMPERATURE  # of the losses that have one
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -54,10 +55,14 @@ class Case:
     @property
     def shape(self) -> str:
         if self.op in ("moco", "enqueue"):
-            return f"n={self.batch} K={self.size} D={self.dim}"
+            return f"n={self.batch} K={self.size} D={self.dim}" + self._cold
         if self.op == "ema":
             return f"tensors={self.size} elements={sum(self.tensor_sizes())}"
-        return f"N={self.size} D={self.dim}"
+        return f"N={self.size} D={self.dim}" + self._cold
+
+    @property
+    def _cold(self) -> str:
+        return "" if self.temperature == TEMPERATURE else f" T={self.temperature:g}"
 
     @property
     def flops(self) -> float | None:
@@ -103,8 +108,10 @@ class Case:
             return x.to(self.device, dtype)
 
         def views(n: int) -> tuple[Tensor, Tensor]:
+            # At a low temperature only views that hardly agree have a loss above 0.
+            noise = 0.5 if self.temperature == TEMPERATURE else 3.0
             a = rows(n)
-            return a.requires_grad_(), (a.detach() + 0.5 * rows(n)).requires_grad_()
+            return a.requires_grad_(), (a.detach() + noise * rows(n)).requires_grad_()
 
         if self.op == "nt_xent":
             z1, z2 = views(self.size // 2)
@@ -142,20 +149,20 @@ class Case:
             return [DECAY * t.double() + (1 - DECAY) * s.double() for t, s in pairs]
         leaves = [leaf.detach().double().requires_grad_() for leaf in x["leaves"]]
         if self.op == "nt_xent":
-            loss = _nt_xent_truth(torch.cat(leaves))
+            loss = _nt_xent_truth(torch.cat(leaves), self.temperature)
             return [loss.detach(), *torch.autograd.grad(loss, leaves)]
         if self.op == "moco":
             loss = reference.info_nce_loss(
-                leaves[0], x["key"].double(), x["queue"].double(), TEMPERATURE
+                leaves[0], x["key"].double(), x["queue"].double(), self.temperature
             )
         elif self.op == "info_nce":
-            loss = reference.info_nce_loss(*leaves, temperature=TEMPERATURE)
+            loss = reference.info_nce_loss(*leaves, temperature=self.temperature)
         elif self.op == "clip":
             loss = reference.clip_loss(*leaves, LOGIT_SCALE)
         elif self.op == "siglip":
             loss = reference.siglip_loss(*leaves, LOGIT_SCALE, LOGIT_BIAS)
         elif self.op == "sup_con":
-            loss = reference.sup_con_loss(leaves[0], x["labels"], TEMPERATURE)
+            loss = reference.sup_con_loss(leaves[0], x["labels"], self.temperature)
         else:
             loss = reference.triplet_loss(leaves[0], x["labels"], normalize=True)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -168,14 +175,14 @@ class _RowBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor) -> Tensor:
+    def forward(ctx: Any, unit: Tensor, temperature: float) -> Tensor:
         n = len(unit)
         gradient = torch.zeros_like(unit)
         total = unit.new_zeros(())
         for start in range(0, n, TRUTH_BLOCK):
             rows = torch.arange(start, min(start + TRUTH_BLOCK, n), device=unit.device)
             here = torch.arange(len(rows), device=unit.device)
-            logits = unit[rows] @ unit.T / TEMPERATURE
+            logits = unit[rows] @ unit.T / temperature
             logits[here, rows] = float("-inf")
             positive = (rows + n // 2) % n
             log_p = logits.log_softmax(1)
@@ -184,13 +191,13 @@ class _RowBlocks(torch.autograd.Function):
             g[here, positive] -= 1
             gradient[rows] += g @ unit
             gradient += g.T @ unit[rows]
-        ctx.save_for_backward(gradient / (n * TEMPERATURE))
+        ctx.save_for_backward(gradient / (n * temperature))
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0] * ctx.saved_tensors[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.saved_tensors[0], None
 
 
-def _nt_xent_truth(z: Tensor) -> Tensor:
-    return _RowBlocks.apply(F.normalize(z, dim=1))
+def _nt_xent_truth(z: Tensor, temperature: float) -> Tensor:
+    return _RowBlocks.apply(F.normalize(z, dim=1), temperature)

@@ -8,13 +8,7 @@ with the reason; the reason is part of the results.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import math
-import sys
-import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,130 +16,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sslkernels
-from benchmarks import generative
-from benchmarks.cases import DECAY, LOGIT_BIAS, LOGIT_SCALE, LOSSES, TEMPERATURE, Case
+from benchmarks import generative, gpu_contenders
+from benchmarks.cases import DECAY, LOGIT_BIAS, LOGIT_SCALE, LOSSES, Case
+from benchmarks.contender import (
+    Contender,
+    Factory,
+    Inputs,
+    Missing,
+    import_module,
+    load_lightly,
+    loss_contender,
+)
 from sslkernels import reference
 
 OURS = "sslkernels"
-Inputs = dict[str, Any]
-
-
-class Missing(Exception):
-    """A contender can't run here or at this shape; the text says why."""
-
-
-@dataclass
-class Contender:
-    """``step`` is what is timed; ``results`` runs it once and returns what ``Case.truth`` does."""
-
-    step: Callable[[], object]
-    results: Callable[[], list[Tensor]]
-    tolerance: float | None = None  # relative error; None: that of the inputs' dtype
-    leaves: list[Tensor] = field(default_factory=list)  # whose .grad a step leaves behind
-
-
-Factory = Callable[[Case, Inputs], Contender]
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Missing(f"import {module}: {error}") from None
-
-
-def load_lightly(module: str) -> Any:
-    """A module of lightly, also where torchvision is not installed.
-
-    lightly's packages import torchvision for other models and losses.  Without it the file of the
-    wanted module is executed as it is, around the ``__init__`` files of its packages; of
-    ``lightly.models.utils`` it needs only a gather across processes, which a benchmark in one
-    process never calls.
-    """
-    if importlib.util.find_spec("torchvision") is not None or "lightly" in sys.modules:
-        return _import(module)
-    spec = importlib.util.find_spec("lightly")
-    if spec is None or not spec.submodule_search_locations:
-        raise Missing("import lightly: it is not installed")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    for name in ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        sys.modules.setdefault(name, package)
-    utils = types.ModuleType("lightly.models.utils")
-    sys.modules.setdefault(utils.__name__, utils)
-    sys.modules["lightly.models"].__dict__["utils"] = sys.modules[utils.__name__]
-    return _import(module)
 
 
 # ------------------------------------------------------------------------------------ losses
 
 
-def _loss(x: Inputs, call: Callable[..., Tensor], tolerance: float | None = None) -> Contender:
-    leaves: list[Tensor] = x["leaves"]
-
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        loss = call(*leaves)
-        loss.backward()
-        return loss
-
-    def results() -> list[Tensor]:
-        loss = step().detach().clone()
-        return [loss, *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
-
-    return Contender(step, results, tolerance, leaves)
-
-
-def _library_call(op: str, library: Any, x: Inputs) -> Callable[..., Tensor]:
+def _library_call(case: Case, library: Any, x: Inputs) -> Callable[..., Tensor]:
     """The function of ``sslkernels`` or of ``sslkernels.reference`` with the case's arguments."""
+    op = case.op
     if op in generative.OPS:
         return generative.library_call(op, library, x)
     if op == "nt_xent":
-        return lambda z1, z2: library.nt_xent_loss(z1, z2, TEMPERATURE)
+        return lambda z1, z2: library.nt_xent_loss(z1, z2, case.temperature)
     if op == "moco":
         key, queue = x["key"], x["queue"]
 
         def moco(query: Tensor) -> Tensor:
             q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
-            return library.info_nce_loss(q, k, queue, TEMPERATURE, normalize=False)
+            return library.info_nce_loss(q, k, queue, case.temperature, normalize=False)
 
         return moco
     if op == "info_nce":
-        return lambda query, key: library.info_nce_loss(query, key, temperature=TEMPERATURE)
+        return lambda query, key: library.info_nce_loss(query, key, temperature=case.temperature)
     if op == "clip":
         return lambda a, b: library.clip_loss(a, b, LOGIT_SCALE)
     if op == "siglip":
         return lambda a, b: library.siglip_loss(a, b, LOGIT_SCALE, LOGIT_BIAS)
     labels = x["labels"]
     if op == "sup_con":
-        return lambda z: library.sup_con_loss(z, labels, TEMPERATURE)
+        return lambda z: library.sup_con_loss(z, labels, case.temperature)
     return lambda z: library.triplet_loss(z, labels, normalize=True)
 
 
 def _ours(case: Case, x: Inputs) -> Contender:
-    return _loss(x, _library_call(case.op, sslkernels, x))
+    return loss_contender(x, _library_call(case, sslkernels, x))
 
 
 def _chunked(case: Case, x: Inputs) -> Contender:
-    call = _library_call(case.op, sslkernels, x)
+    call = _library_call(case, sslkernels, x)
 
     def chunked(*leaves: Tensor) -> Tensor:
         with sslkernels.backend("chunked"):
             return call(*leaves)
 
-    return _loss(x, chunked)
+    return loss_contender(x, chunked)
 
 
 def _eager(case: Case, x: Inputs) -> Contender:
-    return _loss(x, _library_call(case.op, reference, x))
+    return loss_contender(x, _library_call(case, reference, x))
 
 
 def _compiled(case: Case, x: Inputs) -> Contender:
     torch._dynamo.reset()
-    call = torch.compile(_library_call(case.op, reference, x), dynamic=False)
-    return _loss(x, call)
+    call = torch.compile(_library_call(case, reference, x), dynamic=False)
+    return loss_contender(x, call)
 
 
 def _ours_bfloat16(case: Case, x: Inputs) -> Contender:
@@ -154,37 +92,39 @@ def _ours_bfloat16(case: Case, x: Inputs) -> Contender:
     if case.device == "cpu" and not importlib.import_module("sslkernels._C").has_bf16():
         raise Missing("the processor, or the instruction set in use, lacks AVX512-BF16")
     loss: Any = sslkernels.nt_xent_loss
-    return _loss(
-        x, lambda a, b: loss(a, b, TEMPERATURE, compute_dtype=torch.bfloat16), tolerance=2e-2
+    return loss_contender(
+        x, lambda a, b: loss(a, b, case.temperature, compute_dtype=torch.bfloat16), tolerance=2e-2
     )
 
 
 def _lightly_nt_xent(case: Case, x: Inputs) -> Contender:
-    return _loss(x, load_lightly("lightly.loss.ntx_ent_loss").NTXentLoss(TEMPERATURE))
+    return loss_contender(x, load_lightly("lightly.loss.ntx_ent_loss").NTXentLoss(case.temperature))
 
 
 def _pml_nt_xent(case: Case, x: Inputs) -> Contender:
     if case.size > 512:
         raise Missing("memory grows with N^3: 34 GB for one tensor at N = 2048; run to N = 512")
-    loss = _import("pytorch_metric_learning.losses").NTXentLoss(TEMPERATURE)
+    loss = import_module("pytorch_metric_learning.losses").NTXentLoss(case.temperature)
     labels = torch.arange(case.size // 2, device=case.device).repeat(2)
-    return _loss(x, lambda z1, z2: loss(torch.cat((z1, z2)), labels))
+    return loss_contender(x, lambda z1, z2: loss(torch.cat((z1, z2)), labels))
 
 
 def _pml_sup_con(case: Case, x: Inputs) -> Contender:
-    loss = _import("pytorch_metric_learning.losses").SupConLoss(TEMPERATURE)
-    return _loss(x, lambda z: loss(z, x["labels"]))
+    loss = import_module("pytorch_metric_learning.losses").SupConLoss(case.temperature)
+    return loss_contender(x, lambda z: loss(z, x["labels"]))
 
 
 def _info_nce_pytorch(case: Case, x: Inputs) -> Contender:
-    info_nce = _import("info_nce").info_nce
+    info_nce = import_module("info_nce").info_nce
     key, queue = x["key"], x["queue"]
-    return _loss(x, lambda query: info_nce(query, key, queue, temperature=TEMPERATURE))
+    return loss_contender(
+        x, lambda query: info_nce(query, key, queue, temperature=case.temperature)
+    )
 
 
 def _info_nce_pytorch_in_batch(case: Case, x: Inputs) -> Contender:
-    info_nce = _import("info_nce").info_nce
-    return _loss(x, lambda query, key: info_nce(query, key, temperature=TEMPERATURE))
+    info_nce = import_module("info_nce").info_nce
+    return loss_contender(x, lambda query, key: info_nce(query, key, temperature=case.temperature))
 
 
 def _linear_cross_entropy(case: Case, x: Inputs) -> Contender:
@@ -204,16 +144,16 @@ def _linear_cross_entropy(case: Case, x: Inputs) -> Contender:
     def call(a: Tensor, b: Tensor) -> Tensor:
         if case.op == "clip":
             return (one_way(LOGIT_SCALE * a, b) + one_way(LOGIT_SCALE * b, a)) / 2
-        return one_way(F.normalize(a, dim=1) / TEMPERATURE, F.normalize(b, dim=1))
+        return one_way(F.normalize(a, dim=1) / case.temperature, F.normalize(b, dim=1))
 
-    return _loss(x, call)
+    return loss_contender(x, call)
 
 
 def _cached_mnrl(case: Case, x: Inputs) -> Contender:
     """sentence-transformers' cached loss from embeddings on: blocks of rows, each with its backward."""
-    module = _import("sentence_transformers.sentence_transformer.losses")
+    module = import_module("sentence_transformers.sentence_transformer.losses")
     loss_fn = module.CachedMultipleNegativesRankingLoss(
-        torch.nn.Sequential(torch.nn.Identity()), scale=1 / TEMPERATURE, mini_batch_size=256
+        torch.nn.Sequential(torch.nn.Identity()), scale=1 / case.temperature, mini_batch_size=256
     )
     leaves: list[Tensor] = x["leaves"]
 
@@ -235,18 +175,18 @@ def _monai(case: Case, x: Inputs) -> Contender:
         raise Missing(
             "it forms N x N x D products: 2 GB for one tensor at N = 2048; run to N = 1024"
         )
-    loss = _import("monai.losses").ContrastiveLoss(temperature=TEMPERATURE)
-    return _loss(x, lambda z1, z2: loss(z1, z2))
+    loss = import_module("monai.losses").ContrastiveLoss(temperature=case.temperature)
+    return loss_contender(x, lambda z1, z2: loss(z1, z2))
 
 
 def _open_clip(case: Case, x: Inputs) -> Contender:
-    module = _import("open_clip.loss")
+    module = import_module("open_clip.loss")
     scale = torch.tensor(LOGIT_SCALE, device=case.device)
     if case.op == "clip":
         clip = module.ClipLoss()
-        return _loss(x, lambda a, b: clip(a, b, scale))
+        return loss_contender(x, lambda a, b: clip(a, b, scale))
     siglip, bias = module.SigLipLoss(), torch.tensor(LOGIT_BIAS, device=case.device)
-    return _loss(x, lambda a, b: siglip(a, b, scale, bias))
+    return loss_contender(x, lambda a, b: siglip(a, b, scale, bias))
 
 
 def _moco_official(case: Case, x: Inputs) -> Contender:
@@ -258,9 +198,9 @@ def _moco_official(case: Case, x: Inputs) -> Contender:
         q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
         own = (q * k).sum(1, keepdim=True)
         logits = torch.cat((own, q @ stored.clone().detach()), dim=1)
-        return F.cross_entropy(logits / TEMPERATURE, target)
+        return F.cross_entropy(logits / case.temperature, target)
 
-    return _loss(x, call)
+    return loss_contender(x, call)
 
 
 # -------------------------------------------------------------------------------- generative
@@ -281,7 +221,7 @@ def _generative(x: Inputs, timed: generative.Call, checked: generative.Call) -> 
         out = run(checked).detach().clone()
         return [out, *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
 
-    return Contender(lambda: run(timed), results, None, leaves)
+    return Contender(lambda: run(timed), results, None, leaves, lambda: timed(*leaves))
 
 
 def _in_torch(write: Callable[..., generative.Call], compiled: bool = False) -> Factory:
@@ -301,7 +241,7 @@ def _in_torch(write: Callable[..., generative.Call], compiled: bool = False) -> 
 
 def _library_generative(backend: str | None = None) -> Factory:
     def factory(case: Case, x: Inputs) -> Contender:
-        call = _library_call(case.op, sslkernels, x)
+        call = _library_call(case, sslkernels, x)
 
         def here(*leaves: Tensor) -> Tensor:
             with sslkernels.backend(backend):
@@ -480,36 +420,6 @@ _COMMON: dict[str, Factory] = {
 }
 
 
-def _inf_cl(case: Case, x: Inputs) -> Contender:
-    """Both directions of Inf-CL's kernel, as its users call it."""
-    if case.device != "cuda":
-        raise Missing("Inf-CL needs a GPU")
-    module = _import("inf_cl")
-    # Its head_dim has to be a power of two that divides D, or results are silently wrong.
-    head_dim = math.gcd(case.dim, 256)
-    if head_dim < 16:
-        raise Missing(f"Inf-CL needs D to be a multiple of 16, got {case.dim}")
-    leaves = x["leaves"]
-    scale = torch.tensor(LOGIT_SCALE, device=leaves[0].device)
-
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        a, b = leaves
-        there = module.cal_flash_loss(a, b, scale=scale, head_dim=head_dim)
-        back = module.cal_flash_loss(b, a, scale=scale, head_dim=head_dim)
-        loss = (there.mean() + back.mean()) / 2
-        loss.backward()
-        return loss
-
-    def results() -> list[Tensor]:
-        loss = step().detach().clone()
-        return [loss, *(leaf.grad.clone() for leaf in leaves)]
-
-    # It multiplies in TF32 whatever the dtype: the error is in the table, not a reason to leave it out.
-    return Contender(step, results, 3e-2, leaves)
-
-
 CONTENDERS: dict[str, dict[str, Factory]] = {
     **{op: dict(_COMMON) for op in LOSSES},
     **{
@@ -555,10 +465,11 @@ CONTENDERS["info_nce"] |= {
 CONTENDERS["clip"] |= {
     "F.linear_cross_entropy": _linear_cross_entropy,
     "open_clip": _open_clip,
-    "inf_cl": _inf_cl,  # on GPUs
 }
 CONTENDERS["siglip"] |= {"open_clip": _open_clip}
 CONTENDERS["sup_con"] |= {"pytorch-metric-learning": _pml_sup_con}
+for _op, _table in gpu_contenders.CONTENDERS.items():
+    CONTENDERS[_op] |= _table
 for _op in ("vae", "vae_step", "features", "adversarial"):
     CONTENDERS[_op] |= {"torch.nn.functional": _in_torch(generative.functional_call)}
 CONTENDERS["vae"] |= {

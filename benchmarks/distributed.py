@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather beside ring on processes of this machine (gloo): time of a step, forward and backward.
+"""Gather beside ring on processes of this machine: time of a step, forward and backward.
 
     python -m benchmarks.distributed                              2 ranks, 4096 rows each, D = 128
     python -m benchmarks.distributed --ranks 4 --rows 1024 --losses clip
+    python -m benchmarks.distributed --device cuda                a GPU for each rank, over NCCL
 
-Ranks share the cores, so what is measured is the library's own overhead and the copies, not a network.
+On CPUs (gloo) ranks share the cores, so what is measured is the library's own overhead and the copies, not a
+network.
 Both modes are compared with each other before they are timed, and take turns within one run; printed
 are the median and the range of the slowest rank's times.
 """
@@ -37,7 +39,9 @@ def call(name: str, x: Tensor, y: Tensor, scale: Tensor, mode: str) -> Tensor:
     if name == "siglip":
         return ssl.siglip_loss(x, y, scale, -scale.detach(), normalize=True, **keywords)
     if name == "sup_con":
-        return ssl.sup_con_loss(x, torch.arange(len(x)) % 100, 1 / scale, **keywords)
+        return ssl.sup_con_loss(
+            x, torch.arange(len(x), device=x.device) % 100, 1 / scale, **keywords
+        )
     if name == "info_nce":
         return ssl.info_nce_loss(x, y, None, 1 / scale, **keywords)
     function = ssl.nt_xent_loss if name == "nt_xent" else ssl.dcl_loss
@@ -46,10 +50,15 @@ def call(name: str, x: Tensor, y: Tensor, scale: Tensor, mode: str) -> Tensor:
 
 def step(name: str, leaves: list[Tensor], mode: str) -> tuple[float, list[Tensor]]:
     """Seconds, and loss and gradients."""
+    on_gpu = leaves[0].is_cuda
     dist.barrier()
+    if on_gpu:
+        torch.cuda.synchronize()
     started = time.perf_counter()
     value = call(name, *leaves, mode)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    if on_gpu:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     return seconds, [value.detach(), *(g for g in gradients if g is not None)]
 
@@ -59,11 +68,16 @@ def worker(rank: int, folder: str, args: argparse.Namespace) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=args.ranks)
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    transport = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(transport, f"file://{folder}/store", rank=rank, world_size=args.ranks)
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(args.rows, args.dim, generator=generator)
     y = x + torch.randn(args.rows, args.dim, generator=generator)
-    leaves = [t.requires_grad_() for t in (x, y, torch.tensor(10.0))]
+    leaves = [t.to(device).requires_grad_() for t in (x, y, torch.tensor(10.0))]
     if rank == 0:
         print(
             f"{args.ranks} ranks, {args.rows} rows each, D = {args.dim}, {args.threads} threads each"
@@ -75,7 +89,7 @@ def worker(rank: int, folder: str, args: argparse.Namespace) -> None:
         times: dict[str, list[float]] = {mode: [] for mode in MODES}
         for _ in range(args.rounds):
             for mode in MODES:
-                seconds = torch.tensor(step(name, leaves, mode)[0], dtype=torch.float64)
+                seconds = torch.tensor(step(name, leaves, mode)[0], dtype=torch.float64).to(device)
                 dist.all_reduce(seconds, dist.ReduceOp.MAX)
                 times[mode].append(1e3 * seconds.item())
         if rank == 0:
@@ -102,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of each rank; default: cores / ranks")
     args = parser.parse_args(arguments)
     if args.threads is None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make gpu-check`: test and measure the GPU backend, and write one report file.
 
-On a machine with a GPU: the correctness suite on the device, torch.compile and CUDA graphs, the
-benchmark against eager PyTorch, torch.compile and Inf-CL (if installed: ``pip install --no-deps
-inf_cl==1.2.1``), EMA and queue.  Without one it runs all of its parts at tiny sizes in Triton's
-interpreter and reports that nothing was measured.
+On a machine with a GPU: driver, clocks and power, the correctness suite on the device, torch.compile and
+CUDA graphs, the losses against what else there is (``gpu_losses.py``), EMA and queue; with two GPUs, launches
+on one that is not the current one, and losses over both.  Without a GPU it runs all of its parts at tiny
+sizes in Triton's interpreter and reports that nothing was measured.
 
     python -m benchmarks.gpu_check [--out FILE] [--quick] [--tune]
 """
@@ -12,9 +12,10 @@ interpreter and reports that nothing was measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
-import gc
 import importlib
+import io
 import os
 import platform
 import subprocess
@@ -27,38 +28,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no line above does
+
 import sslkernels
-from benchmarks import cuda_updates, gpu_model, measure
-from benchmarks.cases import LOGIT_SCALE, Case
-from benchmarks.contenders import CONTENDERS
+from benchmarks import cuda_updates, gpu_losses, gpu_model, gpu_state
+from benchmarks.gpu_losses import GIB, NOTHING
 from sslkernels.backends.triton import why_unavailable
 
 ROOT = Path(__file__).parents[1]
-NOTHING = "no GPU: nothing measured"
-GIB = 1 << 30
-# (op, rows or queue size, D): N = 1k to 256k, D = 64 to 1024.
-SHAPES = [
-    ("nt_xent", 1024, 128), ("nt_xent", 4096, 128), ("nt_xent", 16384, 128), ("nt_xent", 65536, 128),
-    ("nt_xent", 262144, 128), ("nt_xent", 8192, 64), ("nt_xent", 8192, 256), ("nt_xent", 8192, 512),
-    ("nt_xent", 8192, 1024), ("moco", 65536, 128), ("moco", 65536, 256), ("clip", 4096, 512),
-    ("clip", 32768, 512), ("clip", 262144, 1024), ("siglip", 32768, 768), ("sup_con", 8192, 128),
-    ("triplet", 4096, 256), ("vae", 8192, 784), ("reparameterize", 16384, 128), ("features", 16, 128),
-]  # fmt: skip
-# float32 products run at a fifteenth of the bfloat16 rate: larger shapes would take minutes a call.
-FLOAT32_FLOPS = 1e14
-QUICK = [
-    ("nt_xent", 4096, 128),
-    ("nt_xent", 65536, 128),
-    ("moco", 65536, 128),
-    ("clip", 32768, 512),
-    ("features", 16, 128),
-]
-TINY = [
-    ("nt_xent", 64, 32), ("moco", 96, 32), ("clip", 48, 32), ("siglip", 48, 32), ("vae", 4, 20),
-    ("reparameterize", 5, 32), ("features", 2, 1),
-]  # fmt: skip
-PROVIDERS = ("sslkernels", "eager", "torch.compile", "inf_cl")
-DENSE = ("eager", "torch.compile")  # hold the N x N matrix
+LOAD_SECONDS = 3.0
 
 
 class Report:
@@ -90,31 +69,62 @@ class Report:
 def environment(report: Report, on_gpu: bool) -> None:
     report.say(f"- date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC")
     report.say(f"- commit: {cuda_updates.git_sha()}", f"- machine: {platform.platform()}")
-    if on_gpu:
-        properties = torch.cuda.get_device_properties(0)
-        report.say(
-            f"- device: {properties.name}, {properties.multi_processor_count} multiprocessors, "
-            f"{properties.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
-        )
-    else:
+    if not on_gpu:
         report.say(f"- device: none. **{NOTHING}**")
+    for index in range(torch.cuda.device_count() if on_gpu else 0):
+        properties = torch.cuda.get_device_properties(index)
+        report.say(
+            f"- device {index}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / GIB:.0f} GiB, "
+            f"CUDA {torch.version.cuda}, HIP {torch.version.hip}",
+            f"  - {gpu_state.line(gpu_state.state(_selector(index)))}",
+        )
     report.say("```", *str(sslkernels.info()).splitlines(), "```")
+
+
+def _selector(index: int) -> str:
+    """What nvidia-smi knows a device by: numbers differ where CUDA_VISIBLE_DEVICES is set."""
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return str(index) if uuid is None else f"GPU-{uuid}"
+
+
+def under_load(report: Report, on_gpu: bool) -> None:
+    """Clocks and power while matrix products run: what times of long kernels are to be read with."""
+    if not on_gpu:
+        report.say(f"- {NOTHING}", f"- state: {gpu_state.line(gpu_state.state('0'))}")
+        return
+    n = 8192
+    a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    once = time.perf_counter()
+    a @ a
+    torch.cuda.synchronize()
+    calls = max(1, min(900, int(LOAD_SECONDS / (time.perf_counter() - once))))
+    report.say(f"- before: {gpu_state.line(gpu_state.state(_selector(0)), gpu_state.MOVING)}")
+    begin.record()
+    for _ in range(calls):
+        a @ a
+    end.record()
+    found = gpu_state.state(_selector(0))  # asked while the device works
+    over = end.query()
+    end.synchronize()
+    rate = 2.0 * n**3 * calls / (1e-3 * begin.elapsed_time(end))
+    report.say(
+        f"- {'after' if over else 'during'} {calls} products of {n} x {n} in bfloat16, "
+        f"{rate / 1e12:.0f} TFLOP/s: {gpu_state.line(found, gpu_state.MOVING)}",
+        f"- the model assumes {gpu_model.CLOCK / 1e6:.0f} MHz and at most {gpu_model.PEAK_FLOPS / 1e12:.0f} "
+        "TFLOP/s",
+    )
 
 
 def correctness(report: Report, on_gpu: bool, quick: bool) -> None:
     """The kernel tests on the device (here: a part of them in the interpreter)."""
-    names = (
-        [
-            "test_engine.py",
-            "test_branches.py",
-            "test_updates.py",
-            "test_losses.py",
-            "test_autoencoders.py",
-        ]
-        if on_gpu
-        else ["test_losses.py"]
-    )
-    chosen = ["-k", "nt_xent"] if quick and not on_gpu else []
+    names = ["test_losses.py"]
+    if on_gpu:
+        names += [f"test_{part}.py" for part in ("engine", "branches", "updates", "autoencoders")]
+    # The suite runs them all: here it counts that this part of the program works.
+    chosen = ["-k", "test_loss and nt_xent_loss"] if quick and not on_gpu else []
     environment = dict(os.environ)
     if on_gpu:
         environment["SSLKERNELS_TEST_DEVICE"] = "cuda"
@@ -209,138 +219,24 @@ def compile_and_graphs(report: Report, on_gpu: bool) -> None:
     report.say("- no host synchronisation in losses, backward, enqueue and EMA")
 
 
-class DeviceCase(Case):
-    """A case whose truth fits into memory at any size: float64 in blocks, not N x N matrices."""
-
-    def truth(self) -> list[Tensor]:
-        if self.op not in ("clip", "siglip", "moco", "sup_con"):
-            return super().truth()
-        x = self.inputs()
-        leaves = [leaf.detach().double().requires_grad_() for leaf in x["leaves"]]
-        with sslkernels.backend("chunked"):
-            if self.op == "clip":
-                loss = sslkernels.clip_loss(*leaves, LOGIT_SCALE)
-            elif self.op == "siglip":
-                loss = sslkernels.siglip_loss(*leaves, LOGIT_SCALE, -10.0)
-            elif self.op == "sup_con":
-                loss = sslkernels.sup_con_loss(leaves[0], x["labels"], 0.1)
-            else:
-                loss = sslkernels.info_nce_loss(
-                    leaves[0], x["key"].double(), x["queue"].double(), 0.1
-                )
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def _names(case: Case, on_gpu: bool) -> tuple[list[str], list[str]]:
-    """Who can run this case in the memory there is, and why the others can not."""
-    names, notes = [], []
-    rows = case.batch if case.op == "moco" else case.size
-    # Eager holds several N x N matrices of float32 at once; six is what NT-Xent's graph peaks at.
-    needed = 6 * 4 * rows * case.size
-    free = torch.cuda.mem_get_info()[0] if on_gpu else 4 * GIB
-    for name in PROVIDERS:
-        if name not in CONTENDERS[case.op]:
-            continue
-        if name in DENSE and needed > 0.9 * free:
-            notes.append(f"{name}: needs about {needed / GIB:.0f} GiB")
-        elif name == "torch.compile" and not on_gpu:
-            notes.append(f"{name}: {NOTHING}")
-        else:
-            names.append(name)
-    return names, notes
-
-
-def matmul_peak(dtype: str, on_gpu: bool) -> float:
-    """FLOP/s of a large matrix product: the ceiling that percentages refer to."""
-    n = 8192 if on_gpu else 64
-    a = torch.randn(n, n, device="cuda" if on_gpu else "cpu").to(getattr(torch, dtype))
-    timer = measure._timer("cuda" if on_gpu else "cpu")
-    timer(lambda: a @ a, 3)
-    return 2.0 * n**3 / min(timer(lambda: a @ a, 3) for _ in range(5))
-
-
-def benchmark(report: Report, on_gpu: bool, shapes: list[tuple[str, int, int]]) -> None:
+def losses(report: Report, on_gpu: bool, quick: bool) -> None:
     """Forward and backward of each loss, verified before it is timed."""
     if not on_gpu:
         report.say(f"**{NOTHING}**: the lines below show that this part of the program runs.", "")
-    report.say(
-        "Contenders take turns in one run, with the L2 cache flushed before each call; the error is the "
-        "largest of loss and gradients, by norm, against float64.",
-        "",
-        "% of tensor peak: FLOPs that count over those of a large matrix product in the same run. Model: "
-        "what benchmarks/gpu_model.py gives the launches in bfloat16 on an H100 at 1.83 GHz, without the "
-        "host; where it differs from what was measured, the model is to be corrected.",
-        "",
-        "| op | shape | dtype | provider | ms (p25, p50, p75) | model ms | extra MiB | % of tensor peak | "
-        "error |",
-        "|---|---|---|---|---|---:|---:|---:|---:|",
-    )
-    peaks: dict[str, float] = {}
-    for op, size, dim in shapes:
-        for dtype in ("bfloat16", "float32") if on_gpu else ("float32",):
-            if dtype not in peaks:
-                torch.backends.cuda.matmul.allow_tf32 = False
-                peaks[dtype] = matmul_peak(dtype, on_gpu)
-            case = DeviceCase(
-                op, size, dim, 256 if on_gpu else 32, dtype, "cuda" if on_gpu else "cpu"
-            )
-            if dtype == "float32" and (case.flops or 0.0) > FLOAT32_FLOPS:
-                report.say(
-                    f"| {op} | {case.shape} | {dtype} | left out: minutes a call | | | | | |"
-                )
-                continue
-            _one_case(report, case, peaks[dtype], on_gpu)
-            gc.collect()
-            if on_gpu:
-                torch.cuda.empty_cache()
-
-
-def model_ms(case: Case) -> str:
-    """What the model predicts for a case; empty where it has no opinion."""
-    if case.dtype != "bfloat16" or case.device != "cuda":
-        return ""
-    seconds = gpu_model.predicted(case.op, case.size, case.dim, case.batch)
-    return "" if seconds is None else f"{1e3 * seconds:.3f}"
-
-
-def _one_case(report: Report, case: Case, peak: float, on_gpu: bool) -> None:
-    names, notes = _names(case, on_gpu)
-    records: list[measure.Record] = []
-    while names:
+    report.say(*gpu_losses.LEGEND.splitlines(), "")
+    report.say("| " + " | ".join(gpu_losses.HEAD) + " |", "|---" * len(gpu_losses.HEAD) + "|")
+    table = gpu_losses.Losses(report.say, on_gpu)
+    for case in gpu_losses.cases(on_gpu, quick):
         try:
-            records = measure.measure_times(case, names, 2.0 if on_gpu else 0.0)
-            break
-        except torch.cuda.OutOfMemoryError:
-            # Not known whose memory it was: first without those that hold the matrix, then singly.
-            dense = [name for name in names if name in DENSE]
-            left = dense or names[-1:]
-            notes += [f"{name}: out of memory" for name in left]
-            names = [name for name in names if name not in left]
-        gc.collect()
-        torch.cuda.empty_cache()
-    errors = {r["provider"]: r["values"][0] for r in records if r["metric"] == "error"}
-    for record in records:
-        name = record["provider"]
-        if record["metric"] in ("missing", "wrong", "failed"):
-            notes.append(f"{name}: {record['note']}")
-        if record["metric"] != "time":
-            continue
-        if not on_gpu:
-            cells = [NOTHING, "", "", "", f"{errors[name]:.1e}"]
-        else:
-            extra = measure.measure_memory(case, name)[0]
-            quartiles = ", ".join(f"{1e3 * s:.3f}" for s in record["values"])
-            memory = f"{extra['values'][0] / 2**20:.1f}" if "values" in extra else ""
-            share = (
-                "" if case.flops is None else f"{100 * case.flops / record['values'][1] / peak:.0f}"
-            )
-            model = model_ms(case) if name == "sslkernels" else ""
-            cells = [quartiles, model, memory, share, f"{errors[name]:.1e}"]
+            table.run(case)
+        except Exception as error:  # the other cases are measured all the same
+            report.failures += 1
+            table.row(case, f"**FAILED**: {type(error).__name__}: {error}"[:300].replace("\n", " "))
+    if on_gpu:
         report.say(
-            f"| {case.op} | {case.shape} | {case.dtype} | {name} | " + " | ".join(cells) + " |"
+            "", "Kernels of a step, beside the model. Launches themselves are not in it.", ""
         )
-    for note in notes:
-        report.say(f"| {case.op} | {case.shape} | {case.dtype} | {note} | | | | | |")
+        report.say(*gpu_losses.kernel_table(table.kernels))
 
 
 def tune(report: Report, on_gpu: bool) -> None:
@@ -372,24 +268,51 @@ def updates(report: Report, on_gpu: bool) -> None:
         report.say(f"- CUDA extension: {reason or 'available'}")
     if not on_gpu:
         report.say(f"- {NOTHING}")
-    arguments = ["--seconds", "1.0"] if on_gpu else ["--dry-run", "--seconds", "0.01"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cuda_updates", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ["--seconds", "1.0"] if on_gpu else ["--dry-run", "--seconds", "0"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = cuda_updates.main(arguments)
     # A dry run's times are those of this CPU at sizes that mean nothing.
-    lines = done.stdout.strip().splitlines() if on_gpu else []
-    lines += done.stderr.strip().splitlines()[-5:]
+    lines = printed.getvalue().strip().splitlines() if on_gpu else []
     report.say(*(["```", *lines, "```"] if lines else ["- benchmarks.cuda_updates ran to its end"]))
+    if status:
+        raise RuntimeError(f"benchmarks.cuda_updates ended with status {status}")
+
+
+def several(report: Report, devices: list[str]) -> None:
+    """With two GPUs: launches on the one that is not current, and losses over the ranks of both."""
+    if len(devices) < 2:
+        report.say(
+            f"- {len(devices)} GPUs: nothing was launched on another device than the current one"
+        )
+        return
+    results = []
+    for current in (1, 0):
+        with torch.cuda.device(current):
+            generator = torch.Generator().manual_seed(0)
+            leaf = torch.randn(512, 128, generator=generator).to(devices[1]).requires_grad_()
+            queue = sslkernels.KeyQueue(1024, 128).to(devices[1])
+            target = torch.zeros(1000, device=devices[1])
+            loss = _step(leaf) + _elements(leaf)
+            queue.enqueue(leaf.detach())
+            sslkernels.ema_update_([target], [torch.ones_like(target)], 0.9)
+            gradient = torch.autograd.grad(loss, leaf)[0]
+            results.append([loss.detach(), gradient, queue.queue, target])
+            if torch.cuda.current_device() != current:
+                raise RuntimeError(f"the current device was {current} and is another one now")
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=0, atol=0)
+    report.say(f"- {devices[1]} gives the same bits whether it is the current device or not")
+    command = [sys.executable, "-m", "benchmarks.distributed", "--device", "cuda", "--ranks", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    report.say("```", *done.stdout.strip().splitlines(), *done.stderr.splitlines()[-5:], "```")
     if done.returncode:
-        raise RuntimeError(f"benchmarks.cuda_updates ended with status {done.returncode}")
+        raise RuntimeError(f"benchmarks.distributed ended with status {done.returncode}")
 
 
 def run(args: argparse.Namespace) -> int:
     on_gpu = torch.cuda.is_available()
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count() if on_gpu else 0)]
     report = Report(args.out)
     begin = time.perf_counter()
     report.say("# GPU check of sslkernels")
@@ -400,15 +323,16 @@ def run(args: argparse.Namespace) -> int:
         report.say("", f"The GPU backend can not run here: {reason}.")
         report.write()
         return 1
-    shapes = TINY if not on_gpu else QUICK if args.quick else SHAPES
     report.section("Environment", lambda: environment(report, on_gpu))
+    report.section("Under load", lambda: under_load(report, on_gpu))
     report.section("Correctness", lambda: correctness(report, on_gpu, args.quick))
     with sslkernels.backend(None if on_gpu else "triton"):
         report.section("torch.compile, CUDA graphs", lambda: compile_and_graphs(report, on_gpu))
-        report.section("Losses, forward and backward", lambda: benchmark(report, on_gpu, shapes))
+        report.section("Losses, forward and backward", lambda: losses(report, on_gpu, args.quick))
         if args.tune or not on_gpu:
             report.section("Tuning", lambda: tune(report, on_gpu))
     report.section("EMA and queue", lambda: updates(report, on_gpu))
+    report.section("Several GPUs", lambda: several(report, devices))
     report.say("", f"{report.failures} parts failed; {time.perf_counter() - begin:.0f} s.")
     if not on_gpu:
         report.say(f"{NOTHING}.")
@@ -425,11 +349,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few shapes; dry run: a few tests")
     parser.add_argument("--tune", action="store_true", help="also time candidates of every kernel")
     args = parser.parse_args()
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads the variable when it is imported, which has happened: start over.
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:]]
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     return run(args)
 
 

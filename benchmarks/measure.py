@@ -23,7 +23,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.ceilings import cpu_extension, measure_ceilings
-from benchmarks.contenders import CONTENDERS, Contender, Missing
+from benchmarks.contender import Contender, Missing
+from benchmarks.contenders import CONTENDERS
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 3e-2, "float16": 5e-3}
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -98,8 +99,14 @@ def _line_timer(case: Case) -> Callable[[], float] | None:
     return lambda: float(extension.round_trip(exchanges=LINE_EXCHANGES))
 
 
-def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
-    """Verify all, warm up all, then time them in turn until ``budget`` seconds are used."""
+def measure_times(
+    case: Case, names: list[str], budget: float, rounds: int | None = None
+) -> list[Record]:
+    """Verify all, warm up all, then time them in turn until ``budget`` seconds are used.
+
+    ``rounds``: at least that many, ``MIN_ROUNDS`` if it is None; 0 verifies only.
+    """
+    rounds = MIN_ROUNDS if rounds is None else rounds
     truth = case.truth()
     records: list[Record] = []
     ready: dict[str, Contender] = {}
@@ -121,7 +128,7 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
         ready[name] = contender
         records.append({"provider": name, "metric": "error", "values": [error] * 3, "unit": "1"})
     del truth
-    if not ready:
+    if not ready or rounds == 0:
         return records
     timer = _timer(case.device)
     repeats: dict[str, int] = {}
@@ -140,7 +147,7 @@ def measure_times(case: Case, names: list[str], budget: float) -> list[Record]:
     gc.disable()
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
+        if done >= rounds and time.perf_counter() - start > budget:
             break
         if line_timer is not None:
             round_trips.append(line_timer())

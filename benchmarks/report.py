@@ -58,6 +58,10 @@ STYLES = {
     "MoCo .data loop": ("#444444", "8"),
     "torch.nn.functional": ("#661100", "H"),
     "torch.distributions": ("#6699cc", "1"),
+    "sslkernels tf32x3": ("#1f9ed1", "o"),
+    "sslkernels bf16x3": ("#0b5394", "o"),
+    "memeff": ("#228833", "<"),
+    "siglip-kernel": ("#ccbb44", "<"),
 }
 NOT_MEASURED = ("missing", "wrong", "failed", "left out")
 

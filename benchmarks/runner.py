@@ -265,7 +265,7 @@ def run_jobs(
         for record in records:
             row = {**dict.fromkeys(COLUMNS, ""), **where, "allocator": allocator}
             if case is not None:
-                row |= {k: v for k, v in asdict(case).items() if k != "device"}
+                row |= {k: v for k, v in asdict(case).items() if k in COLUMNS}
                 row |= {"mode": case.mode, "shape": case.shape}
             values = record.get("values", ["", "", ""])
             row |= dict(zip(("p25", "p50", "p75"), values, strict=True))

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import contenders, measure, report, runner
+from benchmarks import contender, measure, report, runner
 from benchmarks.cases import OPS, Case
-from benchmarks.contenders import CONTENDERS, OURS, Missing
+from benchmarks.contender import Missing, loss_contender
+from benchmarks.contenders import CONTENDERS, OURS
 from sslkernels import reference
 
 SKIPPED = ("torch.compile", "pytorch-metric-learning", "lightly", "info-nce-pytorch")
@@ -92,11 +93,11 @@ def test_every_contender_here_is_verified(op: str) -> None:
         if name in SKIPPED:
             continue
         try:
-            contender = measure.make(name, case)
+            made = measure.make(name, case)
         except Missing:
             assert name not in (OURS, "chunked", "eager")
             continue
-        measure.verify(name, case, contender, truth)
+        measure.verify(name, case, made, truth)
 
 
 def test_truth_in_blocks_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +111,8 @@ def test_truth_in_blocks_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(case: Case, x: contenders.Inputs) -> contenders.Contender:
-        return contenders._loss(x, lambda a, b: 1.01 * reference.nt_xent_loss(a, b, 0.1))
+    def wrong(case: Case, x: contender.Inputs) -> contender.Contender:
+        return loss_contender(x, lambda a, b: 1.01 * reference.nt_xent_loss(a, b, 0.1))
 
     monkeypatch.setitem(CONTENDERS["nt_xent"], "wrong", wrong)
     records = measure.measure_times(Case("nt_xent", 16, dim=8), ["wrong"], 0.0)
@@ -120,7 +121,7 @@ def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(case: Case, x: contenders.Inputs) -> contenders.Contender:
+    def broken(case: Case, x: contender.Inputs) -> contender.Contender:
         raise RuntimeError("not today")
 
     monkeypatch.setitem(CONTENDERS["nt_xent"], "broken", broken)
@@ -136,7 +137,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     def absent(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(contenders.importlib, "import_module", absent)
+    monkeypatch.setattr(contender.importlib, "import_module", absent)
     case = Case("nt_xent", 16, dim=8)
     records = measure.measure_times(case, ["pytorch-metric-learning"], 0.0)
     assert records[0]["metric"] == "missing"

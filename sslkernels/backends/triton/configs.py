@@ -31,7 +31,7 @@ from .. import devices
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TABLES = ("forward", "narrow", "extremes", "fused", "panel", "product")
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3")
 # The last row of a table: holds for every larger D (verified up to 1024).
 ANY_D = 1 << 31
 
@@ -381,7 +381,7 @@ def override(
 
     Args:
         programs: programs a launch has at most, instead of as many as run at once.
-        fp32_precision: "ieee", "tf32" or "tf32x3" for float32 products.
+        fp32_precision: "ieee", "tf32", "tf32x3" or "bf16x3" for float32 products.
         **tables: forward, narrow, extremes, fused, panel, product; ``fused=None`` sends gradients by panels.
 
     Raises:
@@ -439,7 +439,7 @@ def precision() -> str:
     """``input_precision`` of float32 products: "ieee" unless asked otherwise.
 
     Asked by ``override(fp32_precision=...)`` or the environment variable
-    SSLKERNELS_TRITON_FP32=tf32|tf32x3.  torch.backends.cuda.matmul.allow_tf32 is not such an ask: it
+    SSLKERNELS_TRITON_FP32=tf32|tf32x3|bf16x3.  torch.backends.cuda.matmul.allow_tf32 is not such an ask: it
     is often set for the network, and a temperature of 0.01 turns its 1e-3 into 10 %.
     """
     asked = _overrides.precision or os.environ.get("SSLKERNELS_TRITON_FP32", "ieee")
