@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #ifdef SSLKERNELS_CUDA_EMULATION
 #include "cuda_emulation.h"  // defines SSLK_LAUNCH and SSLK_ASSUME_GLOBAL too
@@ -166,25 +168,91 @@ __device__ __forceinline__ bool is_last_block(unsigned long long* counter) {
 
 // ---- Host --------------------------------------------------------------------------------------
 
-// Makes `device` current for a launch and gives the caller its device back.
+// What the guard asks of the driver. A context is an opaque pointer, a device its number, a result has the
+// numbers of cudaError_t. Found at run time: the module can be loaded where there is no driver.
+class Driver {
+ public:
+  // The functions, or why there are none.
+  static cudaError_t get(const Driver** driver) {
+    static Driver found;
+    static const cudaError_t error = found.find();
+    *driver = &found;
+    return error;
+  }
+  cudaError_t current(void** context) const { return static_cast<cudaError_t>(get_current_(context)); }
+  cudaError_t make_current(void* context) const { return static_cast<cudaError_t>(set_current_(context)); }
+  // The context that every runtime uses on a device. It is retained once and lives as long as the process.
+  cudaError_t primary(int device, void** context) const {
+    static std::mutex mutex;
+    static std::map<int, void*> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto at = known.find(device);
+    if (at != known.end()) {
+      *context = at->second;
+      return cudaSuccess;
+    }
+    int handle = 0;
+    auto error = static_cast<cudaError_t>(device_(&handle, device));
+    if (error == cudaSuccess) error = static_cast<cudaError_t>(retain_(context, handle));
+    if (error == cudaSuccess) known[device] = *context;
+    return error;
+  }
+
+ private:
+  template <typename Function>
+  static cudaError_t find(const char* name, Function** function) {
+    void* address = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &address, 12000, cudaEnableDefault);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &address, cudaEnableDefault);
+#endif
+    if (error != cudaSuccess) return error;
+    *function = reinterpret_cast<Function*>(address);
+    return address == nullptr ? cudaErrorSymbolNotFound : cudaSuccess;
+  }
+  cudaError_t find() {
+    cudaError_t error = find("cuCtxGetCurrent", &get_current_);
+    if (error == cudaSuccess) error = find("cuCtxSetCurrent", &set_current_);
+    if (error == cudaSuccess) error = find("cuDeviceGet", &device_);
+    if (error == cudaSuccess) error = find("cuDevicePrimaryCtxRetain", &retain_);
+    return error;
+  }
+
+  int (*get_current_)(void**) = nullptr;
+  int (*set_current_)(void*) = nullptr;
+  int (*device_)(int*, int) = nullptr;
+  int (*retain_)(void**, int) = nullptr;
+};
+
+// Makes the context of `device` current for a launch and gives the caller its own back.
+//
+// Not by cudaGetDevice and cudaSetDevice: this module has a CUDA runtime linked in and torch uses another.
+// Which device is current may be known to one and not to the other: after torch.cuda.set_device(1) ours could
+// say 0, and "give back" 0. The context that is current on a thread belongs to the driver, which both share,
+// and a runtime launches into it.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && device != previous_) {
-      error_ = cudaSetDevice(device);
+    void* wanted = nullptr;
+    error_ = Driver::get(&driver_);
+    if (error_ == cudaSuccess) error_ = driver_->primary(device, &wanted);
+    if (error_ == cudaSuccess) error_ = driver_->current(&previous_);
+    if (error_ == cudaSuccess && wanted != previous_) {
+      error_ = driver_->make_current(wanted);
       switched_ = error_ == cudaSuccess;
     }
   }
   ~DeviceGuard() {
-    if (switched_) (void)cudaSetDevice(previous_);
+    if (switched_) (void)driver_->make_current(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
   cudaError_t error() const { return error_; }
 
  private:
-  int previous_ = 0;
+  const Driver* driver_ = nullptr;
+  void* previous_ = nullptr;  // null on a thread that has used no device yet
   bool switched_ = false;
   cudaError_t error_ = cudaSuccess;
 };

@@ -161,10 +161,17 @@ inline __half __float2half_rn(float x) {
 // What nvcc and its headers would define: one architecture, and a runtime of the age of the driver.
 #define __CUDA_ARCH_LIST__ 800
 #define CUDART_VERSION 12040
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorSymbolNotFound = 500
+};
+constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
-cudaError_t cudaGetDevice(int* device);
-cudaError_t cudaSetDevice(int device);
+// The functions of the driver that deal with contexts. There is no cudaGetDevice and no cudaSetDevice: what this
+// runtime takes for the current device and what torch's does need not agree.
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
 cudaError_t cudaDriverGetVersion(int* version);

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cuda_emulation.h"
@@ -90,7 +91,7 @@ struct Scheduler {
   Fiber* current = nullptr;
   int resident = 0;
   long long admitted = 0;
-  int device = 0;
+  int device = -1;  // whose context is current; -1: no context, as on a new thread
   long long launches = 0;
   int launch_device = -1;
   void* launch_stream = nullptr;
@@ -253,7 +254,7 @@ void launch(dim3 grid, dim3 block, void* stream, const std::function<void()>& bo
   if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1)
     fail("only one-dimensional grids are emulated", nullptr, 0);
   ++s.launches;
-  s.launch_device = s.device;
+  s.launch_device = s.device < 0 ? 0 : s.device;  // a runtime takes device 0 where there is no context
   s.launch_stream = stream;
   s.policy = static_cast<int>(s.config.seed % 3);
   s.grid = grid;
@@ -354,13 +355,40 @@ void* shared_memory(size_t bytes, int line) {
 
 using sslk_emulation::scheduler;
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = scheduler().device;
+namespace {
+
+// A context is the address of its device's number.
+int contexts[sslk_emulation::kDevices] = {0, 1};
+static_assert(sslk_emulation::kDevices == 2);
+
+int get_current(void** context) {
+  const int device = scheduler().device;
+  *context = device < 0 ? nullptr : &contexts[device];
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
+int set_current(void* context) {
+  scheduler().device = context == nullptr ? -1 : *static_cast<int*>(context);
+  return cudaSuccess;
+}
+int device_get(int* handle, int device) {
   if (device < 0 || device >= sslk_emulation::kDevices) return cudaErrorInvalidDevice;
-  scheduler().device = device;
+  *handle = device + 40;  // a handle, not the number
+  return cudaSuccess;
+}
+int primary_retain(void** context, int handle) {
+  *context = &contexts[handle - 40];
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long) {
+  const std::pair<const char*, void*> known[] = {{"cuCtxGetCurrent", reinterpret_cast<void*>(get_current)},
+                                                 {"cuCtxSetCurrent", reinterpret_cast<void*>(set_current)},
+                                                 {"cuDeviceGet", reinterpret_cast<void*>(device_get)},
+                                                 {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(primary_retain)}};
+  for (const auto& [what, address] : known)
+    if (std::strcmp(what, name) == 0) *function = address;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {

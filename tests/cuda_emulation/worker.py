@@ -187,7 +187,7 @@ class Worker:
             launched = library.emulation_launch_device(), library.emulation_launch_stream() or 0
         finally:
             after = library.emulation_device()
-            library.emulation_set_device(0)
+            library.emulation_set_device(-1)
         return (*launched, after)
 
 
