@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslkernels.backends import triton as backend
 from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
-from sslkernels.backends.triton import configs, gradients, launch
+from sslkernels.backends.triton import configs, gradients, launch, tuning
 from sslkernels.backends.triton.runtime import recorded_launches
 
 # (N, M or None for self mode, D).  The interpreter's tiles are 64 x 32 x 64: one row, tiles -1, +0, +1
@@ -353,6 +353,26 @@ def test_strides(layout: str) -> None:
     for ours, contiguous in zip(*results, strict=True):
         assert torch.equal(ours, contiguous)
     assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("kind", ["lse", "softplus"])
+def test_512_features_on_chip(kind: str) -> None:
+    """The tile that ``tuning`` tries in place of panels: the same gradients and weighted keys."""
+    fused = configs.Config(64, 32, 512, 8, 3)
+    assert fused in tuning.candidates("fused", 512, torch.bfloat16)
+    case = make(40, 33, 512, kind, dtype=torch.bfloat16)
+    drow, dcol = torch.linspace(-1, 1, 40), torch.linspace(-1, 2, 33)
+    found = []
+    for config, kernel in ((fused, "backward_kernel"), (None, "panel_kernel")):
+        with configs.override(fused=config), recorded_launches() as log:
+            grads = backward(case, drow, dcol, True, True)
+            found.append(list(grads[:2]))
+            if kind == "lse":
+                found[-1].append(backend.attend(case.tiles, None).mean_key)
+        assert kernel in {entry.kernel for entry in log}
+    for ours, panels in zip(*found, strict=True):
+        assert ours.any()
+        assert (ours - panels).float().norm() < 1e-2 * panels.float().norm()
 
 
 def test_uniform_and_zero_gradients() -> None:

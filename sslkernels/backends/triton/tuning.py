@@ -47,6 +47,11 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     widths = (64, 128) if half else (16, 32)
     if table == "product" and half:
         widths = (128, 256)
+    wide = table == "fused" and half and D > 256
+    if wide:
+        # One chunk and eight warps: the table has panels there, since these spill outside of the loop over
+        # tiles (docs/gpu.md), which only a GPU can weigh.
+        widths = (*widths, triton.next_power_of_2(D))
     holds: tuple[bool, ...] = (table != "panel",)
     if table in ("forward", "narrow", "extremes"):
         holds = (True, False) if D <= 512 else (False,)
@@ -54,7 +59,7 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     for n, m, width, stages, hold in itertools.product(
         _BLOCK_N[table], _BLOCK_M[table], widths, (2, 3, 4) if half else (1, 2), holds
     ):
-        warps = 8 if n >= 128 else 4
+        warps = 8 if n >= 128 or (wide and n == 64) else 4
         sums = n * (width if table == "product" else max(m, D if table == "fused" else 0))
         if table in _TRIANGLES and m > n:
             continue
