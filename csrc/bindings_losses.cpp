@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bindings of whole losses: contrastive (NT-Xent, InfoNCE, CLIP, DCL, SigLIP), regression (BYOL), paired (InfoNCE with
-// negatives of its own for every query).
+// negatives of its own for every query), triplet (batch-hard).
 
 #include "bindings.h"
 #include "classes.h"
@@ -19,6 +19,14 @@ struct Handle<RegressionArgs> {
 template <>
 struct Handle<PairedArgs> {
   static constexpr const char* kName = "paired";
+};
+template <>
+struct Handle<TripletArgs> {
+  static constexpr const char* kName = "triplet";
+};
+template <>
+struct Names<TripletReduction> {
+  static constexpr const char* all[] = {"mean", "sum", "mean_nonzero"};
 };
 
 namespace {
@@ -413,6 +421,108 @@ struct PairedBackward {
   }
 };
 
+// ---- Triplet -------------------------------------------------------------------------------------
+
+struct Triplet {
+  static constexpr const char* kName = Handle<TripletArgs>::kName;
+  static constexpr const char* kDoc = "Batch-hard triplets.";
+  TripletArgs args;
+  const void* margin = nullptr;  // [1] acc
+
+  static Fields fields() {
+    using Call = Triplet;
+    return {
+        SSLK_REQUIRED(Call, args.reduction, "reduction"),
+        SSLK_REQUIRED(Call, args.dtype, "dtype"),
+        SSLK_REQUIRED(Call, args.normalize, "normalize"),
+        SSLK_REQUIRED(Call, args.cosine, "cosine"),
+        SSLK_SIZE(Call, args.d, "d"),
+        SSLK_SIZE(Call, args.z.n, "n"),
+        SSLK_REQUIRED(Call, args.z.data, "z"),
+        SSLK_SIZE(Call, args.z.stride, "z_stride"),
+        SSLK_REQUIRED(Call, margin, "margin"),
+        SSLK_REQUIRED(Call, args.ids, "ids"),
+        SSLK_THREADS(Call, args.n_threads),
+    };
+  }
+  TripletArgs run() {
+    const int64_t n = args.z.n;
+    require(kName, {{"z", args.z.data, n, args.d, args.z.stride}, {"margin", margin, 1}, {"ids", args.ids, n}});
+    args.z.stride = stride_of(args.z.stride, args.d);
+    args.margin = read_scalar(margin, args.dtype);
+    return args;
+  }
+};
+
+struct TripletStateFields {
+  TripletState state;
+
+  static Fields fields() {
+    using Call = TripletStateFields;
+    return {
+        SSLK_REQUIRED(Call, state.chosen, "chosen"),
+        SSLK_REQUIRED(Call, state.distance, "distance"),
+        SSLK_REQUIRED(Call, state.norm, "norm"),
+        SSLK_REQUIRED(Call, state.share, "share"),
+    };
+  }
+  const TripletState& checked(const char* function, const TripletArgs& args) const {
+    const int64_t n = args.z.n;
+    require(function, {{"chosen", state.chosen, 2, n},
+                       {"distance", state.distance, 2, n},
+                       {"norm", state.norm, n},
+                       {"share", state.share, 1}});
+    return state;
+  }
+};
+
+struct TripletForward {
+  using Args = TripletArgs;
+  static constexpr const char* kName = "triplet_forward";
+  static constexpr const char* kDoc = "The loss, and what backward needs.";
+  const Args* args = nullptr;
+  TripletStateFields out;
+  void* loss = nullptr;
+
+  static Fields fields() {
+    using Call = TripletForward;
+    return inside(offsetof(Call, out), TripletStateFields::fields()) + Fields{SSLK_REQUIRED(Call, loss, "loss")};
+  }
+  void run() {
+    const TripletState& state = out.checked(kName, *args);
+    require(kName, {{"loss", loss, 1}});
+    TripletArgs all = *args;
+    const int64_t* none = nullptr;
+    NarrowIds narrow;
+    narrow.apply(all.dtype, &all.ids, all.z.n, &none, 0);
+    GroupedRows rows;
+    all.order = rows.sort(all.ids, all.z.n);
+    check(kernels().triplet_forward(all, state, loss));
+  }
+};
+
+struct TripletBackward {
+  using Args = TripletArgs;
+  static constexpr const char* kName = "triplet_backward";
+  static constexpr const char* kDoc = "The gradient of z; returns the one of the margin.";
+  const Args* args = nullptr;
+  TripletStateFields kept;
+  TripletBackwardArgs out;
+
+  static Fields fields() {
+    using Call = TripletBackward;
+    return inside(offsetof(Call, kept), TripletStateFields::fields()) +
+           Fields{SSLK_REQUIRED(Call, out.dloss, "dloss"), SSLK_REQUIRED(Call, out.dz, "dz")};
+  }
+  double run() {
+    double dmargin = 0.0;
+    out.dmargin = &dmargin;
+    require(kName, {{"dloss", out.dloss, 1}});
+    check(kernels().triplet_backward(*args, kept.checked(kName, *args), out));
+    return dmargin;
+  }
+};
+
 }  // namespace
 
 void bind_losses(Definition& definition) {
@@ -426,6 +536,9 @@ void bind_losses(Definition& definition) {
   add_function<Paired>(definition);
   add_function<PairedForward>(definition);
   add_function<PairedBackward>(definition);
+  add_function<Triplet>(definition);
+  add_function<TripletForward>(definition);
+  add_function<TripletBackward>(definition);
 }
 
 }  // namespace sslk

@@ -271,6 +271,37 @@ struct ExtremesOut {
   int64_t* min_other = nullptr;  // [N]
 };
 
+// The batch-hard triplet loss: of every row its hardest positive p and negative n (as extremes finds them) and
+// loss_i = max(d(x_i, x_p) - d(x_i, x_n) + margin, 0); 0 where a row has no positive or no negative.
+enum class TripletReduction : int { mean = 0, sum = 1, mean_nonzero = 2 };
+
+struct TripletArgs {
+  TripletReduction reduction = TripletReduction::mean;
+  DType dtype = DType::f32;
+  int64_t d = 0;
+  Rows z;  // [N, D]
+  bool normalize = false;
+  bool cosine = false;  // 1 - <x, y> instead of |x - y|
+  double margin = 0.0;
+  const int64_t* ids = nullptr;    // [N]
+  const int64_t* order = nullptr;  // [N], as in ExtremesOut; forward only
+  int n_threads = 1;
+};
+
+// What forward leaves for backward.
+struct TripletState {
+  int64_t* chosen = nullptr;  // [2, N] positives and negatives, -1 where there is none
+  void* distance = nullptr;   // [2, N] acc: from row i to those; 0 where one of the two is missing
+  void* norm = nullptr;       // [N] acc: what rows were divided by
+  void* share = nullptr;      // [1] acc: what a term counts in the loss; NaN where rows are not finite
+};
+
+struct TripletBackwardArgs {
+  const void* dloss = nullptr;  // [1] acc
+  void* dz = nullptr;           // [N, D] of dtype, contiguous, or null
+  double* dmargin = nullptr;
+};
+
 // One pair of tensors of an EMA update, both contiguous; they may be the same memory but not overlap
 // otherwise.
 struct EmaEntry {
@@ -329,6 +360,8 @@ struct Kernels {
                              void* dprediction);
   int (*paired_forward)(const PairedArgs&, const PairedState&, const PairedForwardOut&);
   int (*paired_backward)(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);
+  int (*triplet_forward)(const TripletArgs&, const TripletState&, void* loss);
+  int (*triplet_backward)(const TripletArgs&, const TripletState&, const TripletBackwardArgs&);
   int (*vae_forward)(const VaeArgs&, const VaeLatent&, void* reconstruction, void* kl);  // [N] acc each
   int (*vae_backward)(const VaeArgs&, const VaeLatent&, const VaeBackwardArgs&);
   int (*reparameterize)(const NoiseArgs&);

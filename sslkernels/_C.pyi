@@ -10,6 +10,7 @@ _Tiles = NewType("_Tiles", object)
 _Contrastive = NewType("_Contrastive", object)
 _Regression = NewType("_Regression", object)
 _Paired = NewType("_Paired", object)
+_Triplet = NewType("_Triplet", object)
 _Vae = NewType("_Vae", object)
 
 def isa() -> str: ...
@@ -191,6 +192,41 @@ def paired_backward(
     dquery: _Address,
     dpositive: _Address,
     dnegatives: _Address,
+) -> float: ...
+def triplet(
+    *,
+    reduction: str,
+    dtype: str,
+    normalize: bool,
+    cosine: bool,
+    d: int,
+    n: int,
+    z: _Address,
+    z_stride: int,
+    margin: _Address,
+    ids: _Address,
+    n_threads: int,
+) -> _Triplet: ...
+def triplet_forward(
+    triplet: _Triplet,
+    /,
+    *,
+    chosen: _Address,
+    distance: _Address,
+    norm: _Address,
+    share: _Address,
+    loss: _Address,
+) -> None: ...
+def triplet_backward(
+    triplet: _Triplet,
+    /,
+    *,
+    chosen: _Address,
+    distance: _Address,
+    norm: _Address,
+    share: _Address,
+    dloss: _Address,
+    dz: _Address,
 ) -> float: ...
 def vae(
     *,

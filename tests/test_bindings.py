@@ -30,6 +30,7 @@ from sslkernels.backends.interface import (  # noqa: E402
     RowState,
     Thresholds,
     Tiles,
+    Triplets,
     Vae,
     VaeWanted,
     Wanted,
@@ -288,6 +289,10 @@ def everything() -> dict[str, list[Tensor | None]]:
     results["paired_forward"] = results["paired"] = [loss, *left, rank, similarity]
     paired = paired._replace(ids_q=None, ids_k=None)
     results["paired_backward"] = list(cpu.paired_backward(paired, left, w, True, True))
+    triplets = Triplets(a, ids_a, scale, True, False, "sum")
+    loss, left = cpu.triplet_forward(triplets)
+    results["triplet_forward"] = results["triplet"] = [loss, *left]
+    results["triplet_backward"] = list(cpu.triplet_backward(triplets, left, w[0], True))
     vae = Vae(a, b, bank, a + 1, b - 1, torch.rand(d), "gaussian")
     wanted = VaeWanted(True, True, True, True, True)
     results["vae_forward"] = results["vae"] = list(cpu.vae_forward(vae))
@@ -363,6 +368,8 @@ def test_order_does_not_matter(renamed: Callable[[Renamed], None]) -> None:
         ("paired_forward", ("row_stride", "key_stride")),
         ("paired_backward", ("lse", "positive")),
         ("paired_backward", ("dquery", "dpositive")),
+        ("triplet", ("normalize", "cosine")),
+        ("triplet_forward", ("loss", "share")),
         ("vae", ("x", "spread")),
         ("vae_forward", ("mean", "log_variance")),
         ("vae_forward", ("reconstruction", "kl")),

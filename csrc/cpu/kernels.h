@@ -34,15 +34,17 @@ int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,
 int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d);    // contrastive.cpp
 int regression_forward(const RegressionArgs&, void* state, void* loss);  // regression.cpp
 int regression_backward(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
-                        void* dprediction);                                             // regression.cpp
-int paired_forward(const PairedArgs&, const PairedState&, const PairedForwardOut&);     // paired.cpp
-int paired_backward(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);  // paired.cpp
-int vae_forward(const VaeArgs&, const VaeLatent&, void* reconstruction, void* kl);      // vae.cpp
-int vae_backward(const VaeArgs&, const VaeLatent&, const VaeBackwardArgs&);             // vae.cpp
-int reparameterize(const NoiseArgs&);                                                   // noise.cpp
-int features_forward(const FeatureArgs&, void* out);                                    // features.cpp
-int features_backward(const FeatureArgs&, const void* dout);                            // features.cpp
-int ema_update(const EmaArgs&);                                                         // ema.cpp
-int enqueue(const EnqueueArgs&);                                                        // queue.cpp
+                        void* dprediction);                                                 // regression.cpp
+int paired_forward(const PairedArgs&, const PairedState&, const PairedForwardOut&);         // paired.cpp
+int paired_backward(const PairedArgs&, const PairedState&, const PairedBackwardArgs&);      // paired.cpp
+int triplet_forward(const TripletArgs&, const TripletState&, void* loss);                   // triplet.cpp
+int triplet_backward(const TripletArgs&, const TripletState&, const TripletBackwardArgs&);  // triplet.cpp
+int vae_forward(const VaeArgs&, const VaeLatent&, void* reconstruction, void* kl);          // vae.cpp
+int vae_backward(const VaeArgs&, const VaeLatent&, const VaeBackwardArgs&);                 // vae.cpp
+int reparameterize(const NoiseArgs&);                                                       // noise.cpp
+int features_forward(const FeatureArgs&, void* out);                                        // features.cpp
+int features_backward(const FeatureArgs&, const void* dout);                                // features.cpp
+int ema_update(const EmaArgs&);                                                             // ema.cpp
+int enqueue(const EnqueueArgs&);                                                            // queue.cpp
 
 SSLK_END

@@ -10,4 +10,5 @@
 #include "paired.cpp"
 #include "queue.cpp"
 #include "regression.cpp"
+#include "triplet.cpp"
 #include "vae.cpp"

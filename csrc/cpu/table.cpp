@@ -43,6 +43,8 @@ const Kernels& table() {
       regression_backward,
       paired_forward,
       paired_backward,
+      triplet_forward,
+      triplet_backward,
       vae_forward,
       vae_backward,
       reparameterize,

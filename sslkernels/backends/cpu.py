@@ -31,6 +31,8 @@ from sslkernels.backends.interface import (
     RowState,
     Thresholds,
     Tiles,
+    Triplets,
+    TripletState,
     Wanted,
 )
 
@@ -73,6 +75,8 @@ __all__ = [
     "regression_forward",
     "reparameterize",
     "reparameterize_backward",
+    "triplet_backward",
+    "triplet_forward",
     "vae_backward",
     "vae_forward",
     "why_unavailable",
@@ -426,3 +430,59 @@ def paired_backward(
         **_state(problem, state),
     )
     return dquery, dpositive, dnegatives, _scalar(dscale, dtype=state.lse.dtype)
+
+
+def _triplet(problem: Triplets) -> _C._Triplet:
+    """A problem with rows that the kernels can address; it holds addresses, not tensors."""
+    z, ids, margin, normalize, cosine, reduction = problem
+    return _C.triplet(
+        reduction=reduction,
+        dtype=DTYPES[z.dtype],
+        normalize=normalize,
+        cosine=cosine,
+        d=z.shape[1],
+        n=z.shape[0],
+        z=z.data_ptr(),
+        z_stride=z.stride()[0],
+        margin=margin.data_ptr(),
+        ids=ids.data_ptr(),
+        n_threads=torch.get_num_threads(),
+    )
+
+
+def triplet_forward(problem: Triplets) -> tuple[Tensor, TripletState]:
+    """See :meth:`sslkernels.backends.interface.WholeLosses.triplet_forward`."""
+    problem = problem._replace(z=_rows(problem.z), ids=problem.ids.contiguous())
+    n, acc = problem.n, problem.acc
+    loss, share = _empty((), dtype=acc), _empty((), dtype=acc)
+    chosen = _empty((2, n), dtype=torch.int64)
+    distance, norm = _empty((2, n), dtype=acc), _empty(n, dtype=acc)
+    _C.triplet_forward(
+        _triplet(problem),
+        chosen=chosen.data_ptr(),
+        distance=distance.data_ptr(),
+        norm=norm.data_ptr(),
+        share=share.data_ptr(),
+        loss=loss.data_ptr(),
+    )
+    return loss, TripletState(chosen, distance, norm, share)
+
+
+def triplet_backward(
+    problem: Triplets, state: TripletState, dloss: Tensor, want_z: bool
+) -> tuple[Tensor | None, Tensor]:
+    """See :meth:`sslkernels.backends.interface.WholeLosses.triplet_backward`."""
+    problem = problem._replace(z=_rows(problem.z), ids=problem.ids.contiguous())
+    z = problem.z
+    dz = _empty(z.shape, dtype=z.dtype) if want_z else None
+    chosen, distance, norm, share = state
+    dmargin = _C.triplet_backward(
+        _triplet(problem),
+        chosen=chosen.data_ptr(),
+        distance=distance.data_ptr(),
+        norm=norm.data_ptr(),
+        share=share.data_ptr(),
+        dloss=dloss.data_ptr(),
+        dz=_address(dz),
+    )
+    return dz, _scalar(dmargin, dtype=state.share.dtype)

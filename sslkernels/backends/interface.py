@@ -293,6 +293,38 @@ class PairedState(NamedTuple):
     mean_key: Tensor  # [N, D] softmax-weighted mean of the negatives
 
 
+class Triplets(NamedTuple):
+    """The batch-hard triplet loss (``sslkernels.ops.triplet_hard``)."""
+
+    z: Tensor  # [N, D], any strides
+    ids: Tensor  # [N] int64 labels
+    margin: Tensor  # 0-d acc, added to d(a, p) - d(a, n)
+    normalize: bool  # rows are divided by max(norm, 1e-12) first
+    cosine: bool  # d = 1 - <x, y> instead of the Euclidean distance; only with normalize
+    reduction: str = (
+        "mean"  # over anchors with a triplet; "sum"; "mean_nonzero": over terms above 0
+    )
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.z.shape[0]
+
+    @property
+    def acc(self) -> torch.dtype:
+        """Accumulation dtype."""
+        return accumulation_dtype(self.z.dtype)
+
+
+class TripletState(NamedTuple):
+    """What the forward pass of ``Triplets`` leaves for its backward pass."""
+
+    chosen: Tensor  # [2, N] int64: the hardest positives and negatives, -1 where there is none
+    distance: Tensor  # [2, N] acc: of row i from those; 0 where one of the two is missing
+    norm: Tensor  # [N] acc: what rows were divided by, 1 without normalize
+    share: Tensor  # 0-d acc: what a term counts in the loss; NaN where rows are not finite
+
+
 class WholeLosses(Protocol):
     """What a backend may have beyond the primitives; the ops compose it where one lacks it.
 
@@ -337,6 +369,16 @@ class WholeLosses(Protocol):
         want_positive: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of query, positive_key, negative_keys and scale; [0] where not wanted."""
+        ...
+
+    def triplet_forward(self, problem: Triplets) -> tuple[Tensor, TripletState]:
+        """The loss (0-d acc) and state."""
+        ...
+
+    def triplet_backward(
+        self, problem: Triplets, state: TripletState, dloss: Tensor, want_z: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradients of z, where wanted, and of the margin (0-d acc)."""
         ...
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from sslkernels._types import Reduction
+from sslkernels.backends.interface import Triplets
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import formulas, heads
 from sslkernels.ops.triplet import mined_triplets
+from sslkernels.ops.triplet_hard import hard_triplets
 
 _TRIPLET_REDUCTIONS = ("mean", "sum", "mean_nonzero")
 
@@ -71,15 +73,14 @@ def triplet_loss(
     checks.check_choice(op, "distance", distance, ("euclidean", "cosine"))
     checks.check_reduction(op, reduction, _TRIPLET_REDUCTIONS)
     cosine = distance == "cosine"
-    z = heads.unit(z, normalize or cosine)
     if mining == "hard":
-        terms, valid = formulas.hard_triplets(z, labels, margin, cosine)
-        total = heads.reduce(terms, "sum")
-        count = (terms > 0).sum() if reduction == "mean_nonzero" else valid.sum()
-    else:
-        mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
-        total = heads.reduce(mined.loss, "sum")
-        count = (mined.active if reduction == "mean_nonzero" else mined.terms).sum()
+        margin = checks.scalar(op, "margin", margin, z)
+        problem = Triplets(z, labels, margin, normalize or cosine, cosine, reduction)
+        return hard_triplets(problem).loss
+    z = heads.unit(z, normalize or cosine)
+    mined = mined_triplets(z, labels, margin, semihard=mining == "semihard", cosine=cosine)
+    total = heads.reduce(mined.loss, "sum")
+    count = (mined.active if reduction == "mean_nonzero" else mined.terms).sum()
     # A NaN distance is neither the largest nor the smallest: mining alone would pass over it.
     if z.numel() > 0:
         total = total * (1 + torch.linalg.vector_norm(z.detach(), float("inf")) * 0)

@@ -17,10 +17,7 @@ from sslkernels._types import ContrastiveMetrics
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import Thresholds, Tiles
 from sslkernels.ops import heads
-from sslkernels.ops.distances import two_distances
-from sslkernels.ops.extremes import extremes
 from sslkernels.ops.pairwise import pairwise
-from sslkernels.ops.rows import dots
 
 # ------------------------------------------------------------------------------- softmax family
 
@@ -163,29 +160,3 @@ def contrastive_pairs(a: Tensor, b: Tensor, same: Tensor, margin: float | Tensor
     squared = (a.to(acc) - b.to(acc)).square().sum(1)
     short = F.relu(margin - euclidean(a, b)).square()
     return torch.where(same, squared, short) / 2
-
-
-def hard_triplets(
-    z: Tensor, labels: Tensor, margin: float | Tensor, cosine: bool
-) -> tuple[Tensor, Tensor]:
-    """Batch-hard terms [N], 0 for anchors without a triplet, and which anchors have one."""
-    if len(z) == 0:
-        return heads.dots(z, z), labels > 0
-    acc = accumulation_dtype(z.dtype)
-    with torch.no_grad():
-        if cosine:  # d = 1 - S falls with the dot product
-            tiles = Tiles(z, None, z.new_full((), -1.0, dtype=acc), ids_q=labels)
-        else:
-            # d^2 - |x|^2 = |y|^2 - 2 <x, y>.  Distances do not change with the origin, and around
-            # the mean less cancels.
-            wide = z.to(acc)
-            centred = wide - wide.mean(0)
-            square = dots(centred, centred)
-            tiles = Tiles(centred, None, wide.new_full((), -2.0), square, ids_q=labels)
-        positive, negative = extremes(tiles)
-    valid = (positive >= 0) & (negative >= 0)
-    d_positive, d_negative = two_distances(
-        z, positive.clamp(min=0), negative.clamp(min=0), cosine=cosine
-    )
-    terms = F.relu(d_positive - d_negative + margin)
-    return torch.where(valid, terms, 0.0), valid

@@ -2,7 +2,7 @@
 """Gather rows and accumulate them, as torch ops: ``take_rows`` and ``accumulate_rows``.
 
 Deterministic: torch's own pair (index_select, index_add) uses atomics in one of its directions on
-every device.  And lean, like what else is done with rows (``unit.py``, ``distances.py``): composed from
+every device.  And lean, like what else is done with rows (``unit.py``, ``triplet_hard.py``): composed from
 torch's ops, the gradients of these small things would be alive side by side, each as large as the
 input, and take more memory than the tiles.  Each is one op that keeps vectors only and works in
 chunks of rows.

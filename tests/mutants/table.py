@@ -27,6 +27,7 @@ BLOCKS = ("tests/test_losses_family.py", "-k", "many_small_blocks")
 TRIPLET = ("tests/test_losses_family.py", "-k", "triplet and (truth or gradcheck)")
 TRANSFORMS = ("tests/test_transforms.py",)
 ROWS = ("tests/test_rows.py",)
+HARD = ("tests/test_triplet_hard.py", "-k", "not opcheck")
 ENGINE = ("tests/triton_interpreter/test_engine.py",)
 WHOLE_TRITON = ("tests/triton_interpreter/test_losses.py", "-k", "row_numbers")
 TRITON_ROWS = ("tests/triton_interpreter/test_normalization.py",)
@@ -195,6 +196,23 @@ MUTANTS = [
            "return apart && first_i == last_j", "return first_i == last_j", EXTREMES),
     Mutant("extremes: the number of a sorted row", "csrc/cpu/extremes.cpp",
            "return order == nullptr ? row : order[row];", "return row;", EXTREMES),
+    # ---- batch-hard triplets
+    Mutant("triplet: the mean of the first block of rows", "csrc/cpu/triplet.cpp",
+           "mean[c] = T(total / double(n));", "mean[c] = T(0);", HARD),
+    Mutant("triplet: what is not finite", "csrc/cpu/triplet.cpp",
+           "poison += double(nothing[b]);", "poison += 0.0;", HARD),
+    Mutant("triplet: terms of 0 are counted", "csrc/cpu/triplet.cpp",
+           "args.reduction == TripletReduction::mean || term > T(0)", "term >= T(0)", HARD),
+    Mutant("triplet: the gradient of who chose a row", "csrc/cpu/triplet.cpp",
+           "add(chosen.with[e], chosen.with[e] % n);", "add(chosen.with[e], j);", HARD),
+    Mutant("triplet: equal rows have a direction", "csrc/cpu/triplet.cpp",
+           "terms.distance[at] == 0", "terms.distance[at] < 0", HARD),
+    Mutant("triplet: rows without a triplet", "csrc/cpu/triplet.cpp",
+           "return is_row(chosen[i]) && is_row(chosen[n + i]);", "return is_row(chosen[i]);", HARD),
+    Mutant("triplet: projection of the normalisation", "csrc/cpu/triplet.cpp",
+           "g[c] = (g[c] - x[c] * along) / norm[j];", "g[c] = g[c] / norm[j];", HARD),
+    Mutant("triplet: the last features of a sum", "csrc/cpu/triplet.cpp",
+           "for (; c < d; ++c) tail += term(splat<T>(rows[c])...)[0];", "", HARD),
     # ---- whole losses
     Mutant("contrastive: the gradient of the positive", "csrc/cpu/contrastive.cpp",
            "fa[c] = from_a[c] * times_a - pair * xb[c];",
@@ -299,8 +317,8 @@ MUTANTS = [
            "ds = ds + q[rows] @ dk.to(acc).T", "ds = ds - q[rows] @ dk.to(acc).T", TRANSFORMS),
     Mutant("ops: tangent of the scale", "sslkernels/ops/tangents.py",
            "ds = ds + tangents.scale * dot", "pass", TRANSFORMS),
-    Mutant("ops: sign of a distance's gradient", "sslkernels/ops/distances.py",
-           "dz[c].sub_(away)", "dz[c].add_(away)", ROWS),
+    Mutant("ops: sign of a distance's gradient", "sslkernels/ops/triplet_hard.py",
+           "dz[c].sub_(away)", "dz[c].add_(away)", HARD),
     Mutant("ops: projection of a unit row", "sslkernels/ops/normalization.py",
            "return (dunit - unit * along[:, None])", "return (dunit + unit * along[:, None])", ROWS),
     Mutant("ops: pulled triplets", "sslkernels/ops/triplet.py",

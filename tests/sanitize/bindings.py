@@ -42,7 +42,7 @@ WORDS = {
     "reduction": ("none", "mean", "sum"),
     "likelihood": ("bernoulli", "gaussian"),
 }
-HANDLES = ("tiles", "contrastive", "regression", "paired", "vae")
+HANDLES = ("tiles", "contrastive", "regression", "paired", "triplet", "vae")
 MOST = 12  # rows and columns
 FILLED = 16 << 10  # bytes of an array: MOST rows of MOST rows of MOST doubles
 LARGE = 1 << 20

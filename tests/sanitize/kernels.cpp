@@ -183,6 +183,18 @@ void other_losses(DType dtype, Reduction reduction, Size s, int threads, Results
   b.dquery = out.take(dtype, s.n * s.d), b.dpositive = out.take(dtype, s.n * s.d);
   b.dnegatives = out.take(dtype, s.n * m * s.d);
   must(kernels().paired_backward(p, state, b));
+  for (bool cosine : {false, true}) {
+    std::vector<int64_t> labels(size_t(s.n) + 1);
+    for (size_t i = 0; i < labels.size(); ++i) labels[i] = int64_t(i % (labels.size() / 3 + 1));
+    GroupedRows grouped;
+    TripletArgs t;
+    t.dtype = dtype, t.d = s.d, t.z = rows(x, s.n, s.d), t.cosine = cosine, t.margin = 0.5, t.n_threads = threads;
+    t.normalize = cosine || reduction == Reduction::mean;
+    t.ids = labels.data(), t.order = grouped.sort(t.ids, s.n);
+    TripletState found{out.integers(2 * s.n), out.take(acc, 2 * s.n), out.take(acc, s.n), out.take(acc, 1)};
+    must(kernels().triplet_forward(t, found, out.take(acc, 1)));
+    must(kernels().triplet_backward(t, found, {dloss.at(), out.take(dtype, s.n * s.d), out.number()}));
+  }
 }
 
 void updates(DType target, DType source, int64_t n, int threads, Results& out) {
