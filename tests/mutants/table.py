@@ -341,7 +341,7 @@ MUTANTS = [
            't = tl.where(short_y[:, None] != short_x[None, :], t, float("-inf"))', "pass", ENGINE),
     Mutant("triton: the shift of a threshold", TRITON + "kernels.py",
            "threshold_row = (threshold_row - shift) * LOG2_E", "threshold_row = threshold_row * LOG2_E",
-           ENGINE),
+           ("tests/triton_interpreter/test_branches.py", "-k", "constant_shift_serves")),
     Mutant("triton: a maximum that does not follow", TRITON + "kernels.py",
            "total = total * exp(m - shift) + tl.sum", "total = total + tl.sum", ENGINE),
     Mutant("triton: slots of columns of a triangle", TRITON + "kernels.py",
