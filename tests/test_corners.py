@@ -220,7 +220,6 @@ BANK = Frozen("info_nce_loss bank", lambda n, d: [*views(n, d), negatives(n, d),
 IN_BFLOAT16 = (
     "nt_xent_loss",
     "info_nce_loss batch",
-    "info_nce_loss queue",
     "info_nce_loss bank",
     "clip_loss",
     "siglip_loss",

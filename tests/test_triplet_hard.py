@@ -72,6 +72,24 @@ def test_against_float64_truth(on_engine: str, size: tuple[int, int], dtype: tor
         )
 
 
+def test_terms_of_zero_do_not_count_as_terms(on_engine: str) -> None:
+    """Two classes far from everything, whose triplets are all easy, and two that lie in each other."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(80, 6, generator=generator)
+    labels = torch.arange(80) % 4
+    z[labels == 2] += 100
+    z[labels == 3] -= 100
+    terms = reference.triplet_loss(z, labels, 0.5, reduction="none")
+    assert 20 <= int((terms == 0).sum()) <= 60
+    check_loss(
+        lambda x: sslkernels.triplet_loss(x, labels, 0.5, reduction="mean_nonzero"),
+        lambda x: reference.triplet_loss(x, labels, 0.5, reduction="mean_nonzero"),
+        [z],
+        slack=5e-6,
+        name=f"{on_engine} zeros",
+    )
+
+
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_one_call_is_the_composition(

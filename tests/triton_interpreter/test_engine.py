@@ -432,9 +432,11 @@ def test_nan_reaches_what_depends_on_it(where: str) -> None:
     grads = backward(case, torch.ones(70), None, True, True)
     assert grads.dq[3].isnan().all() if where == "q" else grads.dq.isnan().any(1).all()
     labels = torch.zeros(70, dtype=torch.int64)
-    picked = backend.extremes(case.tiles._replace(ids_q=labels, ids_k=torch.arange(40) % 2))
-    if where == "k":  # key 3 has another id than the queries
-        assert (picked.min_other == 3).all()
+    ids = torch.arange(40) % 2  # 1 of key 3, another id than that of the queries
+    picked = backend.extremes(case.tiles._replace(ids_q=labels, ids_k=ids))
+    swapped = backend.extremes(case.tiles._replace(ids_q=labels, ids_k=1 - ids))
+    if where == "k":
+        assert (picked.min_other == 3).all() and (swapped.max_same == 3).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
