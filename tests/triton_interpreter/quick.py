@@ -32,6 +32,21 @@ def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
 
 
+_patch_lang = interpreter._patch_lang
+_language_of: dict[Any, list[Any]] = {}
+
+
+def _patch_once(function: Any) -> Any:
+    """Nothing for a function inside of a kernel whose modules of the language are replaced already."""
+    if function not in _language_of:
+        seen = function.__globals__.values()
+        _language_of[function] = [part for part in (tl, tl.core) if any(v is part for v in seen)]
+    for part in _language_of[function]:
+        if tl.core.is_builtin(getattr(part, _builtins(part)[0])):
+            return _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
 def _check_overflow(lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
     """Fails where indices overflow: sums and products of signed integers below 64 bits.
 
@@ -59,5 +74,6 @@ def _get_np_dtype(kind: Any) -> np.dtype:
 def install() -> None:
     """Change the interpreter of this process."""
     interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = _patch_once
     interpreter._get_np_dtype = _get_np_dtype
     interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _check_overflow
