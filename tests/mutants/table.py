@@ -381,7 +381,7 @@ MUTANTS = [
            "up = tl.maximum(s, -LARGEST)", ENGINE),
     Mutant("triton: a tie goes to the later one", TRITON + "kernels_rows.py",
            "tl.where(candidates > value, tile, index)", "tl.where(candidates >= value, tile, index)",
-           ENGINE),
+           (*ENGINE, "-k", "ties or extremes")),
     Mutant("triton: a random word in the wrong place", TRITON + "updates.py",
            "tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))",
            "tl.join(tl.join(word_0, word_1), tl.join(word_2, word_3))",

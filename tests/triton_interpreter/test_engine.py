@@ -211,6 +211,20 @@ def test_extremes(size) -> None:
         assert torch.equal(got.min_other, other)
 
 
+@pytest.mark.parametrize("period", [16, 32, 33])
+def test_ties_between_tiles(period: int) -> None:
+    """Every key comes again after a while, in the same place of a later tile too: the first one counts."""
+    case = make(40, 200, 8)
+    case.q.copy_((case.q * 8).round() / 8)  # exact products
+    case.k.copy_((case.k[:period].repeat(13, 1)[:200] * 8).round() / 8)
+    case.ids_q, case.ids_k = torch.arange(40) % 3, torch.arange(200) % period % 4
+    for programs in (1, 64):  # all tiles in one, or each in its own
+        with configs.override(programs=programs):
+            got = backend.extremes(case.tiles._replace(bias=None))
+        for ours, true in zip(got, dense.extremes(case, None), strict=True):
+            assert torch.equal(ours, true) and ours.max() < period
+
+
 @pytest.mark.parametrize("size", SHORT, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_halves(size, dtype: torch.dtype) -> None:
