@@ -53,7 +53,7 @@ LOSSES: dict[str, tuple[Callable[[object], Loss], int, int, int, int]] = {
         lambda m: lambda a: m.triplet_loss(a, _labels(), 0.5, mining="hard", normalize=True),
         1,
         1,
-        0,
+        1,
         1,
     ),
     "alignment": (lambda m: lambda a, b: m.alignment_loss(a, b), 2, 2, 0, 2),
