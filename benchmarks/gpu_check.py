@@ -32,7 +32,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no line above does
 
 import sslkernels
-from benchmarks import cuda_updates, gpu_losses, gpu_model, gpu_state
+from benchmarks import cuda_updates, gpu_losses, gpu_model, gpu_state, gpu_times
 from benchmarks.gpu_losses import GIB, NOTHING
 from sslkernels.backends.triton import why_unavailable
 
@@ -190,12 +190,7 @@ def compile_and_graphs(report: Report, on_gpu: bool) -> None:
         sslkernels.ema_update_(target, source, 0.99)
         return loss.detach(), gradient, queue.queue
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            everything()
-    torch.cuda.current_stream().wait_stream(stream)
+    gpu_times.warm_up(everything)
     state = [t.clone() for t in (queue.queue, queue.queue_ptr, target[0])]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -68,14 +68,19 @@ def host_seconds(step: Step, wait: Callable[[], None]) -> float:
     return statistics.median(seconds)
 
 
-def captured(step: Step) -> Step:
-    """A CUDA graph of a step, to be replayed.  It ran three times outside of the capture before."""
+def warm_up(step: Step) -> None:
+    """Three times on another stream, which a capture asks for."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(step: Step) -> Step:
+    """A CUDA graph of a step, to be replayed."""
+    warm_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -64,10 +64,9 @@ void count(int64_t bytes) {
   }
 }
 
-bool started(int64_t bytes, const Memory& memory) {
+void begin(int64_t bytes, const Memory& memory) {
   count(memory.counted);
   if (filling.load(std::memory_order_relaxed)) std::memset(memory.data, 0xff, size_t(bytes));
-  return true;
 }
 
 }  // namespace
@@ -83,11 +82,14 @@ bool take_memory(int64_t bytes, int64_t gaps, Memory* memory) {
     kept[k].in_use = true;
     memory->data = kept[k].data;
     memory->kept = k;
-    return started(bytes, *memory);
+    begin(bytes, *memory);
+    return true;
   }
   memory->data = map(bytes);
   memory->mapped = bytes;
-  return memory->data != nullptr && started(bytes, *memory);
+  if (memory->data == nullptr) return false;
+  begin(bytes, *memory);
+  return true;
 }
 
 void give_back(const Memory& memory) {
