@@ -138,13 +138,23 @@ def optimiser_rows() -> tuple[list[Row], int]:
     n = sum(resnet50_sizes())
     sgd, adam = 28 * n, 36 * n
     return [
-        Row("SGD with momentum, then EMA", 2, 32 * n, sgd,
-            "read p, g, m, write p, m; read p, t, write t"),
+        Row(
+            "SGD with momentum, then EMA",
+            2,
+            32 * n,
+            sgd,
+            "read p, g, m, write p, m; read p, t, write t",
+        ),
         Row("SGD with momentum and EMA, one kernel", 1, sgd, sgd, "p is not read again"),
-        Row("AdamW (fused), then EMA", 2, 40 * n, adam,
-            "read p, g, m, v, write p, m, v; read p, t, write t"),
+        Row(
+            "AdamW (fused), then EMA",
+            2,
+            40 * n,
+            adam,
+            "read p, g, m, v, write p, m, v; read p, t, write t",
+        ),
         Row("AdamW and EMA, one kernel", 1, adam, adam, "p is not read again"),
-    ], n  # fmt: skip
+    ], n
 
 
 def table(title: str, rows: Sequence[Row], unit: int) -> Iterator[str]:

@@ -46,8 +46,19 @@ def train(method: str, seed: int, data: str, out: Path) -> None:
             return
         words = [method, "--resume", str(folder)]
     else:
-        words = [method, "--recipe", f"{method}-fashion", "--data", data, "--seed", str(seed),
-                 "--run", str(folder), "--threads", "1"]  # fmt: skip
+        words = [
+            method,
+            "--recipe",
+            f"{method}-fashion",
+            "--data",
+            data,
+            "--seed",
+            str(seed),
+            "--run",
+            str(folder),
+            "--threads",
+            "1",
+        ]
     words += ["--evaluate", "false", "--progress", "false", "--knn-every", "1", "--save-every", "1"]
     before, started = os.getloadavg()[0], time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "ssltrain", *words])
@@ -55,8 +66,15 @@ def train(method: str, seed: int, data: str, out: Path) -> None:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {child.returncode}")
-    cells = (method, seed, f"{used.ru_utime + used.ru_stime:.0f}", f"{time.perf_counter() - started:.0f}",
-             f"{before:.1f}", f"{os.getloadavg()[0]:.1f}", int(resumed))  # fmt: skip
+    cells = (
+        method,
+        seed,
+        f"{used.ru_utime + used.ru_stime:.0f}",
+        f"{time.perf_counter() - started:.0f}",
+        f"{before:.1f}",
+        f"{os.getloadavg()[0]:.1f}",
+        int(resumed),
+    )
     _append(out / "runs.csv", RUN_COLUMNS, cells)
 
 
@@ -112,8 +130,10 @@ def table(out: Path) -> str:
             key = row["method"], row["seed"]
             spent[key] = spent.get(key, 0.0) + float(row["cpu_s"])
     times = {name: [s for (method, _), s in spent.items() if method == name] for name in METHODS}
-    lines = ["| features | seeds | k-NN | linear probe | 10 labels a class | CPU time |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| features | seeds | k-NN | linear probe | 10 labels a class | CPU time |",
+        "|---|---|---|---|---|---|",
+    ]
     names = {"pixels": "raw pixels", "untrained": "untrained encoder", **TITLES}
     for name in ("pixels", "untrained", *METHODS):
         own = [row for row in rows if row["features"] == name]

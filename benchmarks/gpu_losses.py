@@ -29,34 +29,68 @@ SHAPES = [
     ("features", 16, 128),
 ]  # fmt: skip
 HALVES = [
-    ("nt_xent", 256, 128), ("nt_xent", 8192, 128), ("nt_xent", 8192, 512), ("moco", 65536, 128),
-    ("clip", 4096, 512), ("siglip", 4096, 768),
-]  # fmt: skip
+    ("nt_xent", 256, 128),
+    ("nt_xent", 8192, 128),
+    ("nt_xent", 8192, 512),
+    ("moco", 65536, 128),
+    ("clip", 4096, 512),
+    ("siglip", 4096, 768),
+]
 # Where one exponential a pair is no longer enough, and shifts are needed.
 COLD = 0.01
 COLD_SHAPES = [("nt_xent", 8192, 128), ("moco", 65536, 128)]
 QUICK = [
-    ("nt_xent", 512, 128), ("nt_xent", 4096, 128), ("nt_xent", 65536, 128), ("moco", 65536, 128),
-    ("clip", 32768, 512), ("features", 16, 128),
-]  # fmt: skip
+    ("nt_xent", 512, 128),
+    ("nt_xent", 4096, 128),
+    ("nt_xent", 65536, 128),
+    ("moco", 65536, 128),
+    ("clip", 32768, 512),
+    ("features", 16, 128),
+]
 TINY = [
-    ("nt_xent", 64, 32), ("moco", 96, 32), ("clip", 48, 32), ("siglip", 48, 32), ("vae", 4, 20),
-    ("reparameterize", 5, 32), ("features", 2, 1),
-]  # fmt: skip
+    ("nt_xent", 64, 32),
+    ("moco", 96, 32),
+    ("clip", 48, 32),
+    ("siglip", 48, 32),
+    ("vae", 4, 20),
+    ("reparameterize", 5, 32),
+    ("features", 2, 1),
+]
 # float32 products run at a fifteenth of the bfloat16 rate: larger shapes would take minutes a call.
 FLOAT32_FLOPS = 1e14
 PROVIDERS = (
-    OURS, "sslkernels bf16", "sslkernels tf32x3", "sslkernels bf16x3", "chunked", "eager", "torch.compile",
-    "F.linear_cross_entropy", "lightly", "MoCo [D, K]", "info-nce-pytorch", "inf_cl", "memeff",
+    OURS,
+    "sslkernels bf16",
+    "sslkernels tf32x3",
+    "sslkernels bf16x3",
+    "chunked",
+    "eager",
+    "torch.compile",
+    "F.linear_cross_entropy",
+    "lightly",
+    "MoCo [D, K]",
+    "info-nce-pytorch",
+    "inf_cl",
+    "memeff",
     "siglip-kernel",
-)  # fmt: skip
+)
 # Those that hold the N x N matrix, and those that are ours with other products of float32.
 DENSE = ("eager", "torch.compile", "lightly", "MoCo [D, K]", "info-nce-pytorch")
 PRODUCTS = ("sslkernels bf16", "sslkernels tf32x3", "sslkernels bf16x3")
 HEAD = (
-    "op", "shape", "dtype", "provider", "ms (p25, p50, p75)", "host ms", "graph ms", "kernels: ms",
-    "model ms", "extra MiB", "% of tensor peak", "error",
-)  # fmt: skip
+    "op",
+    "shape",
+    "dtype",
+    "provider",
+    "ms (p25, p50, p75)",
+    "host ms",
+    "graph ms",
+    "kernels: ms",
+    "model ms",
+    "extra MiB",
+    "% of tensor peak",
+    "error",
+)
 LEGEND = f"""\
 Contenders take turns in one run, with the L2 cache flushed before each call; the error is the largest of
 loss and gradients, by norm, against float64. Of two numbers with a plus the first is the forward and the

@@ -157,10 +157,20 @@ def loop_of(
         clocks, tensor, limits = steady.clocks, steady.tensor, steady.bounds
         long_clocks = max(long_clocks, clocks)
     return Loop(
-        config.block_n, config.block_m, config.num_warps, fit, usage.registers, usage.shared_bytes,
-        usage.spill_bytes, gpu_sass.counts(short), gpu_sass.counts(long), clocks, long_clocks, tensor,
+        config.block_n,
+        config.block_m,
+        config.num_warps,
+        fit,
+        usage.registers,
+        usage.shared_bytes,
+        usage.spill_bytes,
+        gpu_sass.counts(short),
+        gpu_sass.counts(long),
+        clocks,
+        long_clocks,
+        tensor,
         max(limits, key=lambda name: limits[name]),
-    )  # fmt: skip
+    )
 
 
 @functools.cache
@@ -305,11 +315,17 @@ def _self_problem(N: int, D: int) -> Problem:
 PROBLEMS = (
     *(_self_problem(N, 128) for N in (1024, 4096, 8192, 65536)),
     _self_problem(65536, 256),
-    Problem("CLIP, 32768 pairs, D = 512", lambda: _clip(32768, 512),
-            (2.0 * 32768**2 * 512, 8.0 * 32768**2 * 512)),
-    Problem("MoCo, 256 queries, queue of 65536, D = 128", lambda: _queue(256, 65536, 128),
-            (4.0 * 256 * 65536 * 128, 0.0)),
-)  # fmt: skip
+    Problem(
+        "CLIP, 32768 pairs, D = 512",
+        lambda: _clip(32768, 512),
+        (2.0 * 32768**2 * 512, 8.0 * 32768**2 * 512),
+    ),
+    Problem(
+        "MoCo, 256 queries, queue of 65536, D = 128",
+        lambda: _queue(256, 65536, 128),
+        (4.0 * 256 * 65536 * 128, 0.0),
+    ),
+)
 
 
 # ---- one launch ----------------------------------------------------------------------------------

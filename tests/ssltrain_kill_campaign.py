@@ -28,8 +28,18 @@ from ssltrain_helpers import assert_same_bits, checkpoint, digits, rows, run, wr
 from ssltrain_killed import in_a_fork
 
 METHODS = ("simclr", "moco", "byol")
-WORDS = ["--epochs", "12", "--save-every", "1", "--keep-every", "4", "--knn-every", "1",
-         "--evaluate", "false"]  # fmt: skip
+WORDS = [
+    "--epochs",
+    "12",
+    "--save-every",
+    "1",
+    "--keep-every",
+    "4",
+    "--knn-every",
+    "1",
+    "--evaluate",
+    "false",
+]
 
 
 def killed_after(seconds: float, method: str, data: str, folder: Path) -> int:
@@ -68,8 +78,16 @@ def one(seed: int, seconds: float, method: str, data: str, folder: Path) -> dict
         same = not list(folder.glob("*.partial"))
     except AssertionError:
         same = False
-    return {"seed": seed, "method": method, "killed_after_s": round(moment, 3), "code": code,
-            "epochs_done": done, "checkpoint_step": step, "resumed": resumed, "same_bits": same}  # fmt: skip
+    return {
+        "seed": seed,
+        "method": method,
+        "killed_after_s": round(moment, 3),
+        "code": code,
+        "epochs_done": done,
+        "checkpoint_step": step,
+        "resumed": resumed,
+        "same_bits": same,
+    }
 
 
 def main() -> int:

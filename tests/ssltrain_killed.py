@@ -21,8 +21,18 @@ from ssltrain import cli, runs
 from ssltrain.trainer import Trainer
 from ssltrain_helpers import run
 
-WORDS = ["--epochs", "3", "--save-every", "1", "--keep-every", "2", "--knn-every", "1",
-         "--evaluate", "false"]  # fmt: skip
+WORDS = [
+    "--epochs",
+    "3",
+    "--save-every",
+    "1",
+    "--keep-every",
+    "2",
+    "--knn-every",
+    "1",
+    "--evaluate",
+    "false",
+]
 
 
 def die() -> None:

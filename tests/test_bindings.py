@@ -501,9 +501,18 @@ def test_sizes_beyond_memory_are_refused_without_rows(op: str) -> None:
         more = {"dout": x.data_ptr(), "gradients": [x.data_ptr()]}
     with pytest.raises(ValueError, match=rf"{op}: sizes must be from 0 to 2\^47"):
         getattr(_C, op)(
-            features=[x.data_ptr()], targets=[x.data_ptr()], sizes=[2**63 - 1], dtypes=["float32"],
-            target_dtypes=["float32"], n=0, smooth=False, beta=1.0, wide=False, n_threads=1, **more,
-        )  # fmt: skip
+            features=[x.data_ptr()],
+            targets=[x.data_ptr()],
+            sizes=[2**63 - 1],
+            dtypes=["float32"],
+            target_dtypes=["float32"],
+            n=0,
+            smooth=False,
+            beta=1.0,
+            wide=False,
+            n_threads=1,
+            **more,
+        )
 
 
 def test_rows_of_no_elements_need_no_address() -> None:
@@ -512,14 +521,29 @@ def test_rows_of_no_elements_need_no_address() -> None:
     lse, positive, norms, state = (torch.zeros(64) for _ in range(4))
     nothing = {"d": 0, "n": 6, "n_threads": 1, "dtype": "float32", "reduction": "none"}
     paired = _C.paired(
-        normalize=True, query=None, query_stride=5, positive_key=None, positive_stride=5,
-        scale=scale.data_ptr(), ids_q=None, ids_k=None, **nothing,
-    )  # fmt: skip
+        normalize=True,
+        query=None,
+        query_stride=5,
+        positive_key=None,
+        positive_stride=5,
+        scale=scale.data_ptr(),
+        ids_q=None,
+        ids_k=None,
+        **nothing,
+    )
     _C.paired_forward(
-        paired, negatives=None, m=2, row_stride=9, key_stride=3, lse=lse.data_ptr(),
-        positive=positive.data_ptr(), norms=norms.data_ptr(), mean_key=None,
-        loss=losses.data_ptr(), rank=rank.data_ptr(),
-    )  # fmt: skip
+        paired,
+        negatives=None,
+        m=2,
+        row_stride=9,
+        key_stride=3,
+        lse=lse.data_ptr(),
+        positive=positive.data_ptr(),
+        norms=norms.data_ptr(),
+        mean_key=None,
+        loss=losses.data_ptr(),
+        rank=rank.data_ptr(),
+    )
     torch.testing.assert_close(losses, torch.full((6,), 3.0).log())
     regression = _C.regression(
         prediction=None, prediction_stride=5, target=None, target_stride=5, **nothing

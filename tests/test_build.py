@@ -131,9 +131,17 @@ def test_without_openmp_kernels_run_on_one_thread(tmp_path: Path) -> None:
     folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "objects")]
     built = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", *folders],
-        cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S,
-        env={**os.environ, "SSLKERNELS_OPENMP": "0", "SSLKERNELS_WERROR": "1", "SSLKERNELS_CUDA": "0"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+        env={
+            **os.environ,
+            "SSLKERNELS_OPENMP": "0",
+            "SSLKERNELS_WERROR": "1",
+            "SSLKERNELS_CUDA": "0",
+        },
+    )
     assert built.returncode == 0, built.stderr
     (extension,) = site.glob("_C*.so")
     assert not re.search(rb"GOMP_|omp_get_|__kmpc", extension.read_bytes())
@@ -146,8 +154,10 @@ torch.save(t.work(*t.made()), sys.stdout.buffer)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])},
-        cwd=tmp_path, capture_output=True, timeout=HANGS_S,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=HANGS_S,
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert b"4 of torch, 1 of the CPU extension (built without OpenMP)" in done.stderr
     import test_processes

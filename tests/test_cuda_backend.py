@@ -435,14 +435,23 @@ def test_plan_refuses(
         ({"decay": torch.tensor(1)}, TypeError, r"must be float32 or float64, got torch\.int64"),
         ({"decay": torch.ones(2)}, ValueError, r"must be one number on cpu, got \[2\]"),
         ({"decay": torch.ones((), device="meta")}, ValueError, r"one number on cpu.*meta"),
-        ({"decay": 0.5, "rng_state": torch.zeros(2, dtype=torch.int64)}, ValueError,
-         r"must come with stochastic_rounding"),
-        ({"decay": 0.5, "rng_state": torch.zeros(2), "stochastic_rounding": True}, TypeError,
-         r"rng_state must be int64, got torch\.float32"),
-        ({"decay": 0.5, "rng_state": torch.zeros(3).long(), "stochastic_rounding": True},
-         ValueError, r"rng_state must be contiguous \[2\] on cpu, got \[3\]"),
+        (
+            {"decay": 0.5, "rng_state": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            r"must come with stochastic_rounding",
+        ),
+        (
+            {"decay": 0.5, "rng_state": torch.zeros(2), "stochastic_rounding": True},
+            TypeError,
+            r"rng_state must be int64, got torch\.float32",
+        ),
+        (
+            {"decay": 0.5, "rng_state": torch.zeros(3).long(), "stochastic_rounding": True},
+            ValueError,
+            r"rng_state must be contiguous \[2\] on cpu, got \[3\]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_run_refuses(cuda: ModuleType, options: dict, error: type[Exception], message: str) -> None:
     target, source = torch.zeros(4), torch.ones(4)
     plan = cuda.EmaPlan([target], [source])

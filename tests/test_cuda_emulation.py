@@ -332,10 +332,19 @@ def test_enqueue_misaligned(emulator: Emulator, shift: int) -> None:
 def enqueue_once(emulator: Emulator, keys: np.ndarray, K: int, **options: object) -> dict:
     """float32 keys into an empty float32 queue."""
     arguments = {
-        "queue": np.zeros((K, keys.shape[1]), np.float32), "queue_dtype": 0, "queue_ptr": 0,
-        "fill": 0, "batches": [(keys, None)], "key_dtype": 0, "queue_labels": None,
-        "normalize": True, "eps": 1e-12, "shift": 0, "key_stride": None, **options,
-    }  # fmt: skip
+        "queue": np.zeros((K, keys.shape[1]), np.float32),
+        "queue_dtype": 0,
+        "queue_ptr": 0,
+        "fill": 0,
+        "batches": [(keys, None)],
+        "key_dtype": 0,
+        "queue_labels": None,
+        "normalize": True,
+        "eps": 1e-12,
+        "shift": 0,
+        "key_stride": None,
+        **options,
+    }
     return emulator.call("enqueue", **arguments)
 
 

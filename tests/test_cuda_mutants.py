@@ -94,9 +94,15 @@ MUTANTS = [
 
 # One of each kind for each kernel is tried by every run, all of them by the campaigns.
 ALWAYS = {
-    "ema barrier", "ema last block", "ema tail mask", "ema vector remainder", "queue barrier",
-    "queue last block", "queue write tail", "queue wrap of a row",
-}  # fmt: skip
+    "ema barrier",
+    "ema last block",
+    "ema tail mask",
+    "ema vector remainder",
+    "queue barrier",
+    "queue last block",
+    "queue write tail",
+    "queue wrap of a row",
+}
 
 
 def test_unchanged_kernels_pass() -> None:
@@ -116,9 +122,11 @@ def test_every_barrier_is_among_the_mutants() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, id=m.name, marks=[] if m.name in ALWAYS else pytest.mark.campaign)
-     for m in MUTANTS],
-)  # fmt: skip
+    [
+        pytest.param(m, id=m.name, marks=[] if m.name in ALWAYS else pytest.mark.campaign)
+        for m in MUTANTS
+    ],
+)
 def test_mutant_fails(mutant: Mutant) -> None:
     # The checks raise AssertionError: a wrong result, or a worker that a sanitizer stopped.
     module = toolchain.build_module("sanitized", {mutant.file: mutant.text()})

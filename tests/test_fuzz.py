@@ -104,13 +104,17 @@ def largest_logit(case: LossCase, given: dict[str, Tensor]) -> float:
         return 1.0
     if case.normalize:
         return scale
-    norms = [x.double().norm(dim=-1).amax() for x in given.values()
-             if x.is_floating_point() and x.numel()]  # fmt: skip
+    norms = [
+        x.double().norm(dim=-1).amax()
+        for x in given.values()
+        if x.is_floating_point() and x.numel()
+    ]
     return float(max([scale, *(scale * float(a * b) for a, b in itertools.product(norms, norms))]))
 
 
-def close(case: LossCase, what: str, got: Tensor, eager: Tensor, truth: Tensor, slack: float,
-          floor: float) -> None:  # fmt: skip
+def close(
+    case: LossCase, what: str, got: Tensor, eager: Tensor, truth: Tensor, slack: float, floor: float
+) -> None:
     """The error budget, where float arithmetic of plain torch gives a number at all."""
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, not {list(truth.shape)}"
     got, eager, truth = got.double(), eager.double(), truth.double()
@@ -127,8 +131,9 @@ def close(case: LossCase, what: str, got: Tensor, eager: Tensor, truth: Tensor, 
 def check_loss(case: LossCase, names: Sequence[str] | None = None) -> None:
     """The right number on each of some engines, all of them by default, or the same error."""
     made = tensors(case)
-    truth_kind, truth = outcome(reference, case, {
-        k: v.double() if v.is_floating_point() else v for k, v in made.items()})  # fmt: skip
+    truth_kind, truth = outcome(
+        reference, case, {k: v.double() if v.is_floating_point() else v for k, v in made.items()}
+    )
     assert truth_kind == "value", f"the definition raised {truth}"
     _, eager = outcome(reference, case, made)
     found = {}
@@ -492,7 +497,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
     "another length": lambda x: x[:-1],
     "another width": lambda x: x[:, :-1],
     "another device": lambda x: x.to("meta"),
-}  # fmt: skip
+}
 ARGUMENTS = {
     "nt_xent_loss": ("z1", "z2"),
     "info_nce_loss": ("query", "positive_key", "negative_keys"),
@@ -524,14 +529,20 @@ NUMBERS = {
 }
 # Wrong of one argument and right of another: one view may be a sequence, one bank may be left out.
 ALLOWED = {
-    ("nt_xent_loss", "z1", "three dimensions"), ("info_nce_loss", "negative_keys", "None"),
-    ("sup_con_loss", "z", "three dimensions"), ("info_nce_loss", "negative_keys", "another length"),
-    ("sup_con_loss", "labels", "integers"), ("triplet_loss", "labels", "integers"),
-    ("contrastive_loss", "same", "integers"), ("contrastive_loss", "same", "bool"),
-    ("uniformity_loss", "z", "another length"), ("uniformity_loss", "z", "another width"),
-    ("sup_con_loss", "z", "another width"), ("triplet_loss", "z", "another width"),
+    ("nt_xent_loss", "z1", "three dimensions"),
+    ("info_nce_loss", "negative_keys", "None"),
+    ("sup_con_loss", "z", "three dimensions"),
+    ("info_nce_loss", "negative_keys", "another length"),
+    ("sup_con_loss", "labels", "integers"),
+    ("triplet_loss", "labels", "integers"),
+    ("contrastive_loss", "same", "integers"),
+    ("contrastive_loss", "same", "bool"),
+    ("uniformity_loss", "z", "another length"),
+    ("uniformity_loss", "z", "another width"),
+    ("sup_con_loss", "z", "another width"),
+    ("triplet_loss", "z", "another width"),
     ("uniformity_loss", "z", "another device"),
-}  # fmt: skip
+}
 
 
 def refused(name: str, arguments: dict[str, Any]) -> dict[str, str]:
@@ -552,8 +563,11 @@ def right(name: str) -> dict[str, Any]:
     for a in ("labels", "same"):
         if a in made:
             made[a] = torch.arange(6) % 2
-    return made | ({"logit_scale": 1.0} if name in ("clip_loss", "siglip_loss") else {}) | (
-        {"logit_bias": 0.0} if name == "siglip_loss" else {})  # fmt: skip
+    return (
+        made
+        | ({"logit_scale": 1.0} if name in ("clip_loss", "siglip_loss") else {})
+        | ({"logit_bias": 0.0} if name == "siglip_loss" else {})
+    )
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

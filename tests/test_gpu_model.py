@@ -45,8 +45,16 @@ def test_paths_of_a_loop() -> None:
     assert [x.base for x in long if x not in short] == ["FSEL", "FSEL"]
     found = gpu_sass.counts(short)
     assert found == {
-        "TENSOR": 2, "SHARED": 1, "OTHER": 2, "FMA": 1, "MUFU": 1, "SHFL": 1, "BAR": 1, "ALU": 1, "all": 10,
-    }  # fmt: skip
+        "TENSOR": 2,
+        "SHARED": 1,
+        "OTHER": 2,
+        "FMA": 1,
+        "MUFU": 1,
+        "SHFL": 1,
+        "BAR": 1,
+        "ALU": 1,
+        "all": 10,
+    }
     assert gpu_sass.counts(long)["ALU"] == 3
 
 

@@ -108,8 +108,9 @@ def test_swapped_views_swap_the_gradients(on_engine: str, name: str) -> None:
 
 # The sum of two views, or a third made of them, does not scale with them.
 @pytest.mark.parametrize(
-    "name", [n for n in NORMALIZED if n not in ("nt_xent, three views", "sup_con", "triplet, cosine")]
-)  # fmt: skip
+    "name",
+    [n for n in NORMALIZED if n not in ("nt_xent, three views", "sup_con", "triplet, cosine")],
+)
 def test_lengths_of_rows_do_not_count_when_normalised(on_engine: str, name: str) -> None:
     """And the gradient shrinks as the row grows."""
     x, y, labels = inputs()

@@ -314,6 +314,17 @@ def test_opcheck(on_engine: str, keys_grad: bool) -> None:
         out = paired(*leaves, scale=scale, **own)
         torch.library.opcheck(
             torch.ops.sslkernels.paired_backward.default,
-            (query, positive, keys if keys_grad else None, scale.detach(), *own.values(), True, "mean",
-             *out[1:5], torch.ones(()), True, keys_grad),
-        )  # fmt: skip
+            (
+                query,
+                positive,
+                keys if keys_grad else None,
+                scale.detach(),
+                *own.values(),
+                True,
+                "mean",
+                *out[1:5],
+                torch.ones(()),
+                True,
+                keys_grad,
+            ),
+        )

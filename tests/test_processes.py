@@ -122,9 +122,18 @@ def test_an_error_comes_out_of_a_forked_child() -> None:
     if child == 0:
         try:
             _C.features_forward(
-                features=[0], targets=[], sizes=[1], dtypes=["float32"], target_dtypes=["float32"],
-                n=1, smooth=False, beta=1.0, wide=False, n_threads=1, out=out.data_ptr(),
-            )  # fmt: skip
+                features=[0],
+                targets=[],
+                sizes=[1],
+                dtypes=["float32"],
+                target_dtypes=["float32"],
+                n=1,
+                smooth=False,
+                beta=1.0,
+                wide=False,
+                n_threads=1,
+                out=out.data_ptr(),
+            )
         except ValueError as error:
             os._exit(0 if "the same length" in str(error) else 2)
         os._exit(1)

@@ -41,10 +41,19 @@ def test_instructions() -> None:
     counts = {}
     for number, name in enumerate(KERNELS):
         done = subprocess.run(
-            ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program), "count",
-             str(number)],
-            check=True, capture_output=True, text=True, timeout=HANGS_S,
-        )  # fmt: skip
+            [
+                "valgrind",
+                "--tool=callgrind",
+                "--callgrind-out-file=/dev/null",
+                str(program),
+                "count",
+                str(number),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=HANGS_S,
+        )
         counts[name] = int(re.findall(r"Collected : (\d+)", done.stderr)[0])
     changed = {
         name: count / kept["instructions"].get(name, count / 2) - 1

@@ -225,8 +225,17 @@ def test_a_tiff_may_name_12_bits(tmp_path: Path) -> None:
         .astype(np.uint8)
         .tobytes()
     )
-    tags = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16),
-            (279, len(body))]  # fmt: skip
+    tags = [
+        (256, 16),
+        (257, 16),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, 16),
+        (279, len(body)),
+    ]
     directory = struct.pack("<H", len(tags))
     directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     file = b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + b"\0" * 4

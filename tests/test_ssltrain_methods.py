@@ -355,8 +355,16 @@ def test_multi_crop_is_refused_where_it_has_no_meaning(method: str) -> None:
 def test_gradients_are_clipped(data: ImageData) -> None:
     moved = []
     for clip in (0.0, 1e-3):
-        ours = trainer("simclr", data, optimizer="sgd", momentum=0.0, weight_decay=0.0, base_lr=4.0,
-                       clip_grad=clip, warmup=0.0)  # fmt: skip
+        ours = trainer(
+            "simclr",
+            data,
+            optimizer="sgd",
+            momentum=0.0,
+            weight_decay=0.0,
+            base_lr=4.0,
+            clip_grad=clip,
+            warmup=0.0,
+        )
         before = [p.detach().clone() for p in ours.method.online.parameters()]
         ours._step(torch.arange(128), 0)
         after = [p.detach() for p in ours.method.online.parameters()]

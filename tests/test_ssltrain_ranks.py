@@ -39,9 +39,13 @@ def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         layers = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-            nn.Linear(4 * 9, 6), nn.BatchNorm1d(6, affine=False, momentum=None),
-        )  # fmt: skip
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4 * 9, 6),
+            nn.BatchNorm1d(6, affine=False, momentum=None),
+        )
         nn.init.normal_(layers[1].weight)
         return layers.double()
 
@@ -71,9 +75,16 @@ def results(layers: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Any]:
 
 def config_of(method: str, **more: Any) -> TrainConfig:
     return TrainConfig(
-        method=method, batch_size=12, width=8, stages=2, blocks=1, projector_hidden=8,
-        projector_dim=4, queue_size=16, **more,
-    )  # fmt: skip
+        method=method,
+        batch_size=12,
+        width=8,
+        stages=2,
+        blocks=1,
+        projector_hidden=8,
+        projector_dim=4,
+        queue_size=16,
+        **more,
+    )
 
 
 def views() -> Batch:

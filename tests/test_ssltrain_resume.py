@@ -243,11 +243,30 @@ def test_a_run_of_an_older_version_goes_on(
     np.savez(tmp_path / "whole.npz", images=images, labels=labels)
     monkeypatch.chdir(tmp_path)
     for name in ("old", "new"):
-        assert run("simclr", "whole.npz", tmp_path / name, *WORDS, "--stop-after", "2",
-                   "--split", "stratified") == 0  # fmt: skip
+        assert (
+            run(
+                "simclr",
+                "whole.npz",
+                tmp_path / name,
+                *WORDS,
+                "--stop-after",
+                "2",
+                "--split",
+                "stratified",
+            )
+            == 0
+        )
     config = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
-    later = ["split", "layout", "skip_bad_images", "pixel_range", "background", "cache_mb",
-             "accept_changed_data", "init_from"]  # fmt: skip
+    later = [
+        "split",
+        "layout",
+        "skip_bad_images",
+        "pixel_range",
+        "background",
+        "cache_mb",
+        "accept_changed_data",
+        "init_from",
+    ]
     for key in later:
         config.pop(key)
     config |= {"data": "whole.npz", "run": "old"}

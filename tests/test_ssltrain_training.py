@@ -104,8 +104,17 @@ def test_resuming_continues_bit_for_bit(method: str, digits_file: str, tmp_path:
 
 def test_another_seed_gives_another_run(digits_file: str, tmp_path: Path) -> None:
     for seed in ("0", "1"):
-        run("simclr", digits_file, tmp_path / seed, "--seed", seed, "--epochs", "1",
-            "--evaluate", "false")  # fmt: skip
+        run(
+            "simclr",
+            digits_file,
+            tmp_path / seed,
+            "--seed",
+            seed,
+            "--epochs",
+            "1",
+            "--evaluate",
+            "false",
+        )
     assert rows(tmp_path / "0")[0]["loss"] != rows(tmp_path / "1")[0]["loss"]
 
 

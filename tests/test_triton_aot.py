@@ -34,9 +34,19 @@ def _covering() -> list[aot.Case]:
         dims=[256], dtypes=["float16"], variants=["forward self", "ranks self", "backward ids"]
     )
     found += aot.cases(dims=[256], dtypes=["bfloat16"], variants=["extremes"])
-    found += aot.cases(dims=[1024], dtypes=["float16"], variants=[
-        "forward self", "forward softplus", "extremes", "panel", "panel ids", "panel softplus", "product",
-    ])  # fmt: skip
+    found += aot.cases(
+        dims=[1024],
+        dtypes=["float16"],
+        variants=[
+            "forward self",
+            "forward softplus",
+            "extremes",
+            "panel",
+            "panel ids",
+            "panel softplus",
+            "product",
+        ],
+    )
     found += aot.cases(dims=[64], dtypes=["float32"], variants=["forward self", "attend"])
     found += aot.cases(dims=[768], dtypes=["float32"], variants=["panel", "product"])
     # Masked chunks whose rows are whole 16 and whole 8 bytes; an odd D.
@@ -170,8 +180,18 @@ def test_the_committed_roofline_is_that_of_the_model() -> None:
 def test_chunks_waste_little() -> None:
     """Widths and counts that cover D; half a chunk where that is less."""
     config = configs.Config(64, 64, 128, 4, 1)
-    expected = {1: (16, 1), 16: (16, 1), 24: (32, 1), 64: (64, 1), 96: (128, 1), 100: (128, 1),
-                128: (128, 1), 129: (64, 3), 200: (128, 2), 768: (128, 6)}  # fmt: skip
+    expected = {
+        1: (16, 1),
+        16: (16, 1),
+        24: (32, 1),
+        64: (64, 1),
+        96: (128, 1),
+        100: (128, 1),
+        128: (128, 1),
+        129: (64, 3),
+        200: (128, 2),
+        768: (128, 6),
+    }
     assert configs.chunks(configs.Config(128, 64, 256, 8, 3), 300) == (128, 3)
     for D, wanted in expected.items():
         assert configs.chunks(config, D) == wanted

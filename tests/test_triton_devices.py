@@ -167,8 +167,12 @@ def test_updates(launched: list[tuple[str, int]]) -> None:
     updates.EmaPlan([a], [unit]).run(0.5)
     names = [name for name, _ in launched]
     assert names == [
-        "normalize_kernel", "normalize_backward_kernel", "enqueue_kernel", "advance_kernel", "ema_kernel",
-    ]  # fmt: skip
+        "normalize_kernel",
+        "normalize_backward_kernel",
+        "enqueue_kernel",
+        "advance_kernel",
+        "ema_kernel",
+    ]
     assert {current for _, current in launched} == {1}
 
 

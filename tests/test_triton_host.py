@@ -162,9 +162,18 @@ class _DeviceWork(TorchDispatchMode):
     """Collects operations of torch that would be launches: all but views and memory."""
 
     FREE = (
-        "empty", "device", "slice", "select", "view", "as_strided", "detach", "unbind", "split", "alias",
+        "empty",
+        "device",
+        "slice",
+        "select",
+        "view",
+        "as_strided",
+        "detach",
+        "unbind",
+        "split",
+        "alias",
         "expand",
-    )  # fmt: skip
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,20 +20,39 @@ LINES = ("-", "--", "-.", ":")
 
 def comparison(folders: list[RunFolder]) -> str:
     """A table of the runs: settings that differ first, then time and accuracies."""
-    head = ["run", "method", "epochs", "batch", "loss", "time", "images/s", "k-NN", "linear",
-            "10 labels"]  # fmt: skip
+    head = [
+        "run",
+        "method",
+        "epochs",
+        "batch",
+        "loss",
+        "time",
+        "images/s",
+        "k-NN",
+        "linear",
+        "10 labels",
+    ]
     table = [head]
     for name, folder in _named(folders):
         config, rows = TrainConfig.load(folder.config), folder.read_metrics()
         scores = _scores(folder)
         seconds = sum(float(row["seconds"]) for row in rows)
         speed = np.median([float(row["images_per_s"]) for row in rows]) if rows else float("nan")
-        table.append([
-            name, TITLES[config.method], f"{len(rows)} of {config.epochs}", str(config.batch_size),
-            f"{float(rows[-1]['loss']):.3f}" if rows else "-", f"{seconds:,.0f} s",
-            f"{speed:,.0f}", *(f"{scores[key]:.4f}" if scores else "-"
-                               for key in ("knn", "linear", "linear_few")),
-        ])  # fmt: skip
+        table.append(
+            [
+                name,
+                TITLES[config.method],
+                f"{len(rows)} of {config.epochs}",
+                str(config.batch_size),
+                f"{float(rows[-1]['loss']):.3f}" if rows else "-",
+                f"{seconds:,.0f} s",
+                f"{speed:,.0f}",
+                *(
+                    f"{scores[key]:.4f}" if scores else "-"
+                    for key in ("knn", "linear", "linear_few")
+                ),
+            ]
+        )
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     lines = [
         "  ".join(

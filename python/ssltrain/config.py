@@ -38,10 +38,21 @@ GENERATIVE = ("autoencoder", "vae", "gan")  # they make images, from one process
 # Flags that say how to run, not what to compute: they may differ when a run is resumed.
 RUNTIME_FIELDS = frozenset(
     {
-        "device", "threads", "stop_after", "evaluate", "progress", "log_every", "save_every",
-        "keep_every", "knn_every", "cache_mb", "skip_bad_images", "accept_changed_data", "dry_run",
+        "device",
+        "threads",
+        "stop_after",
+        "evaluate",
+        "progress",
+        "log_every",
+        "save_every",
+        "keep_every",
+        "knn_every",
+        "cache_mb",
+        "skip_bad_images",
+        "accept_changed_data",
+        "dry_run",
     }
-)  # fmt: skip
+)
 # What may change too when a run is resumed, and is then kept for the next time.
 RESUMABLE_FIELDS = RUNTIME_FIELDS | {"data", "epochs"}
 
@@ -244,9 +255,20 @@ class TrainConfig:
     def validate(self) -> TrainConfig:
         """Return self, or raise a ``UserError`` that names the flag and what must hold."""
         positive = (
-            "width", "stages", "blocks", "stem_stride", "pool", "projector_hidden", "projector_dim",
-            "queue_size", "epochs", "batch_size", "log_every", "save_every", "patch",
-        )  # fmt: skip
+            "width",
+            "stages",
+            "blocks",
+            "stem_stride",
+            "pool",
+            "projector_hidden",
+            "projector_dim",
+            "queue_size",
+            "epochs",
+            "batch_size",
+            "log_every",
+            "save_every",
+            "patch",
+        )
         not_negative = (
             "image_size", "micro_batch", "weight_decay", "cache_mb", "clip_grad",
             "projector_layers", "predictor_hidden", "crops", "crop_size", "keep_every", "knn_every",

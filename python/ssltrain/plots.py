@@ -22,9 +22,17 @@ FEWEST_ON_MAP = 4
 # Colours of Paul Tol's qualitative schemes, told apart with any colour vision; the second round has
 # other shapes. More classes than these get no legend.
 _COLOURS = (
-    "#332288", "#cc6677", "#117733", "#88ccee", "#ddcc77", "#882255", "#44aa99", "#999933",
-    "#aa4499", "#222222",
-)  # fmt: skip
+    "#332288",
+    "#cc6677",
+    "#117733",
+    "#88ccee",
+    "#ddcc77",
+    "#882255",
+    "#44aa99",
+    "#999933",
+    "#aa4499",
+    "#222222",
+)
 CLASS_STYLES = [(colour, marker) for marker in "o^" for colour in _COLOURS]
 INK, MUTED = "#222222", "#777777"
 BLUE, RED, GREEN = _COLOURS[0], _COLOURS[1], _COLOURS[6]

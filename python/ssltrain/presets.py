@@ -13,10 +13,20 @@ from ssltrain.errors import UserError
 RECIPES = Path(__file__).parent / "recipes"
 # What a paper prescribes for its method on any images; the rest of a recipe is for its own data.
 _OF_THE_METHOD = (
-    "optimizer", "base_lr", "momentum", "weight_decay", "warmup", "schedule", "temperature",
-    "ema_decay", "queue_size", "projector_hidden", "projector_dim", "projector_layers",
+    "optimizer",
+    "base_lr",
+    "momentum",
+    "weight_decay",
+    "warmup",
+    "schedule",
+    "temperature",
+    "ema_decay",
+    "queue_size",
+    "projector_hidden",
+    "projector_dim",
+    "projector_layers",
     "symmetric",
-)  # fmt: skip
+)
 
 # Pen strokes on black. No flips and no crops: a mirrored or cut digit is another sign, or none.
 # The ranges are those within which a person still writes, and sees, the same digit.
@@ -33,9 +43,14 @@ _STROKES: dict[str, Any] = {
 
 # Of the methods that make images.
 _DRAWN: dict[str, Any] = {
-    "jitter": 0.0, "rotate": 8.0, "translate": 0.0, "zoom": 0.05, "shear": 8.0, "noise": 0.0,
+    "jitter": 0.0,
+    "rotate": 8.0,
+    "translate": 0.0,
+    "zoom": 0.05,
+    "shear": 8.0,
+    "noise": 0.0,
     "weight_decay": 0.0,
-}  # fmt: skip
+}
 
 # What a kind of data set changes for every method.
 _KINDS: dict[str, dict[str, Any]] = {

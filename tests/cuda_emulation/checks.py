@@ -157,11 +157,19 @@ def check_enqueue(
     ]
     emulator.call("configure", seed=schedule, multiprocessors=1, resident_blocks=3)
     got = emulator.call(
-        "enqueue", queue=queue, queue_dtype=queue_dtype, queue_ptr=ptr, fill=fill,
-        batches=[(k, new if with_labels else None) for k, new in steps], key_dtype=key_dtype,
-        queue_labels=labels if with_labels else None, normalize=normalize, eps=1e-12, shift=shift,
+        "enqueue",
+        queue=queue,
+        queue_dtype=queue_dtype,
+        queue_ptr=ptr,
+        fill=fill,
+        batches=[(k, new if with_labels else None) for k, new in steps],
+        key_dtype=key_dtype,
+        queue_labels=labels if with_labels else None,
+        normalize=normalize,
+        eps=1e-12,
+        shift=shift,
         key_stride=None,
-    )  # fmt: skip
+    )
     what = (
         f"enqueue_ {twin.NAMES[key_dtype]} -> {twin.NAMES[queue_dtype]}, K {K}, D {D}, "
         f"batches {batches}"

@@ -146,7 +146,15 @@ def _link(name: str, objects: Sequence[Path], flavour: str, *, shared: bool = Tr
     if not target.exists():
         partial = CACHE / f"{target.name}.{os.getpid()}.partial"
         sanitize = SANITIZE if flavour == "sanitized" else []
-        run([compiler() or "c++", *(["-shared"] if shared else []), *sanitize, *objects, "-o",
-             partial])  # fmt: skip
+        run(
+            [
+                compiler() or "c++",
+                *(["-shared"] if shared else []),
+                *sanitize,
+                *objects,
+                "-o",
+                partial,
+            ]
+        )
         os.replace(partial, target)
     return target

@@ -281,8 +281,11 @@ def _run_in_child(root: Path, arguments: tuple[str, ...], output: int) -> int | 
             os.dup2(output, 2)
             os.chdir(root)
             signal.alarm(LIMIT_S)
-            sys.path[:] = [p for p in sys.path if not Path(p or ".").resolve().is_relative_to(ROOT)
-                           or ".venv" in p]  # fmt: skip
+            sys.path[:] = [
+                p
+                for p in sys.path
+                if not Path(p or ".").resolve().is_relative_to(ROOT) or ".venv" in p
+            ]
             import pytest
 
             code = int(pytest.main([f"--rootdir={root}", *_arguments(arguments)]))

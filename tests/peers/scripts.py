@@ -82,15 +82,19 @@ SCRIPTS = {
         _lightly("tico"),
     ),
     "pytorch_metric_learning": (
-        Script("examples/notebooks/TripletMarginLossMNIST.ipynb", ("pytorch_metric_learning",), "images",
-               ("TripletMarginLoss",)),
+        Script(
+            "examples/notebooks/TripletMarginLossMNIST.ipynb",
+            ("pytorch_metric_learning",),
+            "images",
+            ("TripletMarginLoss",),
+        ),
     ),
     "open_clip": tuple(
         Script("src/open_clip_train/main.py", ("open_clip",), "clip", (name,), words, "src")
         for name, words in (("ClipLoss", ()), ("SigLipLoss", ("--siglip",)))
     ),
     "sentence_transformers_main": (_texts("nli/training_nli_v2"),),
-}  # fmt: skip
+}
 
 
 def run(script: Script, checkout: Path, patched: bool, how: Pass, python: str) -> dict[str, Any]:
@@ -115,12 +119,22 @@ def run(script: Script, checkout: Path, patched: bool, how: Pass, python: str) -
         roots = [ROOT, ROOT / "python", ROOT / "tests"]
         if script.source is not None:
             roots.insert(0, checkout.resolve() / script.source)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "HF_HUB_OFFLINE": "1",
-               "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, roots)),
+            "HF_HUB_OFFLINE": "1",
+            "MPLBACKEND": "agg",
+            "PYTHONWARNINGS": "ignore",
+        }
         done = subprocess.run(
             [python, str(HERE / "stage.py"), json.dumps(job)],
-            cwd=name, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
+            cwd=name,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         if done.returncode or not out.exists():
             raise SystemExit(f"{done.stdout}\nscripts: {script.path} ended with {done.returncode}")
         seen: dict[str, Any] = json.loads(out.read_text("utf-8"))
@@ -170,8 +184,10 @@ def main() -> int:
         chosen += [(name, script) for script in found]
     if not chosen:
         parser.error(f"{args.checkouts} holds none of {sorted(SCRIPTS)}")
-    print("| script | losses differ by (float64) | rows | loss alone, ms | its memory, KiB "
-          "| script, s | peak, MiB |")  # fmt: skip
+    print(
+        "| script | losses differ by (float64) | rows | loss alone, ms | its memory, KiB "
+        "| script, s | peak, MiB |"
+    )
     print("|---|---|---|---|---|---|---|", flush=True)
     bad = 0
     for name, script in chosen:

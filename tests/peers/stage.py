@@ -121,8 +121,11 @@ def small_images(batch: int) -> None:
 
     def plain(self: Any, *args: Any, **kwargs: Any) -> None:
         collate = kwargs.get("collate_fn") or torch.utils.data.default_collate
-        kwargs.update(num_workers=0, batch_size=min(kwargs.get("batch_size", 1), batch),
-                      collate_fn=lambda batch: in_default_dtype(collate(batch)))  # fmt: skip
+        kwargs.update(
+            num_workers=0,
+            batch_size=min(kwargs.get("batch_size", 1), batch),
+            collate_fn=lambda batch: in_default_dtype(collate(batch)),
+        )
         start(self, *args, **kwargs)
 
     torch.utils.data.DataLoader.__init__ = plain  # type: ignore[method-assign]
@@ -168,9 +171,17 @@ def small_texts(steps: int, batch: int, record: Record) -> None:
 
     def few(self: Any, *args: Any, **kwargs: Any) -> None:
         size = min(kwargs.get("per_device_train_batch_size", batch), batch)
-        kwargs.update(fp16=False, bf16=False, use_cpu=True, max_steps=steps + 1, report_to="none",
-                      eval_strategy="no", save_strategy="no", disable_tqdm=True,
-                      per_device_train_batch_size=size)  # fmt: skip
+        kwargs.update(
+            fp16=False,
+            bf16=False,
+            use_cpu=True,
+            max_steps=steps + 1,
+            report_to="none",
+            eval_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            per_device_train_batch_size=size,
+        )
         set_up(self, *args, **kwargs)
 
     arguments.__init__ = few
@@ -200,11 +211,21 @@ def clip_training(folder: Path, batch: int, words: list[str]) -> Callable[[], No
     (folder / "pairs.tsv").write_text("\n".join(rows), "utf-8")
     config = {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32,
-                       "patch_size": 8},
-        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2,
-                     "layers": 2},
-    }  # fmt: skip
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 2,
+            "width": 64,
+            "head_width": 32,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 32,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
     (folder / "tiny.json").write_text(json.dumps(config), "utf-8")
     open_clip.add_model_config(folder)
     return lambda: main(

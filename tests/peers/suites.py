@@ -331,8 +331,11 @@ def main() -> int:
         count = [[list(o.values()).count(how) for o in both] for how in ("passed", "failed")]
         if not count[0][0]:
             raise SystemExit(f"suites: no test of {name} passes without the patch: {both[0]}")
-        print(f"| {name} | {suite.repository} {suite.tag} | {count[0][0]} | {count[0][1]} "
-              f"| {count[1][0]} | {count[1][1]} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {suite.repository} {suite.tag} | {count[0][0]} | {count[0][1]} "
+            f"| {count[1][0]} | {count[1][1]} |",
+            flush=True,
+        )
         for test in broken(*both):
             reason = KNOWN.get(name, {}).get(test.partition("[")[0])
             print(

@@ -58,13 +58,21 @@ def build(kind: str, isa: str = "baseline", level: str = "-O1", jobs: int = 2) -
     macros = [f"-DSSLK_HAVE_{name.upper()}=1" for name in wanted]
     common = [compiler(), *rules().compile_flags(), level, *FLAGS[kind], *macros]
     jobs_of = [
-        [*common, *isas("all")[name], f"-DSSLK_ISA_NS={name}", "-c", source, "-o",
-         str(folder / f"{name}-{Path(source).stem}.o")]
+        [
+            *common,
+            *isas("all")[name],
+            f"-DSSLK_ISA_NS={name}",
+            "-c",
+            source,
+            "-o",
+            str(folder / f"{name}-{Path(source).stem}.o"),
+        ]
         for name in wanted
         for source in rules().CPU_SOURCES
     ] + [
-        [*common, "-c", source, "-o", str(folder / f"{Path(source).stem}.o")] for source in CORE + OWN
-    ]  # fmt: skip
+        [*common, "-c", source, "-o", str(folder / f"{Path(source).stem}.o")]
+        for source in CORE + OWN
+    ]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda command: subprocess.run(command, cwd=ROOT, check=True), jobs_of))
     # libgomp is not linked: gomp.cpp stands in for it.

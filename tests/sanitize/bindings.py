@@ -209,12 +209,14 @@ class Caller:
             assert argument.annotation is not None
             named[argument.arg] = self.value(argument.arg, ast.unparse(argument.annotation))
         if self.lucky():
-            self.random.choice((
-                lambda: named.pop(self.random.choice(sorted(named)), None) if named else None,
-                lambda: named.update({self.random.choice(("unknown", "", "\u00e4")): 1}),
-                lambda: values.append(1),
-                lambda: values.clear(),
-            ))()  # fmt: skip
+            self.random.choice(
+                (
+                    lambda: named.pop(self.random.choice(sorted(named)), None) if named else None,
+                    lambda: named.update({self.random.choice(("unknown", "", "\u00e4")): 1}),
+                    lambda: values.append(1),
+                    lambda: values.clear(),
+                )
+            )()
         if self.show:
             print(f"{name}(*{values!r}, **{named!r})", flush=True)
         items = list(named.items())

@@ -30,8 +30,12 @@ HERE = Path(__file__).resolve().parent
 FOLDER = ROOT / "build" / "sanitize" / "fuzz"
 SANITIZERS = "address,undefined"
 # memory.cpp asks as gcc says it: workspaces end where the data ends.
-FLAGS = (f"-fsanitize=fuzzer-no-link,{SANITIZERS}", "-fno-sanitize-recover=all", "-g1",
-         "-D__SANITIZE_ADDRESS__=1")  # fmt: skip
+FLAGS = (
+    f"-fsanitize=fuzzer-no-link,{SANITIZERS}",
+    "-fno-sanitize-recover=all",
+    "-g1",
+    "-D__SANITIZE_ADDRESS__=1",
+)
 MOST_BYTES = 400  # four calls
 
 
@@ -52,8 +56,10 @@ def clang() -> str:
     command = [program, "-fsanitize=fuzzer", "-x", "c++", "-", "-o", os.devnull]
     done = subprocess.run(command, input=probe, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"fuzz: {program} has no libFuzzer (Debian: libfuzzer-19-dev for clang-19)"
-                         f"\n{done.stderr}")  # fmt: skip
+        raise SystemExit(
+            f"fuzz: {program} has no libFuzzer (Debian: libfuzzer-19-dev for clang-19)"
+            f"\n{done.stderr}"
+        )
     return program
 
 
@@ -97,8 +103,14 @@ def main() -> int:
         "PYTHONDONTWRITEBYTECODE": "1",
         "ASAN_OPTIONS": "allocator_may_return_null=1",
     }
-    words = [f"-max_total_time={options.seconds}", f"-max_len={MOST_BYTES}", "-len_control=0",
-             "-detect_leaks=0", f"-artifact_prefix={found}/", "-print_final_stats=1"]  # fmt: skip
+    words = [
+        f"-max_total_time={options.seconds}",
+        f"-max_len={MOST_BYTES}",
+        "-len_control=0",
+        "-detect_leaks=0",
+        f"-artifact_prefix={found}/",
+        "-print_final_stats=1",
+    ]
     arguments = [str(path.resolve()) for path in options.files] or [*words, str(corpus)]
     done = subprocess.run([str(fuzzer), *arguments], env=environment, cwd=FOLDER)
     print("nothing found" if done.returncode == 0 else f"found something: see {found}")

@@ -73,8 +73,10 @@ def test_attended_rows_that_no_constant_shift_serves(scale: float, monkeypatch) 
     monkeypatch.setattr(kernels_rows, "HUGE", tl.constexpr(0.0))
     always = backend.attend(case.tiles, threshold)
     for got in (as_shipped, always):
-        for ours, of, name in ((got.lse, lambda t: dense.reduce(case, 1, t), "lse"),
-                               (got.mean_key, lambda t: dense.mean_key(case, t), "mean")):  # fmt: skip
+        for ours, of, name in (
+            (got.lse, lambda t: dense.reduce(case, 1, t), "lse"),
+            (got.mean_key, lambda t: dense.mean_key(case, t), "mean"),
+        ):
             slack = 2e-6 * max(1.0, scale / 100)
             check_budget(ours, of(torch.float32), of(torch.float64), slack, name, floor=1.0)
         assert torch.equal(got.rank, dense.ranks(case, threshold, 1))

@@ -482,8 +482,14 @@ def test_empty_operands(shape: tuple[int, int]) -> None:
 def test_branches_of_a_tile() -> None:
     """The flags that shapes decide: the chunks, what waits in registers, x held or streamed, self mode."""
     seen = {}
-    for size in ((640, 64, 64), (640, 64, 60), (640, 64, 33), (640, 64, 128), (640, 64, 256),
-                 (640, None, 64)):  # fmt: skip
+    for size in (
+        (640, 64, 64),
+        (640, 64, 60),
+        (640, 64, 33),
+        (640, 64, 128),
+        (640, 64, 256),
+        (640, None, 64),
+    ):
         with recorded_launches() as log:
             forward(make(*size, dtype=torch.float16, ids="none"))
         flags = log[0].flags

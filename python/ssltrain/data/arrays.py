@@ -404,8 +404,11 @@ def _refuse_a_header_that_lies(path: Path, archive: zipfile.ZipFile, name: str) 
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             return
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
-            np.lib.format.read_array_header_2_0)  # fmt: skip
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else (np.lib.format.read_array_header_2_0)
+        )
         shape, _, dtype = read(file)
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize > member.file_size:
         raise UserError(f"cannot read {path}: {name} holds less than its header says")
