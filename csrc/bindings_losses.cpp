@@ -82,6 +82,13 @@ struct Contrastive {
 };
 
 // `state`: [R + 3 N] acc, which holds lse, positive and inv one after the other; R = rows().
+void split_state(const char* function, const ContrastiveArgs& args, ContrastiveState* state) {
+  const int64_t n = args.a.n, size = args.dtype == DType::f64 ? 8 : 4;
+  require(function, {{"state", state->lse, n}});
+  state->positive = static_cast<char*>(state->lse) + args.rows() * size;
+  state->inv = static_cast<char*>(state->positive) + n * size;
+}
+
 struct ContrastiveStateFields {
   ContrastiveState state;
 
@@ -94,12 +101,8 @@ struct ContrastiveStateFields {
     };
   }
   const ContrastiveState& split(const char* function, const ContrastiveArgs& args) {
-    const int64_t n = args.a.n;
-    require(function,
-            {{"state", state.lse, n}, {"mean_key", state.mean_key, args.layout == Layout::bank ? n : 0, args.d}});
-    const int64_t size = args.dtype == DType::f64 ? 8 : 4;
-    state.positive = static_cast<char*>(state.lse) + args.rows() * size;
-    state.inv = static_cast<char*>(state.positive) + args.a.n * size;
+    split_state(function, args, &state);
+    require(function, {{"mean_key", state.mean_key, args.layout == Layout::bank ? args.a.n : 0, args.d}});
     return state;
   }
 };
@@ -195,6 +198,50 @@ struct ContrastiveBackward {
     ContrastiveIds ids;
     ids.apply(&all);
     check(kernels().contrastive_backward(all, state, out));
+    if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
+    return dscale;
+  }
+};
+
+struct ContrastiveAtOnce {
+  using Args = ContrastiveArgs;
+  static constexpr const char* kName = "contrastive_at_once";
+  static constexpr const char* kDoc =
+      "The value of a reduced loss without a bank, and its gradients; returns the one of the scale.";
+  const Args* args = nullptr;
+  double sigma = 0.0;
+  ContrastiveState state;
+  void* loss = nullptr;
+  ContrastiveBackwardArgs out;
+  bool want_dscale = false;
+  void* dbias = nullptr;  // [1] acc, or null
+
+  static Fields fields() {
+    using Call = ContrastiveAtOnce;
+    return {
+        SSLK_REQUIRED(Call, state.lse, "state"),
+        SSLK_REQUIRED(Call, loss, "loss"),
+        SSLK_REQUIRED(Call, out.da, "da"),
+        SSLK_REQUIRED(Call, out.db, "db"),
+        SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
+        SSLK_OPTIONAL(Call, dbias, "dbias"),
+        SSLK_OPTIONAL(Call, sigma, "sigma"),
+    };
+  }
+  double run() {
+    if (args->layout == Layout::bank || args->reduction == Reduction::none) {
+      throw std::invalid_argument("contrastive_at_once: it takes no layout 'bank' and no reduction 'none'");
+    }
+    double dscale = 0.0, bias_gradient = 0.0;
+    out.dscale = want_dscale ? &dscale : nullptr;
+    out.dbias = dbias != nullptr ? &bias_gradient : nullptr;
+    ContrastiveArgs all = *args;
+    all.sigma = sigma;
+    require(kName, {{"loss", loss, 1}});
+    split_state(kName, all, &state);
+    ContrastiveIds ids;
+    ids.apply(&all);
+    check(kernels().contrastive_at_once(all, state, loss, out));
     if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
     return dscale;
   }
@@ -529,6 +576,7 @@ void bind_losses(Definition& definition) {
   add_function<Contrastive>(definition);
   add_function<ContrastiveForward>(definition);
   add_function<ContrastiveBackward>(definition);
+  add_function<ContrastiveAtOnce>(definition);
   add_function<KeptTiles>(definition);
   add_function<Regression>(definition);
   add_function<RegressionForward>(definition);

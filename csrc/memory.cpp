@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Workspaces are mappings.  A thread keeps two between calls, because a fault of every page takes 0.1 to 0.6 ms a MB,
+// Workspaces are mappings.  A thread keeps three between calls, because a fault of every page takes 0.1 to 0.6 ms a MB,
 // several percent of the time of a call up to N = 8192; above that the arithmetic, which grows with N^2, hides it.
 
 #include "memory.h"
@@ -51,8 +51,9 @@ struct Kept {
   void release() { unmap(std::exchange(data, nullptr), std::exchange(bytes, 0)); }
 };
 
-// A whole loss calls a tile pass, so two workspaces can be open at once.
-thread_local Kept kept[2];
+// A loss with its gradients calls the loss, which calls a tile pass: as many workspaces can be open at once.
+constexpr int kKept = 3;
+thread_local Kept kept[kKept];
 
 std::atomic<int64_t> in_use{0}, peak{0};
 std::atomic<bool> filling{false};
@@ -76,7 +77,7 @@ void fill_workspaces(bool with_nan) { filling.store(with_nan); }
 bool take_memory(int64_t bytes, int64_t gaps, Memory* memory) {
   memory->counted = bytes - gaps;
   bytes = bytes > 0 ? (bytes + 63) / 64 * 64 : 64;
-  for (int k = 0; k < 2 && memory->counted <= kMostKeptBytes; ++k) {
+  for (int k = 0; k < kKept && memory->counted <= kMostKeptBytes; ++k) {
     if (kept[k].in_use) continue;
     if (!kept[k].reserve(bytes)) return false;
     kept[k].in_use = true;

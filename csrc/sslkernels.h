@@ -354,6 +354,9 @@ struct Kernels {
   double (*peak_flops)(bool bf16, int n_threads);
   int (*contrastive_forward)(const ContrastiveArgs&, const ContrastiveState&, void* loss, int64_t* rank);
   int (*contrastive_backward)(const ContrastiveArgs&, const ContrastiveState&, const ContrastiveBackwardArgs&);
+  // Both for an incoming gradient of 1, with logits kept between them; neither layout bank nor Reduction::none.
+  int (*contrastive_at_once)(const ContrastiveArgs&, const ContrastiveState&, void* loss,
+                             const ContrastiveBackwardArgs&);
   int64_t (*kept_tiles)(Layout layout, DType dtype, int64_t n, int64_t d);  // elements; 0: not worth keeping
   int (*regression_forward)(const RegressionArgs&, void* state, void* loss);
   int (*regression_backward)(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,

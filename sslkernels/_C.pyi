@@ -121,6 +121,18 @@ def contrastive_backward(
     dbias: _Address = ...,
     sigma: float = ...,
 ) -> float: ...
+def contrastive_at_once(
+    contrastive: _Contrastive,
+    /,
+    *,
+    state: _Address,
+    loss: _Address,
+    da: _Address,
+    db: _Address,
+    want_dscale: bool,
+    dbias: _Address = ...,
+    sigma: float = ...,
+) -> float: ...
 def kept_tiles(*, layout: str, dtype: str, n: int, d: int) -> int: ...
 def regression(
     *,

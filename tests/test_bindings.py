@@ -279,6 +279,10 @@ def everything() -> dict[str, list[Tensor | None]]:
         results[f"contrastive_backward:{layout}"] = list(grads)
     problem = Problem("sigmoid", a, b, None, scale, None, None, True, "none", False, bias)
     out, _ = cpu.contrastive_forward(problem, False, False)
+    at_once = cpu.contrastive_at_once(problem._replace(reduction="sum"), Wanted(True, True))
+    assert at_once is not None
+    out, gradients = at_once
+    results["contrastive_at_once"] = [*out, gradients.da, gradients.db, gradients.dbias]
     results["contrastive"] = [*results["contrastive_forward:cross"], out.loss]
     loss, state = cpu.regression_forward(a, b, "none")
     results["regression_forward"] = results["regression"] = [loss, state]
@@ -362,6 +366,8 @@ def test_order_does_not_matter(renamed: Callable[[Renamed], None]) -> None:
         ("contrastive", ("normalize", "bf16")),
         ("contrastive", ("scale", "bias")),
         ("contrastive_backward", ("da", "db")),
+        ("contrastive_at_once", ("da", "db")),
+        ("contrastive_at_once", ("loss", "dbias")),
         ("regression", ("prediction", "target")),
         ("paired", ("query", "positive_key")),
         ("paired_forward", ("lse", "positive")),

@@ -98,6 +98,18 @@ def checkpointed(reentrant: bool) -> Callable[[Loss], None]:
     return check
 
 
+def batched_gradients(loss: Loss) -> None:
+    """Several incoming gradients in one call: what one call for each gives."""
+    x = leaves()
+    value = loss(*x)
+    incoming = torch.stack([torch.ones_like(value), -0.5 * torch.ones_like(value)])
+    together = torch.autograd.grad(value, x, incoming, retain_graph=True, is_grads_batched=True)
+    for i in range(2):
+        alone = torch.autograd.grad(value, x, incoming[i], retain_graph=True)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-5, atol=1e-6)
+
+
 def hooks_of_tensors(loss: Loss) -> None:
     x, seen = leaves(), []
     x[0].register_hook(lambda g: (seen.append(g), 2 * g)[1])
@@ -318,6 +330,7 @@ def default_dtype() -> Iterator[None]:
 
 MECHANISMS: dict[str, Callable[[Loss], None]] = {
     "retain_graph": retain_graph,
+    "is_grads_batched": batched_gradients,
     "checkpoint, reentrant": checkpointed(True),
     "checkpoint": checkpointed(False),
     "saved_tensors_hooks": inside(

@@ -456,6 +456,29 @@ int backward(const ContrastiveArgs& args, const ContrastiveState& state, const C
   return 0;
 }
 
+// Whether the logits are O(N D) as well.
+bool few(int64_t rows, int64_t d) { return rows <= 4 * d; }
+
+// Elements of the logits of all tiles.
+int64_t logits(bool self, DType dtype, int64_t rows) {
+  return dtype == DType::f64 ? kept_elements<MathF64>(self, rows, rows) : kept_elements<MathF32>(self, rows, rows);
+}
+
+// Forward and backward for an incoming gradient of 1.
+template <class T>
+int at_once(const ContrastiveArgs& args, ContrastiveState state, T* loss, ContrastiveBackwardArgs b) {
+  Workspace w;
+  T* tiles = nullptr;
+  const int64_t rows = args.joined() ? 2 * args.a.n : args.a.n;
+  if (few(rows, args.d)) w.plan(&tiles, logits(args.self(), args.dtype, rows));
+  if (!w.allocate()) return -1;
+  state.tiles = tiles;
+  const T one = 1;
+  b.dloss = &one;
+  const int status = forward(args, state, loss, nullptr);
+  return status == 0 ? backward<T>(args, state, b) : status;
+}
+
 }  // namespace
 
 int contrastive_forward(const ContrastiveArgs& args, const ContrastiveState& state, void* loss, int64_t* rank) {
@@ -467,15 +490,19 @@ int contrastive_backward(const ContrastiveArgs& args, const ContrastiveState& st
   return args.dtype == DType::f64 ? backward<double>(args, state, b) : backward<float>(args, state, b);
 }
 
+int contrastive_at_once(const ContrastiveArgs& args, const ContrastiveState& state, void* loss,
+                        const ContrastiveBackwardArgs& b) {
+  return args.dtype == DType::f64 ? at_once(args, state, static_cast<double*>(loss), b)
+                                  : at_once(args, state, static_cast<float*>(loss), b);
+}
+
 int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d) {
   const bool joined = layout == Layout::joint || layout == Layout::decoupled;
-  const bool self = joined || layout == Layout::classes;
   const int64_t rows = joined ? 2 * n : n;
   // Rows that one thread finishes in 10 us are not worth another array.
-  if (layout == Layout::bank || rows > 4 * d || rows * rows * d < kSerialWork) return 0;
-  const bool f64 = dtype == DType::f64;
-  const int64_t size = f64 ? kept_elements<MathF64>(self, rows, rows) : kept_elements<MathF32>(self, rows, rows);
-  return size * (f64 ? 8 : 4) <= kMostKeptBytes ? size : 0;
+  if (layout == Layout::bank || !few(rows, d) || rows * rows * d < kSerialWork) return 0;
+  const int64_t size = logits(joined || layout == Layout::classes, dtype, rows);
+  return size * (dtype == DType::f64 ? 8 : 4) <= kMostKeptBytes ? size : 0;
 }
 
 SSLK_END

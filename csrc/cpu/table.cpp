@@ -38,6 +38,7 @@ const Kernels& table() {
       peak_flops,
       contrastive_forward,
       contrastive_backward,
+      contrastive_at_once,
       kept_tiles,
       regression_forward,
       regression_backward,

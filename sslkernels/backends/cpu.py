@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import (
+    AtOnce,
     Attend,
     Contrastive,
     Extremes,
@@ -61,6 +62,7 @@ __all__ = [
     "CopyPlan",
     "EmaPlan",
     "attend",
+    "contrastive_at_once",
     "contrastive_backward",
     "contrastive_forward",
     "enqueue_",
@@ -104,7 +106,12 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy when its rows are not contiguous: whole losses take any stride between rows."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x.stride()[1] == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor of the shape and dtype of x, for half of what ``torch.empty`` takes."""
+    return torch.empty_like(x) if x.is_contiguous() else _empty(x.shape, dtype=x.dtype)
 
 
 # ------------------------------------------------------------------------------------------- tiles
@@ -258,7 +265,8 @@ def contrastive_forward(
     a, b = _rows(a), _rows(b)
     n, d = a.shape
     acc, rows = problem.acc, problem.rows
-    loss = _empty(problem.loss_shape, dtype=acc)
+    none = problem.reduction == "none"
+    loss = _empty(problem.loss_shape, dtype=acc) if none else _like(problem.scale)
     state = _empty(rows + 3 * n, dtype=acc)
     mean_key = None if bank is None else _empty((n, d), dtype=acc)
     rank = _empty(rows, dtype=torch.int64) if want_rank else None
@@ -290,10 +298,9 @@ def contrastive_backward(
     """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_backward`."""
     problem, (state, mean_key, tiles) = _dense_ids(problem), kept
     a, b = _rows(problem.a), _rows(problem.b)
-    n, d = a.shape
-    da = _empty((n, d), dtype=a.dtype) if wanted.dq else None
-    db = _empty((n, d), dtype=a.dtype) if wanted.dk else None
-    dbias = None if problem.bias is None else _empty((), dtype=state.dtype)
+    da = _like(a) if wanted.dq else None
+    db = _like(b) if wanted.dk else None
+    dbias = None if problem.bias is None else _like(problem.bias)
     dscale = _C.contrastive_backward(
         _contrastive(problem, a, b),
         state=state.data_ptr(),
@@ -308,6 +315,43 @@ def contrastive_backward(
         sigma=problem.sigma,
     )
     return da, db, _scalar(dscale, dtype=state.dtype) if wanted.dscale else None, dbias
+
+
+# Multiply-adds of the tiles below which gradients are computed with the value: a second call costs
+# more than gradients that nobody asks for.
+_AT_ONCE = 1 << 22
+_UNROUNDED = (torch.float32, torch.float64)  # gradients can still be multiplied
+
+
+def contrastive_at_once(problem: Problem, wanted: Wanted) -> tuple[Contrastive, AtOnce] | None:
+    """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_at_once`."""
+    a, rows = problem.a, problem.rows
+    if (
+        rows * rows * a.shape[1] >= _AT_ONCE
+        or problem.bank is not None
+        or problem.reduction == "none"
+    ):
+        return None
+    acc = a.dtype
+    if problem.bf16 or acc not in _UNROUNDED:
+        return None
+    problem, a, b = _dense_ids(problem), _rows(a), _rows(problem.b)
+    loss, state = _like(problem.scale), _empty(rows + 3 * a.shape[0], dtype=acc)
+    da = _like(a) if wanted.dq else None
+    db = _like(b) if wanted.dk else None
+    dbias = None if problem.bias is None else _like(problem.bias)
+    dscale = _C.contrastive_at_once(
+        _contrastive(problem, a, b),
+        state=state.data_ptr(),
+        loss=loss.data_ptr(),
+        da=_address(da),
+        db=_address(db),
+        want_dscale=wanted.dscale,
+        dbias=_address(dbias),
+        sigma=problem.sigma,
+    )
+    gradients = AtOnce(da, db, dscale if wanted.dscale else None, dbias)
+    return Contrastive(loss, state, None, None), gradients
 
 
 def _regression(prediction: Tensor, target: Tensor, reduction: str) -> _C._Regression:

@@ -141,7 +141,7 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
     A tensor keeps its autograd history.  It must be on the device of ``like``.
     """
     acc = accumulation_dtype(like.dtype)
-    if isinstance(value, Tensor):
+    if type(value) is not float and isinstance(value, Tensor):  # the former answers sooner
         check_scalar_shape(op, name, value)
         if value.device != like.device:
             raise ValueError(
@@ -150,10 +150,10 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value.to(acc) if value.ndim == 0 else value.to(acc).reshape(())
     value = number(op, name, value, "a number or a tensor of shape [] or [1]")
     if is_plain_eager():
-        if like.device.type == "cpu":
+        if like.is_cpu:
             return _kept_scalar(value, acc, like.device, 0)
         # Filled on the stream that it is used on.  What a capture makes is the graph's.
-        if like.device.type == "cuda" and not devices.capturing(like.device):
+        if like.is_cuda and not devices.capturing(like.device):
             stream = torch.cuda.current_stream(like.device).cuda_stream
             return _kept_scalar(value, acc, like.device, stream)
     # full, not tensor: a fill kernel instead of a copy from the host.
@@ -180,7 +180,7 @@ def inverse_temperature(op: str, temperature: float | Tensor, like: Tensor) -> T
 
     Numbers must be > 0.  The value of a tensor is not inspected, that would be a host sync.
     """
-    if isinstance(temperature, Tensor):
+    if type(temperature) is not float and isinstance(temperature, Tensor):
         return scalar(op, "temperature", temperature, like).reciprocal()
     return scalar(op, "temperature", 1.0 / positive(op, "temperature", temperature), like)
 

@@ -47,7 +47,10 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record an op on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:  # any() takes three times as long
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def functorch() -> bool:

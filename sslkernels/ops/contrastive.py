@@ -26,6 +26,7 @@ others it is composed from the primitives in ``composed.py``.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.backends.arithmetic import fixed_sum
-from sslkernels.backends.interface import Contrastive, Kept, Problem, State, Tiles, Wanted
+from sslkernels.backends.interface import AtOnce, Contrastive, Kept, Problem, State, Tiles, Wanted
 from sslkernels.ops import composed, normalization, registry
 from sslkernels.ops._library import Gradient, Op, apply_plain, needs_grad, no_autocast, once
 from sslkernels.ops.eager import are_plain, is_plain_eager
@@ -239,7 +240,8 @@ CONTRASTIVE = Op(
 class _Eager(torch.autograd.Function):
     """Around the kernels, where neither the dispatcher nor a transform has to see the op.
 
-    It may keep logits for backward, and costs less per call than the registered op.
+    It may keep logits for backward, and costs less per call than the registered op.  Of a small problem
+    it has the gradients for an incoming gradient of 1 from the start: backward hands them out once.
     """
 
     @staticmethod
@@ -253,12 +255,16 @@ class _Eager(torch.autograd.Function):
         want_rank: bool,
         outs: list[Any],
     ):
-        out, tiles = _compute(problem, want_rank, True)
-        outs += out  # all but the loss need no gradient: autograd is spared them
-        loss, state, mean_key, _ = out
         # Ids of a bank are of no use later; other layouts have none of their own.
         layout, _, _, _, _, ids_q, _, normalize, reduction, bf16, _, sigma = problem
         ctx.plain = (layout, normalize, reduction, bf16, sigma, registry.override())
+        found = None if want_rank else _at_once(problem, Wanted(*ctx.needs_input_grad[:3]))
+        if found is None:
+            (out, tiles), ctx.at_once = _compute(problem, want_rank, True), None
+        else:
+            (out, ctx.at_once), tiles = found, None
+        outs += out  # all but the loss need no gradient: autograd is spared them
+        loss, state, mean_key, _ = out
         ctx.save_for_backward(a, b, scale, bias, ids_q, state, mean_key, tiles)
         return loss
 
@@ -266,6 +272,11 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> Any:
         layout, normalize, reduction, bf16, sigma, backend = ctx.plain
         a, b, scale, bias, ids_q, state, mean_key, tiles = ctx.saved_tensors
+        at_once, ctx.at_once = ctx.at_once, None  # whoever gets them may write to them
+        if at_once is not None:
+            factor = _exact_factor(dloss)
+            if factor is not None:
+                return *_multiplied(at_once, factor, state.dtype), None, None, None
         problem = Problem(
             layout, a, b, None, scale, ids_q, None, normalize, reduction, bf16, bias, sigma
         )
@@ -281,6 +292,35 @@ class _Eager(torch.autograd.Function):
                 return [x if w else None for x, w in zip(found, wanted, strict=True)]
 
         return *once("sslkernels::contrastive", compute, (dloss, a, b, scale)), None, None, None
+
+
+def _at_once(problem: Problem, wanted: Wanted) -> tuple[Contrastive, AtOnce] | None:
+    """The loss of a small problem with its gradients, where the backend has that."""
+    compute = getattr(registry.resolve(problem.a.device), "contrastive_at_once", None)
+    return None if compute is None else compute(problem, wanted)
+
+
+def _exact_factor(dloss: Tensor) -> float | None:
+    """An incoming gradient whose multiplication rounds nothing, so that one call and two give the same bits.
+
+    None where it is no power of two, or somebody differentiates or transforms the backward pass.
+    """
+    if torch.is_grad_enabled() or not is_plain_eager() or not are_plain(dloss):
+        return None
+    factor: float = dloss.item()
+    return factor if abs(math.frexp(factor)[0]) == 0.5 else None
+
+
+def _multiplied(at_once: AtOnce, factor: float, acc: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The gradients of a, b, scale and bias for an incoming gradient."""
+    da, db, dscale, dbias = at_once
+    if factor != 1.0:
+        for gradient in (da, db, dbias):
+            if gradient is not None:
+                gradient *= factor
+    if dscale is None:
+        return da, db, None, dbias
+    return da, db, torch.scalar_tensor(dscale * factor, dtype=acc, device="cpu"), dbias
 
 
 def contrastive(problem: Problem, want_rank: bool = False) -> Contrastive:

@@ -33,6 +33,9 @@ except ImportError:  # the registry reports the missing extension; plans are the
 WRITES_LISTS = not torch.__version__.startswith("2.4.")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = (
+    torch._C._functorch.is_legacy_batchedtensor
+)  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def is_plain_eager() -> bool:
@@ -52,7 +55,9 @@ def are_plain(*tensors: Any) -> bool:
     Subclasses, meta tensors and what a transform of torch.func left behind are not.
     """
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_meta or _is_wrapper(x)):
+        if x is None:
+            continue
+        if type(x) not in _PLAIN or x.is_meta or _is_wrapper(x) or _is_batched(x):
             return False
     return True
 

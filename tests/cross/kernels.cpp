@@ -147,6 +147,11 @@ void contrastive(DType dtype, Layout layout, int64_t n, int64_t d, double scale)
   show("da", da, n * d);
   if (layout != Layout::classes) show("db", db, n * d);
   std::printf("dscale %.9g\ndbias %.9g\n", dscale, dbias);
+  if (layout == Layout::bank) return;
+  args.reduction = Reduction::mean;
+  if (k.contrastive_at_once(args, state, loss.at(), out) != 0) std::printf("no memory\n");
+  show("mean", loss, 1);
+  show("da", da, n * d);
 }
 
 void extremes(DType dtype, int64_t n, int64_t d) {

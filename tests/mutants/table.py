@@ -16,6 +16,7 @@ LOGITS = ("tests/test_pairwise.py", "-k", "huge or maxima or nan or scale_zero")
 DTYPES = ("tests/test_pairwise.py", "-k", "dtypes or extremes")
 WHOLE = ("tests/test_contrastive.py", "-k", "composition and (65 or 130)")
 KEPT = ("tests/test_kept_tiles.py",)
+AT_ONCE = ("tests/test_at_once.py",)
 PAIRED = ("tests/test_paired.py",)
 REGRESSION = ("tests/test_losses_family.py", "-k", "byol or simsiam")
 QUEUE = ("tests/test_queue.py",)
@@ -239,6 +240,14 @@ MUTANTS = [
     Mutant("kept tiles: another pair's logits", "csrc/cpu/engine.h",
            "bi * cols - bi * (bi - 1) / 2 + (bj - bi)", "bi * cols - bi * (bi + 1) / 2 + (bj - bi)",
            KEPT),
+    Mutant("at once: an incoming gradient of 2", "csrc/cpu/contrastive.cpp",
+           "const T one = 1;", "const T one = 2;", AT_ONCE),
+    Mutant("at once: a factor that rounds", "sslkernels/ops/contrastive.py",
+           "return factor if abs(math.frexp(factor)[0]) == 0.5 else None", "return factor", AT_ONCE),
+    Mutant("at once: handed out twice", "sslkernels/ops/contrastive.py",
+           "at_once, ctx.at_once = ctx.at_once, None", "at_once = ctx.at_once", AT_ONCE),
+    Mutant("at once: the factor of the scale", "sslkernels/ops/contrastive.py",
+           "torch.scalar_tensor(dscale * factor,", "torch.scalar_tensor(dscale,", AT_ONCE),
     Mutant("regression: the mean", "csrc/cpu/regression.cpp",
            "args.reduction == Reduction::mean && n > 0 ? sum / double(n) : sum);",
            "sum);", REGRESSION),

@@ -155,6 +155,11 @@ void whole_losses(DType dtype, Layout layout, Reduction reduction, double scale,
   if (layout != Layout::classes) b.db = out.take(dtype, s.n * s.d);
   if (layout == Layout::sigmoid) b.dbias = out.number();
   must(kernels().contrastive_backward(a, kept, b));
+  if (layout == Layout::bank || reduction == Reduction::none) return;
+  b.da = out.take(dtype, s.n * s.d), b.dscale = out.number();
+  if (layout != Layout::classes) b.db = out.take(dtype, s.n * s.d);
+  if (layout == Layout::sigmoid) b.dbias = out.number();
+  must(kernels().contrastive_at_once(a, kept, out.take(acc, 1), b));
 }
 
 void other_losses(DType dtype, Reduction reduction, Size s, int threads, Results& out) {
