@@ -163,6 +163,33 @@ struct ContrastiveForward {
   }
 };
 
+// What a backward pass writes; the gradient of the scale is returned.
+struct ContrastiveGradients {
+  ContrastiveBackwardArgs out;
+  bool want_dscale = false;
+  void* dbias = nullptr;  // [1] acc, or null
+  double dscale_value = 0.0, dbias_value = 0.0;
+
+  static Fields fields() {
+    using Call = ContrastiveGradients;
+    return {
+        SSLK_REQUIRED(Call, out.da, "da"),
+        SSLK_REQUIRED(Call, out.db, "db"),
+        SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
+        SSLK_OPTIONAL(Call, dbias, "dbias"),
+    };
+  }
+  const ContrastiveBackwardArgs& begin() {
+    out.dscale = want_dscale ? &dscale_value : nullptr;
+    out.dbias = dbias != nullptr ? &dbias_value : nullptr;
+    return out;
+  }
+  double finish(DType dtype) const {
+    if (dbias != nullptr) write_scalar(dbias, dtype, dbias_value);
+    return dscale_value;
+  }
+};
+
 struct ContrastiveBackward {
   using Args = ContrastiveArgs;
   static constexpr const char* kName = "contrastive_backward";
@@ -170,36 +197,29 @@ struct ContrastiveBackward {
   const Args* args = nullptr;
   double sigma = 0.0;
   ContrastiveStateFields kept;
-  ContrastiveBackwardArgs out;
-  bool want_dscale = false;
-  void* dbias = nullptr;  // [1] acc, or null
+  ContrastiveGradients gradients;
 
   static Fields fields() {
     using Call = ContrastiveBackward;
     return inside(offsetof(Call, kept), ContrastiveStateFields::fields()) +
            Fields{
-               SSLK_REQUIRED(Call, out.dloss, "dloss"),
-               SSLK_SIZE(Call, out.dloss_stride, "dloss_stride"),
-               SSLK_REQUIRED(Call, out.da, "da"),
-               SSLK_REQUIRED(Call, out.db, "db"),
-               SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
-               SSLK_OPTIONAL(Call, dbias, "dbias"),
+               SSLK_REQUIRED(Call, gradients.out.dloss, "dloss"),
+               SSLK_SIZE(Call, gradients.out.dloss_stride, "dloss_stride"),
+           } +
+           inside(offsetof(Call, gradients), ContrastiveGradients::fields()) +
+           Fields{
                SSLK_OPTIONAL(Call, sigma, "sigma"),
            };
   }
   double run() {
-    double dscale = 0.0, bias_gradient = 0.0;
-    out.dscale = want_dscale ? &dscale : nullptr;
-    out.dbias = dbias != nullptr ? &bias_gradient : nullptr;
     ContrastiveArgs all = *args;
     all.sigma = sigma;
-    require(kName, {{"dloss", out.dloss, all.a.n}});
+    require(kName, {{"dloss", gradients.out.dloss, all.a.n}});
     const ContrastiveState& state = kept.split(kName, all);
     ContrastiveIds ids;
     ids.apply(&all);
-    check(kernels().contrastive_backward(all, state, out));
-    if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
-    return dscale;
+    check(kernels().contrastive_backward(all, state, gradients.begin()));
+    return gradients.finish(all.dtype);
   }
 };
 
@@ -212,38 +232,31 @@ struct ContrastiveAtOnce {
   double sigma = 0.0;
   ContrastiveState state;
   void* loss = nullptr;
-  ContrastiveBackwardArgs out;
-  bool want_dscale = false;
-  void* dbias = nullptr;  // [1] acc, or null
+  ContrastiveGradients gradients;
 
   static Fields fields() {
     using Call = ContrastiveAtOnce;
-    return {
-        SSLK_REQUIRED(Call, state.lse, "state"),
-        SSLK_REQUIRED(Call, loss, "loss"),
-        SSLK_REQUIRED(Call, out.da, "da"),
-        SSLK_REQUIRED(Call, out.db, "db"),
-        SSLK_REQUIRED(Call, want_dscale, "want_dscale"),
-        SSLK_OPTIONAL(Call, dbias, "dbias"),
-        SSLK_OPTIONAL(Call, sigma, "sigma"),
-    };
+    return Fields{
+               SSLK_REQUIRED(Call, state.lse, "state"),
+               SSLK_REQUIRED(Call, loss, "loss"),
+           } +
+           inside(offsetof(Call, gradients), ContrastiveGradients::fields()) +
+           Fields{
+               SSLK_OPTIONAL(Call, sigma, "sigma"),
+           };
   }
   double run() {
     if (args->layout == Layout::bank || args->reduction == Reduction::none) {
       throw std::invalid_argument("contrastive_at_once: it takes no layout 'bank' and no reduction 'none'");
     }
-    double dscale = 0.0, bias_gradient = 0.0;
-    out.dscale = want_dscale ? &dscale : nullptr;
-    out.dbias = dbias != nullptr ? &bias_gradient : nullptr;
     ContrastiveArgs all = *args;
     all.sigma = sigma;
     require(kName, {{"loss", loss, 1}});
     split_state(kName, all, &state);
     ContrastiveIds ids;
     ids.apply(&all);
-    check(kernels().contrastive_at_once(all, state, loss, out));
-    if (dbias != nullptr) write_scalar(dbias, all.dtype, bias_gradient);
-    return dscale;
+    check(kernels().contrastive_at_once(all, state, loss, gradients.begin()));
+    return gradients.finish(all.dtype);
   }
 };
 

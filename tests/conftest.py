@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import engine, engines
+from helpers import available_isas, engine, engines
 
 import sslkernels
 from sslkernels.ops import registry
@@ -84,6 +85,16 @@ def on_engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each backend and instruction set."""
     with engine(request.param):
         yield request.param
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on every instruction set that this processor has."""
+    extension = importlib.import_module("sslkernels._C")
+    before = extension.isa()
+    extension.set_isa(request.param)
+    yield request.param
+    extension.set_isa(before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built
 
 SMALL = [layout for layout in LAYOUTS if layout != "bank"]
 DTYPES = (torch.float32, torch.float64)
-
-
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.fixture

@@ -18,15 +18,6 @@ _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-11, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> str:
-    """Every instruction set that this processor has."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 def run(backend: str, layout: str, reduction: str, *inputs: Tensor | None) -> list[Tensor]:
     """Loss, lse and gradients of a, b, scale and, where there is one, bias."""
     a, b, scale = (x.clone().requires_grad_() for x in inputs[:3] if x is not None)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from flat import JOINED, contrastive, own_arguments
@@ -15,15 +13,6 @@ _C = pytest.importorskip("sslkernels._C", reason="the C++ extension is not built
 LAYOUTS = ("joint", "cross", "both", "decoupled", "sigmoid", "classes")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_BYTES = 4 << 20
-
-
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def leaves(n: int, d: int, dtype: torch.dtype, scale: float) -> list[Tensor]:
