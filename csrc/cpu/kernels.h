@@ -30,7 +30,7 @@ double peak_flops(bool bf16, int n_threads);                              // pea
 int contrastive_forward(const ContrastiveArgs&, const ContrastiveState&, void* loss,
                         int64_t* rank);  // contrastive.cpp
 int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,
-                         const ContrastiveBackwardArgs&);                // contrastive.cpp
+                         const ContrastiveBackwardArgs&);  // contrastive.cpp
 int contrastive_at_once(const ContrastiveArgs&, const ContrastiveState&, void* loss,
                         const ContrastiveBackwardArgs&);                 // contrastive.cpp
 int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d);    // contrastive.cpp
