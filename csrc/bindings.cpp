@@ -135,6 +135,7 @@ const Definition& definition() {
     add_function<PeakFlops>(d);
     add_function<RoundTrip>(d);
     bind_pairwise(d);
+    bind_contrastive(d);
     bind_losses(d);
     bind_autoencoders(d);
     bind_updates(d);

@@ -223,8 +223,12 @@ void add_function(Definition& definition) {
   definition.functions.push_back(bound<Call>(definition, function_entry<Call>, (self + "/").c_str()));
 }
 
+// Values of a loss.
+inline int64_t values_of_loss(Reduction reduction, int64_t n) { return reduction == Reduction::none ? n : 1; }
+
 void bind_pairwise(Definition& definition);      // bindings_pairwise.cpp: the tile engine
-void bind_losses(Definition& definition);        // bindings_losses.cpp: whole losses
+void bind_contrastive(Definition& definition);   // bindings_contrastive.cpp: whole contrastive losses
+void bind_losses(Definition& definition);        // bindings_losses.cpp: other whole losses
 void bind_autoencoders(Definition& definition);  // bindings_autoencoders.cpp: variational and feature losses
 void bind_updates(Definition& definition);       // bindings_updates.cpp: EMA and queue
 
