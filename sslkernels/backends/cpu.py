@@ -385,7 +385,7 @@ def regression_backward(
 ) -> Tensor:
     """The gradient of the prediction; see :mod:`sslkernels.ops.regression`."""
     prediction, target = _rows(prediction), _rows(target)
-    out = _empty(prediction.shape, dtype=prediction.dtype)
+    out = _like(prediction)
     _C.regression_backward(
         _regression(prediction, target, reduction),
         state=state.data_ptr(),

@@ -77,9 +77,12 @@ def refuse_transforms(op: str) -> None:
         )
 
 
-def _bypasses(flat: Sequence[Any]) -> bool:
-    """Whether the dispatcher may be left out: nobody wants to see the op, all tensors are plain."""
-    return is_plain_eager() and are_plain(*(x for x in flat if isinstance(x, Tensor)))
+def _unrecorded(kernel: Callable[..., Any], *values: Any) -> Any:
+    """``kernel(*values)`` without autograd; entering ``no_grad`` takes longer than asking for it."""
+    if not torch.is_grad_enabled():
+        return kernel(*values)
+    with torch.no_grad():
+        return kernel(*values)
 
 
 # ------------------------------------------------------------------------------------------- values
@@ -209,9 +212,9 @@ class Op:
         self.schema: str = flat
         self.form: list[_Part] = form
         self.results: Any = results
-        self.names: list[str] = [
-            a.split(" ")[1] for a in self.schema.split("(")[1].split(")")[0].split(", ")
-        ]
+        arguments = self.schema.split("(")[1].split(")")[0].split(", ")
+        self.names: list[str] = [a.split(" ")[1] for a in arguments]
+        self._tensors: list[int] = [i for i, a in enumerate(arguments) if a.startswith("Tensor")]
         self.gradient = gradient
         LIB.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.kernel: Callable[..., Any] = kernel
@@ -230,10 +233,9 @@ class Op:
     def __call__(self, *values: Any) -> Any:
         """The results for values; differentiable where the op is."""
         flat = _unfold(self.form, values)
-        if _bypasses(flat):
+        if self._bypasses(flat):
             if self.function is None or not needs_grad(*(flat[i] for i in self._differentiable)):
-                with torch.no_grad():
-                    return self.kernel(*values)
+                return _unrecorded(self.kernel, *values)
             out = apply_plain(self.function, *flat)
         elif torch.compiler.is_compiling() or not functorch() or self.function is None:
             out = self.default(*flat)
@@ -244,12 +246,15 @@ class Op:
     def below(self, *values: Any) -> Any:
         """The same without autograd."""
         flat = _unfold(self.form, values)
-        if _bypasses(flat):
-            with torch.no_grad():
-                return self.kernel(*values)
+        if self._bypasses(flat):
+            return _unrecorded(self.kernel, *values)
         with below_autograd():
             out = self.default(*flat)
         return out if self.results is None else self.results(*out)
+
+    def _bypasses(self, flat: Sequence[Any]) -> bool:
+        """Whether the dispatcher may be left out: nobody wants to see the op, all tensors are plain."""
+        return is_plain_eager() and are_plain(*[flat[i] for i in self._tensors])
 
     def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` of values as one of a flat list, which returns a tensor for everything."""
@@ -299,7 +304,7 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
-            if _bypasses(flat):
+            if op._bypasses(flat):
                 return op.flat_kernel(*flat)
             with below_autograd():
                 return op.default(*flat)
