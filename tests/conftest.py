@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import available_isas, engine, engines
+from helpers import available_isas, engine, engines, instruction_set
 
 import sslkernels
 from sslkernels.ops import registry
@@ -90,11 +89,8 @@ def on_engine(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on every instruction set that this processor has."""
-    extension = importlib.import_module("sslkernels._C")
-    before = extension.isa()
-    extension.set_isa(request.param)
-    yield request.param
-    extension.set_isa(before)
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture

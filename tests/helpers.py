@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -155,21 +155,23 @@ def engines() -> list[str]:
 
 
 @contextmanager
-def engine(name: str) -> Iterator[None]:
-    """Run a block on one of ``engines()``; the instruction set is restored."""
-    backend, _, isa = name.partition(":")
-    if not isa:
-        with sslkernels.backend(backend):
-            yield
-        return
+def instruction_set(isa: str) -> Iterator[None]:
+    """Run a block on one of ``available_isas()``."""
     extension: Any = importlib.import_module("sslkernels._C")
     before = extension.isa()
     extension.set_isa(isa)
     try:
-        with sslkernels.backend(backend):
-            yield
+        yield
     finally:
         extension.set_isa(before)
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Run a block on one of ``engines()``; the instruction set is restored."""
+    backend, _, isa = name.partition(":")
+    with instruction_set(isa) if isa else nullcontext(), sslkernels.backend(backend):
+        yield
 
 
 def poisoned(x: Tensor) -> Tensor:

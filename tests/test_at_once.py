@@ -152,7 +152,7 @@ def test_what_changed_since_forward_is_refused() -> None:
         loss.backward()
 
 
-def test_transforms_of_backward(backward_calls: list[int]) -> None:
+def test_transforms_of_backward() -> None:
     """A second derivative raises, also where the first was at hand; batches of them work."""
     named = inputs_of("joint", 16, 8)
     a = named["a"]

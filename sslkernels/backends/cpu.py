@@ -292,15 +292,24 @@ def contrastive_forward(
     return Contrastive(loss, state, mean_key, rank), tiles
 
 
+def _gradients(
+    problem: Problem, a: Tensor, b: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Memory for the gradients of a, b and the bias; None where there is none to compute."""
+    return (
+        _like(a) if wanted.dq else None,
+        _like(b) if wanted.dk else None,
+        None if problem.bias is None else _like(problem.bias),
+    )
+
+
 def contrastive_backward(
     problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_backward`."""
     problem, (state, mean_key, tiles) = _dense_ids(problem), kept
     a, b = _rows(problem.a), _rows(problem.b)
-    da = _like(a) if wanted.dq else None
-    db = _like(b) if wanted.dk else None
-    dbias = None if problem.bias is None else _like(problem.bias)
+    da, db, dbias = _gradients(problem, a, b, wanted)
     dscale = _C.contrastive_backward(
         _contrastive(problem, a, b),
         state=state.data_ptr(),
@@ -326,20 +335,13 @@ _UNROUNDED = (torch.float32, torch.float64)  # gradients can still be multiplied
 def contrastive_at_once(problem: Problem, wanted: Wanted) -> tuple[Contrastive, AtOnce] | None:
     """See :meth:`sslkernels.backends.interface.WholeLosses.contrastive_at_once`."""
     a, rows = problem.a, problem.rows
-    if (
-        rows * rows * a.shape[1] >= _AT_ONCE
-        or problem.bank is not None
-        or problem.reduction == "none"
-    ):
+    if rows * rows * a.shape[1] >= _AT_ONCE or a.dtype not in _UNROUNDED:
         return None
-    acc = a.dtype
-    if problem.bf16 or acc not in _UNROUNDED:
+    if problem.bank is not None or problem.reduction == "none" or problem.bf16:
         return None
     problem, a, b = _dense_ids(problem), _rows(a), _rows(problem.b)
-    loss, state = _like(problem.scale), _empty(rows + 3 * a.shape[0], dtype=acc)
-    da = _like(a) if wanted.dq else None
-    db = _like(b) if wanted.dk else None
-    dbias = None if problem.bias is None else _like(problem.bias)
+    loss, state = _like(problem.scale), _empty(rows + 3 * a.shape[0], dtype=a.dtype)
+    da, db, dbias = _gradients(problem, a, b, wanted)
     dscale = _C.contrastive_at_once(
         _contrastive(problem, a, b),
         state=state.data_ptr(),

@@ -47,7 +47,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record an op on these tensors."""
-    for t in tensors:  # any() takes three times as long
+    for t in tensors:  # on the way to every kernel: no generator
         if t is not None and t.requires_grad:
             return torch.is_grad_enabled()
     return False

@@ -272,7 +272,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> Any:
         layout, normalize, reduction, bf16, sigma, backend = ctx.plain
         a, b, scale, bias, ids_q, state, mean_key, tiles = ctx.saved_tensors
-        at_once, ctx.at_once = ctx.at_once, None  # whoever gets them may write to them
+        # Whoever gets them may write to them: no other call does, nor one of another thread.
+        at_once = ctx.__dict__.pop("at_once", None)
         if at_once is not None:
             factor = _exact_factor(dloss)
             if factor is not None:
@@ -303,7 +304,8 @@ def _at_once(problem: Problem, wanted: Wanted) -> tuple[Contrastive, AtOnce] | N
 def _exact_factor(dloss: Tensor) -> float | None:
     """An incoming gradient whose multiplication rounds nothing, so that one call and two give the same bits.
 
-    None where it is no power of two, or somebody differentiates or transforms the backward pass.
+    (Where results are below the smallest normal number it may.)  None where it is no power of two, or
+    somebody differentiates or transforms the backward pass.
     """
     if torch.is_grad_enabled() or not is_plain_eager() or not are_plain(dloss):
         return None

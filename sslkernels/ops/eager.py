@@ -33,9 +33,8 @@ except ImportError:  # the registry reports the missing extension; plans are the
 WRITES_LISTS = not torch.__version__.startswith("2.4.")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
-_is_batched = (
-    torch._C._functorch.is_legacy_batchedtensor
-)  # of torch.autograd.grad(is_grads_batched=True)
+# Those of torch.autograd.grad(is_grads_batched=True).
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_plain_eager() -> bool:

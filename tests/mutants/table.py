@@ -245,7 +245,7 @@ MUTANTS = [
     Mutant("at once: a factor that rounds", "sslkernels/ops/contrastive.py",
            "return factor if abs(math.frexp(factor)[0]) == 0.5 else None", "return factor", AT_ONCE),
     Mutant("at once: handed out twice", "sslkernels/ops/contrastive.py",
-           "at_once, ctx.at_once = ctx.at_once, None", "at_once = ctx.at_once", AT_ONCE),
+           'ctx.__dict__.pop("at_once", None)', "ctx.at_once", AT_ONCE),
     Mutant("at once: the factor of the scale", "sslkernels/ops/contrastive.py",
            "torch.scalar_tensor(dscale * factor,", "torch.scalar_tensor(dscale,", AT_ONCE),
     Mutant("regression: the mean", "csrc/cpu/regression.cpp",
