@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import dense
@@ -369,15 +370,21 @@ def test_strides(layout: str) -> None:
     assert torch.equal(base, before)
 
 
+def hopper(table: str, D: int) -> configs.Config:
+    """The tile of the table; the interpreter's are other ones."""
+    config = configs.lookup(table, "sm_90", D, torch.bfloat16)
+    assert config is not None
+    assert config in tuning.candidates(table, D, torch.bfloat16)
+    return config
+
+
 @pytest.mark.parametrize("kind", ["lse", "softplus"])
 def test_512_features_on_chip(kind: str) -> None:
-    """The tile that ``tuning`` tries in place of panels: the same gradients and weighted keys."""
-    fused = configs.Config(64, 32, 512, 8, 3)
-    assert fused in tuning.candidates("fused", 512, torch.bfloat16)
+    """Hopper's tile in place of panels: the same gradients and weighted keys."""
     case = make(40, 33, 512, kind, dtype=torch.bfloat16)
     drow, dcol = torch.linspace(-1, 1, 40), torch.linspace(-1, 2, 33)
     found = []
-    for config, kernel in ((fused, "backward_kernel"), (None, "panel_kernel")):
+    for config, kernel in ((hopper("fused", 512), "backward_kernel"), (None, "panel_kernel")):
         with configs.override(fused=config), recorded_launches() as log:
             grads = backward(case, drow, dcol, True, True)
             found.append(list(grads[:2]))
@@ -387,6 +394,33 @@ def test_512_features_on_chip(kind: str) -> None:
     for ours, panels in zip(*found, strict=True):
         assert ours.any()
         assert (ours - panels).float().norm() < 1e-2 * panels.float().norm()
+
+
+@pytest.mark.parametrize("D", [300, 512, 768])
+@pytest.mark.parametrize("cross", [False, True])
+def test_many_chunks_held(cross: bool, D: int) -> None:
+    """Hopper's forward tiles, whose next chunk waits in registers: what streaming both sides gives."""
+    N, M = (400, 300) if cross else (500, None)
+    case = make(N, M, D, dtype=torch.bfloat16)
+    thresholds = (between(case, 1), between(case, 0) if cross else None)
+    found = []
+    for held in (True, False):
+        tables = {name: hopper(name, D) for name in ("forward", "narrow")}
+        if not held:
+            tables = {
+                name: dataclasses.replace(config, hold_x=False, prefetch=0)
+                for name, config in tables.items()
+            }
+        with configs.override(**tables), recorded_launches() as log:
+            sums, ranks = forward(case, cross), forward(case, cross, *thresholds)
+        launched = [entry.flags for entry in log if entry.kernel == "forward_kernel"]
+        assert {(flags["BLOCK_N"], flags["PREFETCH"]) for flags in launched} == {
+            (128, int(held)),
+            (64, int(held)),
+        }
+        found.append([sums.row, sums.col, ranks.rank_row, ranks.rank_col])
+    for ours, streamed in zip(*found, strict=True):
+        assert torch.equal(ours, streamed)
 
 
 def test_uniform_and_zero_gradients() -> None:

@@ -108,7 +108,7 @@ def _sweep(
         coming = ()
         for c in tl.static_range(PREFETCH):
             coming = coming + (load_chunk(y_ptr, lo * BLOCK_M, c, BLOCK_M, STRIDE_Y, D, BLOCK_D),)
-    for tile in range(lo, hi):
+    for tile in tl.range(lo, hi, disable_licm=HOLD_X and D > 256):
         y_start = tile * BLOCK_M
         cols = y_start + tl.arange(0, BLOCK_M)
         col_ok = cols < M

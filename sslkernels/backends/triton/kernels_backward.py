@@ -323,7 +323,8 @@ def backward_kernel(
     if HAS_LIFT:
         lift = tl.load(lift_ptr) * HALF_LIFT
     dbias = 0.0
-    for block in range(first, last + 1):
+    # Where ids are compared not even those of this loop (float16 spilled 56 bytes).
+    for block in tl.range(first, last + 1, disable_licm=D > 256 and EXCLUDE == EXCLUDE_IDS):
         hi = tl.minimum(lo + left, tiles)
         x_start = block * BLOCK_N
         row, weight_x, calm, low_x, high_x, wide = _held(
@@ -340,7 +341,7 @@ def backward_kernel(
         multiple = low
         if EXCLUDE % 2 == 1:
             multiple = first_multiple(low, period)
-        for tile in range(lo, hi):
+        for tile in tl.range(lo, hi, disable_licm=D > 256):
             y_start = tile * BLOCK_M
             ys = load_block(y_ptr, y_start, BLOCK_M, STRIDE_Y, D, BLOCK_D, NUM_D)
             weight_y = _swept_weight(

@@ -92,7 +92,7 @@ def attend_kernel(
         m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         s = tl.zeros((BLOCK_N,), tl.float32)
         rank = tl.zeros((BLOCK_N,), tl.int32)
-        for tile in range(lo, hi):
+        for tile in tl.range(lo, hi, disable_licm=D > 256):
             y_start = tile * BLOCK_M
             ys = load_block(y_ptr, y_start, BLOCK_M, STRIDE_Y, D, BLOCK_D, NUM_D)
             t = dot_chunks(xs, ys, NUM_D, PRECISION) * k - shift * LOG2_E

@@ -13,6 +13,8 @@ What all kernels share, and why:
   enter a reduction: columns from M on are -inf in S or zero rows in a product, rows from N on are not stored.
 * D is swept in chunks of ``BLOCK_D``, the last one masked.  D = 768 is six chunks of 128 and wastes
   nothing, where padding to the next power of two would waste a quarter.
+* Beyond D = 256 a loop over tiles with a held block keeps what does not change where it is needed
+  (``disable_licm``): the descriptors of all chunks of x, computed ahead, would take 64 registers and spill.
 * exp(S - c) = exp2(dot * k - c2) with k = scale * LOG2_E is one multiply-add and one hardware instruction.
   c is one number for all of S, ``constant_shift(scale)``: right for unit rows up to a scale of 64 + 53, and
   any others as long as no sum leaves [TINY, HUGE].  Every kernel checks its sums and computes what fails

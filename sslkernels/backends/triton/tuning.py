@@ -48,23 +48,26 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     if table == "product" and half:
         widths = (128, 256)
     wide = table == "fused" and half and D > 256
-    if wide:
-        # One chunk and eight warps: the table has panels there, since these spill outside of the loop over
-        # tiles (docs/gpu.md), which only a GPU can weigh.
+    if table == "fused" and half and D > 128:
         widths = (*widths, triton.next_power_of_2(D))
     holds: tuple[bool, ...] = (table != "panel",)
     if table in ("forward", "narrow", "extremes"):
-        holds = (True, False) if D <= 512 else (False,)
+        holds = (True, False) if D <= 768 else (False,)
     found = []
     for n, m, width, stages, hold in itertools.product(
-        _BLOCK_N[table], _BLOCK_M[table], widths, (2, 3, 4) if half else (1, 2), holds
+        _BLOCK_N[table], _BLOCK_M[table], widths, (1, 2, 3, 4) if half else (1, 2), holds
     ):
         warps = 8 if n >= 128 or (wide and n == 64) else 4
+        # In one stage the next chunk waits in registers.
+        prefetch = int(half and hold and stages == 1 and table in ("forward", "narrow"))
+        if half and stages == 1 and not prefetch:
+            continue
         sums = n * (width if table == "product" else max(m, D if table == "fused" else 0))
         if table in _TRIANGLES and m > n:
             continue
         if 16 * 32 * warps <= sums <= 160 * 32 * warps:  # 16 to 160 sums a thread
-            found.append(Config(n, m, width, warps, stages, hold, programs=2 if warps == 4 else 1))
+            programs = 2 if warps == 4 else 1
+            found.append(Config(n, m, width, warps, stages, hold, prefetch, programs))
     return found
 
 
