@@ -50,8 +50,8 @@ def _operands(N: int, M: int, D: int, size: int) -> float:
 
 
 def _panels(N: int, M: int, D: int, size: int) -> float:
-    """Where the gradient goes by panels (D > 256; float32: D > 64): G, and y twice for each panel."""
-    if D <= 256 and not (size == 4 and D > 64):
+    """Where the gradient goes by panels (D > 512, float32 > 64; Hopper): G, and y twice for each panel."""
+    if D <= 512 and not (size == 4 and D > 64):
         return 0.0
     words = min(max((N + M) * D, SLOT_WORDS), max(PANEL_WORDS, M * D))
     panels = max(1, -(-N * M // words))

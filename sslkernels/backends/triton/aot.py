@@ -304,7 +304,7 @@ def _amd_usage(compiled: Any, arch: str) -> Usage:
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 REPORTED = ("sm_90",)  # docs/gpu.md has their figures; tests hold all of them to the budgets
-DIMS = (64, 128, 256, 512)
+DIMS = (64, 128, 256, 512, 1024)
 # A sample of the rest: read as they are in rows of whole 8 (100) and 16 bytes (200).  Beyond 256, and in
 # float32, operands are filled up to whole chunks.
 RAGGED = (100, 200)
@@ -346,7 +346,7 @@ def cases(
 def grid(archs: Iterable[str] = REPORTED) -> list[Case]:
     """What ``make gpu-report`` compiles: every kernel in bfloat16, the other dtypes where their code differs.
 
-    Halves stream beyond D = 256 and float32 beyond D = 64, with the same code for every D.
+    Halves stream beyond D = 768 and float32 beyond D = 64, with the same code for every D.
     """
     found = []
     for arch in archs:

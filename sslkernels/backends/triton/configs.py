@@ -221,7 +221,7 @@ TABLE["hopper", "forward", "half"] = [
     (128, Config(128, 64, 128, 4, 3, programs=2)),
     # Two programs, each with x and one tile of y in shared memory: chunks of the next wait in registers.
     (256, Config(128, 64, 128, 4, 1, prefetch=2, programs=2)),
-    # To D = 768 the block of x fits with two chunks of y: streaming both waits for the L2 cache twice as long.
+    # The block of x fits with two chunks of y: streaming both waits for the L2 cache twice as long.
     (768, Config(128, 128, 64, 8, 1, prefetch=1)),
     (ANY_D, Config(128, 128, 64, 8, 3, hold_x=False)),
 ]
@@ -237,6 +237,7 @@ TABLE["hopper", "extremes", "half"] = [
     (512, Config(64, 32, 512, 4, 1, programs=2)),
     _EXTREMES[-1],
 ]
+TABLE["hopper", "product", "half"] = [(ANY_D, Config(128, 64, 256, 8, 4))]
 # Sums of [128, 256] or [64, 512] are 128 registers of 256 threads.  One chunk, even where a quarter of it is
 # masked: of several the addresses and descriptors take registers and instructions.
 TABLE["hopper", "fused", "half"] = [
