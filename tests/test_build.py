@@ -200,12 +200,15 @@ def test_sdist_has_everything(sdist: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_builds_in_isolation(sdist: Path, tmp_path: Path) -> None:
-    """As ``pip install .`` does: setuptools and pybind11 in an empty environment, no torch."""
+    """As ``pip install .`` does: setuptools and pybind11 in an empty environment, no torch.
+
+    Without optimisation: that is half of its minutes, and nothing is computed.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--prefer-binary", "--retries", "5",
          "-w", str(tmp_path / "wheels"), str(sdist)],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANGS_S,
-        env={**os.environ, "SSLKERNELS_CUDA": "0", "SSLKERNELS_ISAS": "baseline"},
+        env={**os.environ, "DEBUG": "1", "SSLKERNELS_CUDA": "0", "SSLKERNELS_ISAS": "baseline"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "wheels").glob("sslkernels-*.whl")

@@ -92,13 +92,18 @@ def test_sources_need_no_torch() -> None:
 
 
 @pytest.fixture(scope="module")
-def extension() -> Path:
-    """The extension, built by nvcc; kept under build/ until a source changes."""
-    folder = ROOT / "build" / "cuda_test"
-    output = folder / build.extension_filename()
-    logs = [folder / "objects" / f"{name}.log" for name in KERNELS]
-    if not (build.is_up_to_date(output) and all(log.exists() for log in logs)):
-        build.build_cuda_extension(output, folder / "objects", verbose=False)
+def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension in a folder without other modules, and its logs: those of the build, or made here."""
+    folder = tmp_path_factory.mktemp("cuda")
+    output, objects = folder / build.extension_filename(), folder / "objects"
+    built = ROOT / "sslkernels" / output.name
+    for logs in ROOT.glob("build/temp.*/cuda"):
+        found = [built, *(logs / f"{name}.log" for name in KERNELS)]
+        if all(build.is_up_to_date(path) for path in found):
+            shutil.copy(built, output)
+            shutil.copytree(logs, objects, ignore=shutil.ignore_patterns("*.o"))
+            return output
+    build.build_cuda_extension(output, objects, verbose=False)
     return output
 
 
