@@ -35,9 +35,14 @@ FLAGS: dict[str, list[Any]] = {
     "symmetric": [False, True],
     "optimizer": ["sgd", "adamw", "lars"],
 }
+# One half holds every pair of flags; the other one is a campaign.
 CASES = [
-    (method, dict(zip(FLAGS, values, strict=True)))
-    for method, *values in itertools.product(EMBEDDING, *FLAGS.values())
+    pytest.param(
+        method,
+        {flag: values[place] for (flag, values), place in zip(FLAGS.items(), places, strict=True)},
+        marks=[pytest.mark.campaign] * (sum(places) % 2),
+    )
+    for method, *places in itertools.product(EMBEDDING, *(range(len(v)) for v in FLAGS.values()))
 ]
 
 
