@@ -129,7 +129,6 @@ def loop_of(
     config: configs.Config,
     chunks: int,
     simulated: bool = True,
-    sweeps: bool = True,
     most: int = 32,
 ) -> Loop:
     """Read the loop over tiles.
@@ -140,11 +139,10 @@ def loop_of(
         config: What it was compiled with.
         chunks: How often a loop over D inside of the loop over tiles runs; 0 where there is none.
         simulated: Whether to run it on paper; else ``clocks`` is the largest lower bound.
-        sweeps: Whether there is a loop over tiles; else the whole kernel is one tile.
         most: Programs of the grid for each multiprocessor, where that is fewer than fit.
     """
     code = disassembled(compiled)
-    paths = code.tile_loop(chunks) if sweeps else [code.once(chunks)]
+    paths = code.tile_loop(chunks)
     short, long = paths[0], paths[-1]
     fit = min(most, programs_that_fit(usage.registers, usage.shared_bytes, config.num_warps))
     limits = gpu_sim.bounds(short, config.num_warps)
@@ -180,8 +178,7 @@ def variant_loop(variant: str, D: int, dtype: str = "bfloat16", simulated: bool 
     if config is None:
         raise ValueError(f"gpu_model: {variant} has no configuration for D = {D}, {dtype}")
     usage, compiled = aot.compile_kernel(variant, ARCH, dtype, D, config)
-    streams = not config.hold_x
-    chunks = configs.chunks(config, D)[1] if streams and variant != "product" else 0
+    chunks = 0 if config.hold_x else configs.chunks(config, D)[1]
     return loop_of(usage, compiled, config, chunks, simulated)
 
 
@@ -401,8 +398,7 @@ def _compiled_loop(kernel: Any, flags: tuple[tuple[str, Any], ...], chunks: int,
         options["num_warps"],
         options["num_stages"],
     )
-    sweeps = kernel.__name__ != "panel_kernel"
-    return loop_of(aot.usage_of(compiled, ARCH), compiled, config, chunks, sweeps=sweeps, most=most)
+    return loop_of(aot.usage_of(compiled, ARCH), compiled, config, chunks, most=most)
 
 
 def _tile_loop(launched: Launched) -> Loop:
@@ -411,17 +407,24 @@ def _tile_loop(launched: Launched) -> Loop:
         for key, value in launched.arguments.items()
         if key.isupper() or key in ("num_warps", "num_stages")
     }
-    streams = launched.name == "panel_kernel" or constants.get("HOLD_X") is False
-    chunks = launched.arguments["chunks"] if streams else 0
+    chunks = launched.arguments["chunks"] if constants.get("HOLD_X") is False else 0
     most = max(1, -(-launched.grid[0] // MULTIPROCESSORS))
     return _compiled_loop(launched.kernel, tuple(sorted(constants.items())), chunks, min(most, 32))
 
 
 def tiles_of(launched: Launched) -> list[int]:
     """Tiles of each program."""
-    if "share" not in launched.arguments:
-        return [1] * launched.grid[0]
-    share, total = launched.arguments["share"], launched.arguments["total"]
+    arguments = launched.arguments
+    share = arguments["share"]
+    if launched.name == "panel_kernel":
+        rows, ratio = arguments["row_blocks"], arguments["BLOCK_N"] // arguments["BLOCK_M"]
+        tiles = -(-arguments["M"] // arguments["BLOCK_M"])
+        begins = (
+            p // rows * share + p % rows * ratio * arguments["SYMMETRIC"]
+            for p in range(launched.grid[0])
+        )
+        return [max(0, min(share, tiles - begin)) for begin in begins]
+    total = arguments["total"]
     lengths = [share] * launched.grid[0]
     lengths[-1] = total - share * (launched.grid[0] - 1)
     return lengths

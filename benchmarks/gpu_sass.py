@@ -153,9 +153,9 @@ class Code:
                 )
         if not self.instructions:
             raise ValueError(f"gpu_sass: no instruction in a listing of {len(listing)} characters")
-        # The listing ends with a jump to itself and padding, behind the last EXIT.
-        last = max(i for i, x in enumerate(self.instructions) if x.base in ("EXIT", "RET"))
-        self.instructions = self.instructions[: last + 1]
+        # The listing ends with a jump to itself and padding; a loop that an EXIT leaves may come before.
+        ends = [i for i, x in enumerate(self.instructions) if labels.get(x.target or "") == i]
+        self.instructions = self.instructions[: ends[-1]] if ends else self.instructions
         count = len(self.instructions)
         starts = {0, *(i for i in labels.values() if i < count)}
         jumps = ("BRA", "EXIT", "RET")
@@ -276,41 +276,6 @@ class Code:
                 raise ValueError("gpu_sass: no loop around the loop over chunks")
             header = min(around, key=lambda h: len(loops[h]))
         return self.paths(header, max(1, trips))
-
-    def once(self, trips: int) -> list[Instruction]:
-        """The shortest way through a kernel that computes one tile, its loop over chunks run ``trips`` times.
-
-        Raises:
-            ValueError: If no loop has a tensor-core instruction.
-        """
-        loops = self.loops()
-        chunks = [
-            h for h, b in sorted(loops.items()) if any(x.base in TENSOR for x in self.of(sorted(b)))
-        ]
-        if not chunks:
-            raise ValueError("gpu_sass: no loop has a tensor-core instruction")
-        header = chunks[0]
-        body = loops[header]
-        before = self._shortest(0, {header})
-        walk = min(self._walks(header, body), key=self._length)
-        out = [way for block in body for way in self.next[block] if way not in body]
-        ends = {block for block, ways in enumerate(self.next) if not ways}
-        after = min((self._shortest(way, ends) for way in out), key=self._length)
-        return self.of(before[:-1] + walk * trips + after)
-
-    def _shortest(self, start: int, ends: set[int]) -> list[int]:
-        """Blocks from ``start`` to the first of ``ends``, without jumps back."""
-        best: dict[int, list[int]] = {}
-        for block in range(len(self.blocks) - 1, start - 1, -1):
-            if block in ends:
-                best[block] = [block]
-                continue
-            ways = [best[way] for way in self.next[block] if way > block and way in best]
-            if ways:
-                best[block] = [block, *min(ways, key=self._length)]
-        if start not in best:
-            raise ValueError(f"gpu_sass: no way from block {start} to {sorted(ends)}")
-        return best[start]
 
     def longest_loop(self) -> list[Instruction]:
         """The shortest path of the loop with the most instructions; [] if nothing is repeated."""

@@ -58,12 +58,20 @@ def test_paths_of_a_loop() -> None:
     assert gpu_sass.counts(long)["ALU"] == 3
 
 
-def test_a_kernel_of_one_tile() -> None:
-    """The way from the entry to the exit, with the loop as often as asked."""
-    once = gpu_sass.Code(LISTING).once(3)
-    bases = [x.base for x in once]
-    assert bases[:2] == ["MOV", "S2R"] and bases[-2:] == ["STG", "EXIT"]
-    assert bases.count("HMMA") == 6 and bases.count("FSEL") == 0 and bases.count("BAR") == 3
+def test_a_loop_that_is_left_by_an_exit() -> None:
+    """What stands behind the EXIT and jumps back belongs to the loop; the jump to itself ends the listing."""
+    text = """
+.L_x_0:
+        /*0000*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0010*/               @P0 EXIT ;
+        /*0020*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0030*/                   BRA `(.L_x_0) ;
+.L_x_1:
+        /*0040*/                   BRA `(.L_x_1);
+        /*0050*/                   NOP ;
+"""
+    (only,) = gpu_sass.Code(text).tile_loop()
+    assert [x.base for x in only] == ["HMMA", "EXIT", "IADD3", "BRA"]
 
 
 def test_registers_of_an_instruction() -> None:

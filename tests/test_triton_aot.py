@@ -42,6 +42,7 @@ def _covering() -> list[aot.Case]:
         ["float16"],
         ["backward", "backward ids", "backward softplus", "attend ids ranks", "extremes"],
     )
+    found += aot.cases(("sm_90",), [640, 768], ["float16"], ["panel ids"])
     found += aot.cases(("sm_90",), [768], ["bfloat16"], ["forward rows+cols ids", "ranks self"])
     found += aot.cases(
         dims=[1024],
@@ -79,7 +80,7 @@ def test_the_covering_part_covers() -> None:
     for arch in aot.ARCHS:
         for table in configs.TABLES:
             for dtype in (torch.float32, torch.bfloat16):
-                for D in (64, 128, 160, 200, 256, 512, 768, 1024):
+                for D in (64, 128, 160, 200, 256, 512, 640, 768, 1024):
                     config = configs.lookup(table, arch, D, dtype)
                     fused = configs.lookup("fused", arch, D, dtype) is not None
                     if fused and table in ("panel", "product"):

@@ -45,7 +45,7 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
-    hold_x: bool = True  # keep x on chip (else stream both sides by chunks, as panels always do)
+    hold_x: bool = True  # keep x on chip (else stream both sides by chunks)
     prefetch: int = (
         0  # chunks of y that wait in registers, where shared memory has no room for stages
     )
@@ -190,7 +190,7 @@ TABLE: dict[tuple[str, str, str], _Rows] = {}
 # chunks of 64 (128 bytes, a full swizzle row).
 _STREAMED = Config(128, 64, 64, 8, 3, hold_x=False)
 _STREAMED_NARROW = Config(64, 64, 64, 4, 3, hold_x=False, programs=2)
-_PANEL = Config(128, 128, 64, 8, 3, hold_x=False)  # one tile a program
+_PANEL = Config(128, 128, 64, 8, 3, hold_x=False)
 _PRODUCT = Config(128, 64, 256, 8, 3)  # no epilogue
 # The best of every place of a tile and where it was take four registers an element.
 _EXTREMES: _Rows = [
@@ -237,6 +237,11 @@ TABLE["hopper", "extremes", "half"] = [
     (512, Config(64, 32, 512, 4, 1, programs=2)),
     _EXTREMES[-1],
 ]
+TABLE["hopper", "panel", "half"] = [
+    (704, Config(128, 64, 64, 8, 1, prefetch=1)),  # 128 columns spill where float16 rows have ids
+    (768, Config(128, 128, 64, 8, 1, prefetch=1)),
+    (ANY_D, _PANEL),
+]
 TABLE["hopper", "product", "half"] = [(ANY_D, Config(128, 64, 256, 8, 4))]
 # Sums of [128, 256] or [64, 512] are 128 registers of 256 threads.  One chunk, even where a quarter of it is
 # masked: of several the addresses and descriptors take registers and instructions.
@@ -276,6 +281,7 @@ TABLE["small", "narrow", "half"] = [
     (128, Config(64, 32, 128, 4, 3, programs=2)),
     (ANY_D, Config(64, 64, 64, 8, 3, hold_x=False)),
 ]
+TABLE["small", "panel", "float32"] = [(ANY_D, Config(64, 32, 16, 8, 2, hold_x=False))]
 TABLE["small", "product", "half"] = [(ANY_D, Config(128, 64, 128, 8, 3))]
 TABLE["small", "fused", "half"] = TABLE["ampere", "fused", "half"]
 
@@ -352,7 +358,11 @@ for _class in ("half", "float32"):
     ]
     TABLE["interpreter", "extremes", _class] = _both
     TABLE["interpreter", "fused", _class] = [(256, Config(64, 32, 64, 4, 1)), (ANY_D, None)]
-    TABLE["interpreter", "panel", _class] = [(ANY_D, Config(64, 64, 64, 4, 1, hold_x=False))]
+    TABLE["interpreter", "panel", _class] = [
+        (64, Config(64, 64, 64, 4, 1)),
+        (128, Config(64, 32, 64, 4, 1, prefetch=1)),
+        (ANY_D, Config(64, 64, 64, 4, 1, hold_x=False)),
+    ]
     TABLE["interpreter", "product", _class] = [(ANY_D, Config(64, 32, 128, 4, 1))]
 
 

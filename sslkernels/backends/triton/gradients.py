@@ -20,7 +20,6 @@ from .plan import (
     Line,
     chunk_count,
     empty_vector,
-    folded_line,
     line,
     ratio_of,
     slot_words,
@@ -241,20 +240,22 @@ def _by_panels(
     row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
     blocks = max(1, min(row_blocks, words // (M * config.block_n)))
     # G = G^T: one triangle of it is computed where all of it is there at once.
-    symmetric = same and blocks == row_blocks
+    symmetric = same and blocks == row_blocks and ratio_of(config) > 0
     ld = M + -M % WHOLE
     panel = torch.empty(min(N, blocks * config.block_n), ld, dtype=dtype, device=device)
     dx = torch.empty(N, D, dtype=torch.float32, device=device)
-    ratio = ratio_of(config) if symmetric else 1
-    grids = []
-    for first_block in range(0, row_blocks, blocks):
-        here = min(blocks, row_blocks - first_block)
-        grids.append(folded_line(0, here, tiles, ratio, 1).total if symmetric else here * tiles)
+    # One tile a program; where x is held as many as make one wave.
+    share = 1
+    if config.hold_x:
+        programs = configs.capacity(device, config) * (2 if symmetric else 1)
+        share = triton.cdiv(tiles, max(1, programs // blocks))
+    starts = range(0, row_blocks, blocks)
+    grids = [min(blocks, row_blocks - first) * triton.cdiv(tiles, share) for first in starts]
     sums = None
     if flags["WANT_DBIAS"]:
         sums = torch.empty(sum(grids), dtype=torch.float32, device=device)
     panel_flags = tile_flags(config, x, y)
-    for number, first_block in enumerate(range(0, row_blocks, blocks)):
+    for number, first_block in enumerate(starts):
         here = min(blocks, row_blocks - first_block)
         start = first_block * config.block_n
         rows = min(N - start, here * config.block_n)
@@ -268,12 +269,15 @@ def _by_panels(
             *inputs[5:],
             *sizes,
             chunk_count(panel_flags),
+            share,
             first_block,
             here,
             ld,
             SYMMETRIC=symmetric,
+            HOLD_X=config.hold_x,
+            PREFETCH=config.prefetch,
             **flags,
-            **{key: value for key, value in panel_flags.items() if key != "NUM_D"},
+            **panel_flags,
         )
         width, feature_blocks = configs.chunks(product, D)
         shared = line(

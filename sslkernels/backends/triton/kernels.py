@@ -30,14 +30,13 @@ from .tiles import (
     TINY,
     constant_shift,
     dot_chunks,
+    dot_coming,
     dot_streamed,
     exp,
     finite_or_zero,
     kernel,
     load_block,
-    load_chunk,
     softplus2,
-    tile_dot,
 )
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -105,9 +104,7 @@ def _sweep(
     if EXCLUDE % 2 == 1:
         multiple = first_multiple(low, period)
     if PREFETCH > 0:
-        coming = ()
-        for c in tl.static_range(PREFETCH):
-            coming = coming + (load_chunk(y_ptr, lo * BLOCK_M, c, BLOCK_M, STRIDE_Y, D, BLOCK_D),)
+        coming = load_block(y_ptr, lo * BLOCK_M, BLOCK_M, STRIDE_Y, D, BLOCK_D, PREFETCH)
     for tile in tl.range(lo, hi, disable_licm=HOLD_X and D > 256):
         y_start = tile * BLOCK_M
         cols = y_start + tl.arange(0, BLOCK_M)
@@ -115,19 +112,11 @@ def _sweep(
         # Columns from M on are -inf at no cost: the constant of their multiply-add is.
         constant = tl.where(col_ok, offset, float("-inf"))
         if PREFETCH > 0:
-            # The next chunks are on their way to registers while this one is multiplied.
-            t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for c in tl.static_range(NUM_D):
-                y = coming[0]
-                y_next = y_start
-                if c + PREFETCH >= NUM_D:
-                    y_next = tl.minimum(tile + 1, hi - 1) * BLOCK_M
-                coming = coming[1:] + (
-                    load_chunk(
-                        y_ptr, y_next, (c + PREFETCH) % NUM_D, BLOCK_M, STRIDE_Y, D, BLOCK_D
-                    ),
-                )
-                t = tile_dot(y, tl.trans(xs[c]), t, PRECISION)
+            y_next = tl.minimum(tile + 1, hi - 1) * BLOCK_M
+            t, coming = dot_coming(
+                xs, coming, y_ptr, y_start, y_next, True, BLOCK_M, STRIDE_Y, D, PREFETCH, NUM_D, BLOCK_D,
+                PRECISION,
+            )  # fmt: skip
         elif HOLD_X:
             ys = load_block(y_ptr, y_start, BLOCK_M, STRIDE_Y, D, BLOCK_D, NUM_D)
             t = dot_chunks(ys, xs, NUM_D, PRECISION)

@@ -11,7 +11,6 @@ import triton.language as tl
 from .pairs import (
     any_wide,
     first_multiple,
-    folded,
     real_branch,
     share_of_line,
     slots_of,
@@ -27,6 +26,7 @@ from .tiles import (
     LOG2_E,
     SPAN,
     dot_chunks,
+    dot_coming,
     dot_streamed,
     exp,
     finite_or_zero,
@@ -449,6 +449,7 @@ def panel_kernel(
     period,
     wide_count,
     chunks,
+    share,  # tiles of a program
     first_block,  # the first row block of the panel
     row_blocks,  # of the panel
     stride_gn,  # M filled up to whole blocks
@@ -463,71 +464,88 @@ def panel_kernel(
     STRIDE_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
     D: tl.constexpr,
+    HOLD_X: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
+    NUM_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The panel way, first half: one tile of G a program, written in the operand dtype.
+    """The panel way, first half: tiles of G of one held block, written in the operand dtype.
 
     Row blocks vary fastest: the programs of one wave share a few tiles of y.
     """
     RATIO: tl.constexpr = BLOCK_N // BLOCK_M
     tiles = tl.cdiv(M, BLOCK_M)
-    if SYMMETRIC:
-        length = folded(0, row_blocks, tiles, RATIO)
-        block = tl.program_id(0) // length
-        near = tiles - block * RATIO
-        tile = tl.program_id(0) % length
-        block = tl.where(tile < near, block, row_blocks - 1 - block)
-        tile = block * RATIO + tl.where(tile < near, tile, tile - near)
-    else:
-        block = tl.program_id(0) % row_blocks
-        tile = tl.program_id(0) // row_blocks
+    block = tl.program_id(0) % row_blocks
+    lo = tl.program_id(0) // row_blocks * share
+    if SYMMETRIC:  # nearly half of the programs find nothing to do
+        lo += block * RATIO
+    if lo >= tiles:
+        if WANT_DBIAS:
+            tl.store(dbias_ptr + tl.program_id(0), 0.0)
+        return
+    hi = tl.minimum(lo + share, tiles)
     held = first_block + block
     x_start = held * BLOCK_N
     rows = x_start + tl.arange(0, BLOCK_N)
     row_ok = rows < N
-    y_start = tile * BLOCK_M
-    cols = y_start + tl.arange(0, BLOCK_M)
+    panel_rows = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    length = _row_length(stride_gn)
     lift = 1.0
     if HAS_LIFT:
         lift = tl.load(lift_ptr) * HALF_LIFT
     row, weight_x, calm, low_x, high_x, wide = _held(
         weight_x_ptr, calm_x_ptr, calm_y_ptr, row_ptr, drow_ptr, center_ptr, span_x_ptr, wide_ptr,
-        wide_count, lift, x_start, y_start, tl.minimum(y_start + BLOCK_M, M), N, KIND, HAS_ROW, HAS_COL,
+        wide_count, lift, x_start, lo * BLOCK_M, tl.minimum(hi * BLOCK_M, M), N, KIND, HAS_ROW, HAS_COL,
         EXCLUDE, BLOCK_N,
     )  # fmt: skip
-    low = y_start - x_start - BLOCK_N + 1
-    multiple = low
-    if EXCLUDE % 2 == 1:
-        multiple = first_multiple(low, period)
-    weight_y = _swept_weight(weight_y_ptr, dcol_ptr, lift, y_start, KIND, HAS_ROW, HAS_COL, BLOCK_M)
-    s = dot_streamed(
-        x_ptr, y_ptr, x_start, y_start, chunks, BLOCK_N, BLOCK_M, STRIDE_X, STRIDE_Y, D, BLOCK_D,
-        PRECISION,
-    )  # fmt: skip
-    g = _gradient_tile(
-        s, scale_ptr, bias_ptr, lift, weight_x, row, calm, weight_y, row_ptr, drow_ptr,
-        col_ptr, dcol_ptr, low_x, high_x, wide, short_x_ptr, short_y_ptr, span_y_ptr, ids_x_ptr,
-        ids_y_ptr, x_start, y_start, low, multiple, M, period, KIND, HAS_ROW, HAS_COL, HAS_BIAS, EXCLUDE,
-        HAS_LIFT, WANT_DBIAS, BLOCK_N, BLOCK_M,
-    )  # fmt: skip
-    twice = tile * BLOCK_M >= (held + 1) * BLOCK_N
-    if WANT_DBIAS:
-        total = tl.sum(tl.sum(tl.where(row_ok[:, None], g, 0.0), 1), 0) / lift
+    if HOLD_X:
+        xs = load_block(x_ptr, x_start, BLOCK_N, STRIDE_X, D, BLOCK_D, NUM_D)
+        coming = load_block(y_ptr, lo * BLOCK_M, BLOCK_M, STRIDE_Y, D, BLOCK_D, PREFETCH)
+    dbias = 0.0
+    for tile in tl.range(lo, hi, disable_licm=True):
+        y_start = tile * BLOCK_M
+        cols = y_start + tl.arange(0, BLOCK_M)
+        low = y_start - x_start - BLOCK_N + 1
+        multiple = low
+        if EXCLUDE % 2 == 1:
+            multiple = first_multiple(low, period)
+        weight_y = _swept_weight(
+            weight_y_ptr, dcol_ptr, lift, y_start, KIND, HAS_ROW, HAS_COL, BLOCK_M
+        )
+        if HOLD_X:
+            y_next = tl.minimum(tile + 1, hi - 1) * BLOCK_M
+            s, coming = dot_coming(
+                xs, coming, y_ptr, y_start, y_next, False, BLOCK_M, STRIDE_Y, D, PREFETCH, NUM_D, BLOCK_D,
+                PRECISION,
+            )  # fmt: skip
+        else:
+            s = dot_streamed(
+                x_ptr, y_ptr, x_start, y_start, chunks, BLOCK_N, BLOCK_M, STRIDE_X, STRIDE_Y, D,
+                BLOCK_D, PRECISION,
+            )  # fmt: skip
+        g = _gradient_tile(
+            s, scale_ptr, bias_ptr, lift, weight_x, row, calm, weight_y, row_ptr, drow_ptr,
+            col_ptr, dcol_ptr, low_x, high_x, wide, short_x_ptr, short_y_ptr, span_y_ptr, ids_x_ptr,
+            ids_y_ptr, x_start, y_start, low, multiple, M, period, KIND, HAS_ROW, HAS_COL, HAS_BIAS,
+            EXCLUDE, HAS_LIFT, WANT_DBIAS, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
+        twice = tile * BLOCK_M >= (held + 1) * BLOCK_N
+        if WANT_DBIAS:
+            part = tl.sum(tl.sum(tl.where(row_ok[:, None], g, 0.0), 1), 0)
+            if SYMMETRIC:
+                part = tl.where(twice, 2.0 * part, part)
+            dbias += part
+        g = g.to(g_ptr.dtype.element_ty)
+        tl.store(g_ptr + panel_rows[:, None] * length + cols[None, :], g, mask=row_ok[:, None])
         if SYMMETRIC:
-            total = tl.where(twice, 2.0 * total, total)
-        tl.store(dbias_ptr + tl.program_id(0), total)
-    g = g.to(g_ptr.dtype.element_ty)
-    panel_rows = (rows - first_block * BLOCK_N).to(tl.int64)
-    length = _row_length(stride_gn)
-    at = g_ptr + panel_rows[:, None] * length + cols[None, :]
-    tl.store(at, g, mask=row_ok[:, None])
-    if SYMMETRIC:
-        if twice:
-            mirror = g_ptr + cols.to(tl.int64)[:, None] * length + rows[None, :]
-            tl.store(mirror, tl.trans(g), mask=(cols < M)[:, None] & row_ok[None, :])
+            if twice:
+                mirror = g_ptr + cols.to(tl.int64)[:, None] * length + rows[None, :]
+                tl.store(mirror, tl.trans(g), mask=(cols < M)[:, None] & row_ok[None, :])
+    if WANT_DBIAS:
+        tl.store(dbias_ptr + tl.program_id(0), dbias / lift)
 
 
 @kernel

@@ -161,6 +161,36 @@ def dot_chunks(xs, ys, NUM_D: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_coming(
+    xs, coming, y_ptr, y_start, y_next,
+    SWEPT_FIRST: tl.constexpr, ROWS_Y: tl.constexpr, STRIDE_Y: tl.constexpr, D: tl.constexpr,
+    PREFETCH: tl.constexpr, NUM_D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(<x_i, y_j>, the first chunks of the rows from ``y_next`` on): x held, y by way of registers.
+
+    ``coming`` are the first PREFETCH chunks of this tile; while one is multiplied the next are on their way.
+    """
+    s = tl.zeros((xs[0].shape[0], ROWS_Y), tl.float32)
+    if SWEPT_FIRST:
+        s = tl.zeros((ROWS_Y, xs[0].shape[0]), tl.float32)
+    for c in tl.static_range(NUM_D):
+        start = y_start
+        if PREFETCH > 0 and c + PREFETCH >= NUM_D:
+            start = y_next
+        chunk = load_chunk(y_ptr, start, (c + PREFETCH) % NUM_D, ROWS_Y, STRIDE_Y, D, BLOCK_D)
+        if PREFETCH > 0:
+            y = coming[0]
+            coming = coming[1:] + (chunk,)
+        else:
+            y = chunk
+        if SWEPT_FIRST:
+            s = tile_dot(y, tl.trans(xs[c]), s, PRECISION)
+        else:
+            s = tile_dot(xs[c], tl.trans(y), s, PRECISION)
+    return s, coming
+
+
+@triton.jit
 def dot_streamed(
     x_ptr, y_ptr, x_start, y_start, chunks,
     ROWS_X: tl.constexpr, ROWS_Y: tl.constexpr, STRIDE_X: tl.constexpr, STRIDE_Y: tl.constexpr,

@@ -50,8 +50,8 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     wide = table == "fused" and half and D > 256
     if table == "fused" and half and D > 128:
         widths = (*widths, triton.next_power_of_2(D))
-    holds: tuple[bool, ...] = (table != "panel",)
-    if table in ("forward", "narrow", "extremes"):
+    holds: tuple[bool, ...] = (True,)
+    if table in ("forward", "narrow", "extremes", "panel"):
         holds = (True, False) if D <= 768 else (False,)
     found = []
     for n, m, width, stages, hold in itertools.product(
@@ -59,7 +59,7 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
     ):
         warps = 8 if n >= 128 or (wide and n == 64) else 4
         # In one stage the next chunk waits in registers.
-        prefetch = int(half and hold and stages == 1 and table in ("forward", "narrow"))
+        prefetch = int(half and hold and stages == 1 and table in _TRIANGLES)
         if half and stages == 1 and not prefetch:
             continue
         sums = n * (width if table == "product" else max(m, D if table == "fused" else 0))
