@@ -39,6 +39,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Campaigns take minutes: they run where -m names them, as `make test-all` does."""
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     if "campaign" in config.getoption("markexpr"):
         return
     left_out = [item for item in items if item.get_closest_marker("campaign")]

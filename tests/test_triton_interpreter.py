@@ -23,6 +23,7 @@ GROUPS = {
     "engine": ["test_engine.py"],
     "others": [
         "test_branches.py",
+        "test_hopper.py",
         "test_order.py",
         "test_updates.py",
         "test_losses.py",
@@ -43,6 +44,7 @@ def test_every_file_is_in_a_group() -> None:
     assert files == {name for names in GROUPS.values() for name in names}
 
 
+@pytest.mark.early
 @pytest.mark.slow
 def test_kernels_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
     """Both groups side by side; the output of a group that failed is shown."""

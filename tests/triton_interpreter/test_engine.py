@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import dense
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sslkernels.backends import triton as backend
 from sslkernels.backends.interface import RowState, Thresholds, Tiles, Wanted
-from sslkernels.backends.triton import configs, gradients, launch, tuning
+from sslkernels.backends.triton import configs, gradients, launch
 from sslkernels.backends.triton.runtime import recorded_launches
 
 # (N, M or None for self mode, D).  The interpreter's tiles are 64 x 32 x 64: one row, tiles -1, +0, +1
@@ -368,62 +367,6 @@ def test_strides(layout: str) -> None:
     for ours, contiguous in zip(*results, strict=True):
         assert torch.equal(ours, contiguous)
     assert torch.equal(base, before)
-
-
-def hopper(table: str, D: int) -> configs.Config:
-    """The tile of the table; the interpreter's are other ones."""
-    config = configs.lookup(table, "sm_90", D, torch.bfloat16)
-    assert config is not None
-    assert config in tuning.candidates(table, D, torch.bfloat16)
-    return config
-
-
-@pytest.mark.parametrize("kind", ["lse", "softplus"])
-def test_512_features_on_chip(kind: str) -> None:
-    """Hopper's tile in place of panels: the same gradients and weighted keys."""
-    case = make(40, 33, 512, kind, dtype=torch.bfloat16)
-    drow, dcol = torch.linspace(-1, 1, 40), torch.linspace(-1, 2, 33)
-    found = []
-    for config, kernel in ((hopper("fused", 512), "backward_kernel"), (None, "panel_kernel")):
-        with configs.override(fused=config), recorded_launches() as log:
-            grads = backward(case, drow, dcol, True, True)
-            found.append(list(grads[:2]))
-            if kind == "lse":
-                found[-1].append(backend.attend(case.tiles, None).mean_key)
-        assert kernel in {entry.kernel for entry in log}
-    for ours, panels in zip(*found, strict=True):
-        assert ours.any()
-        assert (ours - panels).float().norm() < 1e-2 * panels.float().norm()
-
-
-@pytest.mark.parametrize("D", [300, 512, 768])
-@pytest.mark.parametrize("cross", [False, True])
-def test_many_chunks_held(cross: bool, D: int) -> None:
-    """Hopper's tiles whose next chunk waits in registers, panels too: what streaming both sides gives."""
-    N, M = (400, 300) if cross else (500, None)
-    case = make(N, M, D, dtype=torch.bfloat16)
-    thresholds = (between(case, 1), between(case, 0) if cross else None)
-    drow, dcol = torch.linspace(-1, 1, N), torch.linspace(-1, 2, M or 1)
-    found = []
-    for held in (True, False):
-        tables = {name: hopper(name, D) for name in ("forward", "narrow", "panel")}
-        if not held:
-            tables = {
-                name: dataclasses.replace(config, hold_x=False, prefetch=0)
-                for name, config in tables.items()
-            }
-        with configs.override(fused=None, **tables), recorded_launches() as log:
-            sums, ranks = forward(case, cross), forward(case, cross, *thresholds)
-            grads = backward(case, drow, dcol if cross else None, True, cross)
-        launched = [entry.flags for entry in log if "PREFETCH" in entry.flags]
-        assert {flags["BLOCK_N"] for flags in launched} == {64, 128}
-        assert {flags["PREFETCH"] for flags in launched} == {int(held)}
-        found.append(([sums.row, sums.col, ranks.rank_row, ranks.rank_col], grads[:2]))
-    (exact, close), (streamed, near) = found
-    for ours, theirs in zip(exact, streamed, strict=True):
-        assert torch.equal(ours, theirs)
-    for ours, theirs in zip(close, near, strict=True):
-        assert (ours - theirs).float().norm() <= 1e-2 * theirs.float().norm()
 
 
 def test_uniform_and_zero_gradients() -> None:
