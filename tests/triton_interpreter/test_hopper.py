@@ -67,3 +67,18 @@ def test_many_chunks_held(cross: bool, D: int) -> None:
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(close, near, strict=True):
         assert (ours - theirs).float().norm() <= 1e-2 * theirs.float().norm()
+
+
+@pytest.mark.parametrize("M", [150, None])
+def test_a_program_sweeps_all_tiles_of_a_panel(M: int | None) -> None:
+    """Gradients are those of one tile a program; the bias sums over the tiles of a sweep."""
+    case = make(150, M, 24, "softplus")
+    drow, dcol = torch.linspace(-1, 1, 150), torch.linspace(-1, 2, 150)
+    found = []
+    for programs in (1, 1000):
+        with configs.override(fused=None, programs=programs), recorded_launches() as log:
+            found.append(backward(case, drow, dcol if M else None, True, M is not None))
+        shares = {e.arguments["share"] for e in log if e.kernel == "panel_kernel"}
+        assert shares == {3 if programs == 1 else 1}
+    for ours, tiles in zip(*found, strict=True):
+        torch.testing.assert_close(ours, tiles, rtol=1e-5, atol=1e-6)
