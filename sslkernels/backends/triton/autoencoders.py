@@ -15,6 +15,7 @@ from torch import Tensor
 from ..autoencoders_torch import STREAM
 from ..interface import Vae, VaeGradients, VaeTerms, VaeWanted
 from .runtime import launch
+from .sizes import cdiv
 
 _STREAM = tl.constexpr(STREAM)
 BLOCK_D = 1024  # elements of a row that a program holds: eight a thread
@@ -268,7 +269,7 @@ def vae_backward(problem: Vae, drec: Tensor, dkl: Tensor, wanted: VaeWanted) -> 
         s = x if spread is None else spread
         stands = [x if y is None else y for y in out[:3]]
         launch(
-            vae_decoder_backward_kernel, (n, triton.cdiv(D, BLOCK_D)), x.device, *stands, drec, r,
+            vae_decoder_backward_kernel, (n, cdiv(D, BLOCK_D)), x.device, *stands, drec, r,
             x, s, D, drec.stride(0), r.stride(0), x.stride(0), s.stride(0), **_flags(problem),
             WANT_R=out.reconstruction is not None, WANT_X=out.x is not None,
             WANT_S=out.spread is not None, BLOCK_D=BLOCK_D,
@@ -277,7 +278,7 @@ def vae_backward(problem: Vae, drec: Tensor, dkl: Tensor, wanted: VaeWanted) -> 
         stands = [mean if y is None else y for y in out[3:]]
         w = dkl if weights is None else weights
         launch(
-            vae_latent_backward_kernel, (n, triton.cdiv(Z, BLOCK_D)), x.device, *stands, dkl, mean,
+            vae_latent_backward_kernel, (n, cdiv(Z, BLOCK_D)), x.device, *stands, dkl, mean,
             v, w, Z, dkl.stride(0), mean.stride(0), v.stride(0), HAS_WEIGHT=weights is not None,
             WANT_M=out.mean is not None, WANT_V=out.log_variance is not None, BLOCK_D=BLOCK_D,
         )  # fmt: skip
@@ -288,7 +289,7 @@ def _noise(x: Tensor, log_variance: Tensor, seed: Tensor, forward: bool) -> Tens
     x, log_variance = x.contiguous(), log_variance.contiguous()
     out = torch.empty(x.shape, dtype=log_variance.dtype, device=x.device)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), 4 * GROUPS),)
+        grid = (cdiv(x.numel(), 4 * GROUPS),)
         launch(
             noise_kernel, grid, x.device, out, x, log_variance, seed, x.numel(), FORWARD=forward,
             GROUPS=GROUPS,

@@ -28,6 +28,7 @@ import torch
 import triton
 
 from .. import devices
+from .sizes import cdiv, next_power_of_2
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TABLES = ("forward", "narrow", "extremes", "fused", "panel", "product")
@@ -160,10 +161,10 @@ def packed_width(D: int, dtype: torch.dtype) -> int:
     a copy is little beside the products, and whole chunks leave more registers than masked ones.
     """
     if dtype == torch.float32:
-        return triton.cdiv(D, 32) * 32
+        return cdiv(D, 32) * 32
     if D > 256:
-        return triton.cdiv(D, 64) * 64
-    return D if D * dtype.itemsize % ROW_BYTES == 0 else triton.cdiv(D, 16) * 16
+        return cdiv(D, 64) * 64
+    return D if D * dtype.itemsize % ROW_BYTES == 0 else cdiv(D, 16) * 16
 
 
 def chunks(config: Config, D: int) -> tuple[int, int]:
@@ -172,11 +173,11 @@ def chunks(config: Config, D: int) -> tuple[int, int]:
     The width is block_d, less if D is less, and half of it where that wastes fewer columns: D = 129
     with block_d = 128 is three chunks of 64, not two of 128.
     """
-    width = min(config.block_d, max(16, triton.next_power_of_2(D)))
-    count = triton.cdiv(D, width)
+    width = min(config.block_d, max(16, next_power_of_2(D)))
+    count = cdiv(D, width)
     half = width // 2
-    if half >= 16 and triton.cdiv(D, half) * half < count * width:
-        return half, triton.cdiv(D, half)
+    if half >= 16 and cdiv(D, half) * half < count * width:
+        return half, cdiv(D, half)
     return width, count
 
 

@@ -12,7 +12,6 @@ The other layouts are composed of the primitives (``ops/composed.py``), as is wh
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from .gradients import Side, Weights, gathered_by, partial_gradient
 from .launch import forward
 from .plan import COMBINE_ROWS, SPAN, WHOLE, Excluded, Loss, empty_vector, slots_at_a_time
 from .runtime import launch
+from .sizes import cdiv, next_power_of_2
 
 EPS = 1e-12  # as in torch.nn.functional.normalize
 # Features are covered by chunks of as many, the loop over them unrolled.
@@ -58,7 +58,7 @@ def _rows(problem: Problem) -> tuple[Tensor, dict[str, object]]:
     dtype = torch.bfloat16 if problem.bf16 else exact_dtype(problem.a)
     width = configs.packed_width(D, dtype)
     whole = 2 * n + -2 * n % WHOLE
-    block_d = min(_BLOCK_D, max(16, triton.next_power_of_2(D)))
+    block_d = min(_BLOCK_D, max(16, next_power_of_2(D)))
     flags = {
         "NORMALIZE": problem.normalize,
         "EXACT": _TL_DTYPES[exact_dtype(problem.a)],
@@ -68,7 +68,7 @@ def _rows(problem: Problem) -> tuple[Tensor, dict[str, object]]:
         "STRIDE_BN": problem.b.stride(0),
         "STRIDE_BD": problem.b.stride(1),
         "WIDTH": width,
-        "NUM_D": triton.cdiv(width, block_d),
+        "NUM_D": cdiv(width, block_d),
         "BLOCK_D": block_d,
     }
     return torch.empty(whole, width, dtype=dtype, device=problem.a.device), flags
@@ -91,12 +91,12 @@ def contrastive_forward(problem: Problem, want_rank: bool) -> Contrastive:
     filled = whole - n  # rows that the kernel writes behind the first n
     rows = max(1, 1024 // int(flags["BLOCK_D"]))  # type: ignore[call-overload]
     launch(
-        kernels_contrastive.prepare_kernel, (triton.cdiv(filled, rows),), device, units, state.positive,
+        kernels_contrastive.prepare_kernel, (cdiv(filled, rows),), device, units, state.positive,
         state.inv, logit, a, b, scale, n, filled, EPS,
         HAS_LOGIT=want_rank, BLOCK_N=rows, num_warps=4, **flags,
     )  # fmt: skip
     per_row = problem.reduction == "none"
-    programs = triton.cdiv(2 * n, COMBINE_ROWS)
+    programs = cdiv(2 * n, COMBINE_ROWS)
     sums = torch.empty(2 * n if per_row else programs, dtype=float32, device=device)
     x = units[: 2 * n]
     found = forward(
@@ -179,7 +179,7 @@ def contrastive_backward(
     db = torch.empty(n, D, dtype=b.dtype, device=device) if wanted.dk else None
     both = wanted.dscale or (wanted.dq and wanted.dk)
     rows = max(1, 1024 // int(flags["BLOCK_D"]))  # type: ignore[call-overload]
-    grid = (triton.cdiv(n, rows), 2 if both else 1)
+    grid = (cdiv(n, rows), 2 if both else 1)
     along = torch.empty(grid[0] * grid[1], dtype=float32, device=device) if wanted.dscale else None
     launch(
         kernels_contrastive.finish_kernel, grid, device, da, along, parts, a, b, row_weight, scale, db, n,

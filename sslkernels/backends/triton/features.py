@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import launch
+from .sizes import cdiv
 
 UNIT = 8192  # elements of a program, as on the CPU
 BLOCK = 1024  # elements at a time: eight a thread
@@ -204,7 +205,7 @@ class _Group:
 
     @property
     def units(self) -> int:
-        return sum(max(1, triton.cdiv(size, UNIT)) for size in self.sizes)
+        return sum(max(1, cdiv(size, UNIT)) for size in self.sizes)
 
 
 def _groups(features: list[Tensor], targets: list[Tensor], chosen: list[int]) -> list[_Group]:

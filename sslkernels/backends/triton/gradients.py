@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, kernels_backward
@@ -27,6 +26,7 @@ from .plan import (
     tile_flags,
 )
 from .runtime import launch
+from .sizes import cdiv, next_power_of_2
 
 
 def _lift(drow: Tensor | None, dcol: Tensor | None) -> Tensor:
@@ -65,7 +65,7 @@ class Weights:
         weight = empty_vector(n, torch.float32, side.grad.device)
         calm = torch.empty(len(weight) // SPAN, dtype=torch.int32, device=weight.device)
         launch(
-            kernels_backward.weigh_kernel, (triton.cdiv(n, NARROW_SPANS * SPAN),), weight.device,
+            kernels_backward.weigh_kernel, (cdiv(n, NARROW_SPANS * SPAN),), weight.device,
             weight, calm, side.lse, side.grad, center, lift, n, len(weight), HAS_LIFT=lift is not None,
             SPANS=NARROW_SPANS,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def partial_gradient(
     if config is None:
         dx, total = _by_panels(x is y, x.vectors, y.vectors, inputs, sizes, flags, factor, lift)
         return dx[None], total, None, 1
-    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
     shared = line(
         row_blocks, col_blocks, configs.capacity(device, config),
         slot_words(N, M, D) // (N * D),
@@ -199,20 +199,20 @@ def gathered(
     _, N, D = parts.shape
     dx = torch.empty_like(parts[0]) if out is None else out
     rows = min(held, 16)
-    width = min(128, features or triton.next_power_of_2(D))
+    width = min(128, features or next_power_of_2(D))
     launch(
         kernels_backward.gather_kernel,
-        (triton.cdiv(N, rows), triton.cdiv(D, width)),
+        (cdiv(N, rows), cdiv(D, width)),
         parts.device,
         dx,
         parts,
         N,
         shared.share,
         shared.tiles,
-        triton.cdiv(D, features) if features else 1,
+        cdiv(D, features) if features else 1,
         D=D,
         HELD=held,
-        FEATURES=features or triton.next_power_of_2(D),
+        FEATURES=features or next_power_of_2(D),
         SLOTS=slots_at_a_time(shared.slots),
         BLOCK_N=rows,
         BLOCK_D=width,
@@ -237,7 +237,7 @@ def _by_panels(
         configs.require("product", device, D, dtype),
     )
     words = min(slot_words(N, M, D), max(PANEL_WORDS, M * D))
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, tiles = cdiv(N, config.block_n), cdiv(M, config.block_m)
     blocks = max(1, min(row_blocks, words // (M * config.block_n)))
     # G = G^T: one triangle of it is computed where all of it is there at once.
     symmetric = same and blocks == row_blocks and ratio_of(config) > 0
@@ -248,9 +248,9 @@ def _by_panels(
     share = 1
     if config.hold_x:
         programs = configs.capacity(device, config) * (2 if symmetric else 1)
-        share = triton.cdiv(tiles, max(1, programs // blocks))
+        share = cdiv(tiles, max(1, programs // blocks))
     starts = range(0, row_blocks, blocks)
-    grids = [min(blocks, row_blocks - first) * triton.cdiv(tiles, share) for first in starts]
+    grids = [min(blocks, row_blocks - first) * cdiv(tiles, share) for first in starts]
     sums = None
     if flags["WANT_DBIAS"]:
         sums = torch.empty(sum(grids), dtype=torch.float32, device=device)
@@ -281,8 +281,8 @@ def _by_panels(
         )
         width, feature_blocks = configs.chunks(product, D)
         shared = line(
-            feature_blocks * triton.cdiv(rows, product.block_n),
-            triton.cdiv(M, product.block_m),
+            feature_blocks * cdiv(rows, product.block_n),
+            cdiv(M, product.block_m),
             configs.capacity(device, product),
             max(1, words // (rows * D)),
         )

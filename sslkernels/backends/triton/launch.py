@@ -21,7 +21,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from ..interface import (
@@ -56,6 +55,7 @@ from .plan import (
     vector,
 )
 from .runtime import launch
+from .sizes import cdiv
 
 
 def pairwise_forward(
@@ -79,7 +79,7 @@ def _forward_config(x: Tensor, M: int, is_triangle: bool, heavy: bool) -> Config
     """
     device, (N, D) = x.device, x.shape
     config = configs.require("forward", device, D, x.dtype)
-    blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    blocks, tiles = cdiv(N, config.block_n), cdiv(M, config.block_m)
     total = blocks * tiles
     if is_triangle:
         total = folded_line(0, blocks, tiles, ratio_of(config), 1).total
@@ -138,10 +138,10 @@ def forward(
     heavy = rank_row or rank_col or kind_id == 1
     config = _forward_config(q, M, is_triangle, heavy)
     ratio = ratio_of(config) if is_triangle else 1
-    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
     words = slot_words(N, M, D)
     group = min(row_blocks, max(1, words // (2 * M))) if has_col else row_blocks
-    group = triton.cdiv(row_blocks, triton.cdiv(row_blocks, group))  # launches of equal size
+    group = cdiv(row_blocks, cdiv(row_blocks, group))  # launches of equal size
     capacity = configs.capacity(device, config)
     shared = line(group, col_blocks, capacity, max(2, words // (2 * N)))
     lines = {}
@@ -317,7 +317,7 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     if N == 0 or M == 0:
         mean_key = trimmed(mean_key.zero_(), features)
         return Attend(lse.fill_(float("-inf")), mean_key, rank.zero_())
-    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
     shared = line(
         row_blocks, col_blocks, configs.capacity(device, config),
         slot_words(N, M, D) // (N * D),
@@ -354,7 +354,7 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     flags["SLOTS"] = 32 if shared.slots > 16 else flags["SLOTS"]
     launch(
         kernels_rows.attend_combine_kernel,
-        (triton.cdiv(N, flags["BLOCK_N"]), triton.cdiv(D, flags["BLOCK_D"])),
+        (cdiv(N, flags["BLOCK_N"]), cdiv(D, flags["BLOCK_D"])),
         device,
         lse,
         mean_key,
@@ -398,7 +398,7 @@ def extremes(tiles: Tiles) -> Extremes:
     ids_x = vector(tiles.ids_q)
     ids_y = ids_x if tiles.is_self or tiles.ids_k is None else vector(tiles.ids_k)
     config = configs.require("extremes", device, D, q.dtype)
-    row_blocks, col_blocks = triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m)
+    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
     shared = line(
         row_blocks, col_blocks, configs.capacity(device, config),
         slot_words(N, M, D) // (4 * N),
@@ -432,7 +432,7 @@ def extremes(tiles: Tiles) -> Extremes:
     block = 256
     launch(
         kernels_rows.extremes_combine_kernel,
-        (triton.cdiv(N, block), 2),
+        (cdiv(N, block), 2),
         device,
         found,
         values,

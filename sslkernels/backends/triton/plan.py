@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, kernels, pairs
 from .configs import Config
 from .runtime import launch
+from .sizes import cdiv, next_power_of_2
 
 # The floor of the slot bounds, in 4-byte words: 64 MiB.  Without it a small problem could not be
 # split over a whole device.
@@ -165,7 +165,7 @@ def again_flags(x: Tensor, y: Tensor, rows: int, slots: int) -> dict[str, Any]:
         "SLOTS": slots_at_a_time(slots),
         "BLOCK_N": rows,
         "BLOCK_M": 64 if x.dtype != torch.float32 else 32,
-        "BLOCK_D": min(block_d, max(16, triton.next_power_of_2(x.shape[1]))),
+        "BLOCK_D": min(block_d, max(16, next_power_of_2(x.shape[1]))),
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -173,7 +173,7 @@ def again_flags(x: Tensor, y: Tensor, rows: int, slots: int) -> dict[str, Any]:
 
 def chunk_count(flags: dict[str, Any]) -> int:
     """Chunks of D in a loop over them."""
-    return int(triton.cdiv(flags["D"], flags["BLOCK_D"]))
+    return int(cdiv(flags["D"], flags["BLOCK_D"]))
 
 
 # ---- pairs that are left out ---------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Excluded:
             return cls()
         sides = [ids_x] + ([] if ids_y is None else [ids_y])
         per_program = NARROW_SPANS * SPAN
-        programs = [triton.cdiv(len(ids), per_program) for ids in sides]
+        programs = [cdiv(len(ids), per_program) for ids in sides]
         wide = torch.empty(sum(programs), dtype=torch.int32, device=ids_x.device)
         made = []
         for ids, count, first in zip(sides, programs, (0, programs[0]), strict=False):
@@ -257,7 +257,7 @@ class Line:
     @property
     def programs(self) -> int:
         """The grid."""
-        return int(triton.cdiv(self.total, self.share))
+        return int(cdiv(self.total, self.share))
 
 
 def line(blocks: int, tiles: int, capacity: int, most_slots: int) -> Line:
@@ -269,9 +269,9 @@ def line(blocks: int, tiles: int, capacity: int, most_slots: int) -> Line:
         capacity: Programs that run at once: more would wait for a second wave.
         most_slots: Programs that may share a block: the memory bound.
     """
-    share = max(1, triton.cdiv(blocks * tiles, capacity))
+    share = max(1, cdiv(blocks * tiles, capacity))
     if most_slots < 2:
-        share = triton.cdiv(share, tiles) * tiles
+        share = cdiv(share, tiles) * tiles
     elif most_slots == 2:
         share = max(share, tiles - 1)
     else:
@@ -299,7 +299,7 @@ def folded_line(first: int, blocks: int, tiles: int, ratio: int, share: int) -> 
 def triangle(first: int, blocks: int, tiles: int, ratio: int, capacity: int) -> Line:
     """``folded_line`` in as many shares as programs run at once; ``pairs.share_of_triangle`` knows it too."""
     total = folded_line(first, blocks, tiles, ratio, 1).total
-    return folded_line(first, blocks, tiles, ratio, max(1, triton.cdiv(total, capacity)))
+    return folded_line(first, blocks, tiles, ratio, max(1, cdiv(total, capacity)))
 
 
 def slot_words(N: int, M: int, D: int) -> int:
@@ -365,7 +365,7 @@ class Sums:
         flags["SLOTS"] = combined_at_a_time(last)
         launch(
             kernels.combine_kernel,
-            (triton.cdiv(length, COMBINE_ROWS),),
+            (cdiv(length, COMBINE_ROWS),),
             self.s.device,
             out,
             rank,
@@ -393,7 +393,7 @@ class Sums:
             capacity,
             first_block,
             group,
-            triton.cdiv(length, config.block_n) if row_slots else 0,
+            cdiv(length, config.block_n) if row_slots else 0,
             shared.tiles,
             KIND=kind,
             TRIANGLE=triangle,

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..interface import RowState, Thresholds, Tiles, Wanted
 from . import configs, launch
 from .configs import Config
+from .sizes import next_power_of_2
 
 _BLOCK_N = {"forward": (64, 128), "narrow": (32, 64), "extremes": (64, 128), "fused": (32, 64, 128),
             "panel": (64, 128), "product": (64, 128)}  # fmt: skip
@@ -49,7 +50,7 @@ def candidates(table: str, D: int, dtype: torch.dtype) -> list[Config]:
         widths = (128, 256)
     wide = table == "fused" and half and D > 256
     if table == "fused" and half and D > 128:
-        widths = (*widths, triton.next_power_of_2(D))
+        widths = (*widths, next_power_of_2(D))
     holds: tuple[bool, ...] = (True,)
     if table in ("forward", "narrow", "extremes", "panel"):
         holds = (True, False) if D <= 768 else (False,)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import launch
+from .sizes import cdiv, next_power_of_2
 
 _TL_DTYPES = {
     torch.float32: tl.float32,
@@ -127,7 +128,7 @@ def normalize_backward_kernel(
 
 def _row_blocks(D: int) -> dict[str, int]:
     """Rows and features of a program: about 1024 elements, eight a thread."""
-    block_d = min(_ROW_BLOCK_D, max(16, triton.next_power_of_2(D)))
+    block_d = min(_ROW_BLOCK_D, max(16, next_power_of_2(D)))
     return {"BLOCK_N": max(1, _ROW_BLOCK_D // block_d), "BLOCK_D": block_d}
 
 
@@ -164,7 +165,7 @@ def normalize_rows(
     if N == 0 or D == 0:
         return unit, norm
     blocks = _row_blocks(D)
-    grid = (triton.cdiv(N, blocks["BLOCK_N"]),)
+    grid = (cdiv(N, blocks["BLOCK_N"]),)
     launch(
         normalize_kernel, grid, x.device, unit, norm, x, N, D, *x.stride(), eps,
         ACC=_TL_DTYPES[acc], **blocks,
@@ -189,7 +190,7 @@ def normalize_rows_backward(dunit: Tensor, x: Tensor, norm: Tensor, eps: float =
     if N == 0 or D == 0:
         return dx
     blocks = _row_blocks(D)
-    grid = (triton.cdiv(N, blocks["BLOCK_N"]),)
+    grid = (cdiv(N, blocks["BLOCK_N"]),)
     launch(
         normalize_backward_kernel, grid, x.device, dx, dunit, x, norm, N, D, *dunit.stride(),
         *x.stride(), eps, ACC=_TL_DTYPES[norm.dtype], **blocks,
@@ -491,7 +492,7 @@ def enqueue_(
     blocks = _row_blocks(max(D, 1))
     launch(
         enqueue_kernel,
-        (triton.cdiv(N - first, blocks["BLOCK_N"]),),
+        (cdiv(N - first, blocks["BLOCK_N"]),),
         queue.device,
         queue,
         queue_labels,
