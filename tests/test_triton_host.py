@@ -224,22 +224,13 @@ def test_few_launches(
     assert arguments["N"] == (n if one else 2 * n) and arguments["M"] == 2 * n
 
 
-_AT_A_TIME = (4, 16, 32, 128)
-
-
 def _binaries(monkeypatch: pytest.MonkeyPatch, n: int, D: int) -> set[tuple[Any, ...]]:
-    """What Triton would compile for sm_90 for every primitive on a batch of n.
-
-    How many partial results are added at a time does not count: n may choose among a few portions.
-    """
+    """What Triton would compile for sm_90 for every primitive on a batch of n."""
     backend = triton.compiler.make_backend(aot.target_of("sm_90"))
     found: set[tuple[Any, ...]] = set()
 
     def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **flags: Any):
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        if "SLOTS" in flags:
-            assert flags["SLOTS"] in (1, *_AT_A_TIME)
-            flags["SLOTS"] = _AT_A_TIME[0]
         _, specialization, options = bind(*args, **flags)
         found.add((kernel.__name__, repr(specialization), repr(sorted(options.items()))))
 

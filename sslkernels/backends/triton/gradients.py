@@ -240,7 +240,9 @@ def _by_panels(
     row_blocks, tiles = cdiv(N, config.block_n), cdiv(M, config.block_m)
     blocks = max(1, min(row_blocks, words // (M * config.block_n)))
     # G = G^T: one triangle of it is computed where all of it is there at once.
-    symmetric = same and blocks == row_blocks and ratio_of(config) > 0
+    symmetric = same and blocks == row_blocks
+    if symmetric:
+        ratio_of(config)  # raises where a tile would reach below the held block
     ld = M + -M % WHOLE
     panel = torch.empty(min(N, blocks * config.block_n), ld, dtype=dtype, device=device)
     dx = torch.empty(N, D, dtype=torch.float32, device=device)

@@ -144,9 +144,10 @@ def ratio_of(config: Config) -> int:
 def slots_at_a_time(slots: int) -> int:
     """How many partial results a combine kernel loads before it adds: enough to hide their latency.
 
-    Two values and no more, because each is another binary.
+    Two values and no more, because each is another binary.  Four whole shares of a block are five in a last
+    batch that is not whole: the same binary takes both.
     """
-    return 4 if slots <= 4 else 16
+    return 4 if slots < 4 else 16
 
 
 def combined_at_a_time(slots: int) -> int:
