@@ -101,8 +101,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]
     current, seen = [0], []
 
     @contextlib.contextmanager
-    def switch(device: torch.device) -> Iterator[None]:
-        current.append(device.index)
+    def switch(device: torch.device | int) -> Iterator[None]:
+        current.append(device if isinstance(device, int) else device.index)
         yield
         current.pop()
 

@@ -9,7 +9,9 @@ operands of more than 2^31 elements cost nothing here.  Kernels are recorded and
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -272,6 +274,74 @@ def test_a_last_batch_compiles_nothing(D: int, monkeypatch: pytest.MonkeyPatch) 
     assert _binaries(monkeypatch, 2048, 64) != whole
 
 
+def _count_calls(run: Callable[[], object]) -> int:
+    """Calls of functions of the library."""
+    count = 0
+
+    def seen(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal count
+        count += event == "call" and "sslkernels" in frame.f_code.co_filename
+
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_step_takes_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a loss is launched is found once: a small one is bound by the host. (56 calls; 113 when every step looked.)"""
+    for module in (contrastive, launch, gradients, plan):
+        monkeypatch.setattr(module, "launch", lambda *args, **flags: None)
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "interpreting", lambda: True)
+    monkeypatch.setattr(contrastive, "exact_dtype", lambda a: a.dtype)
+    a, b = (torch.zeros(512, 128, dtype=torch.bfloat16) for _ in range(2))
+    problem, one = Problem("joint", a, b, None, torch.ones(())), torch.ones(())
+
+    def step() -> None:
+        found, _ = ours.contrastive_forward(problem, False, False)
+        kept = Kept(found.state, None)
+        ours.contrastive_backward(problem, kept, one, Wanted(True, True, True))
+
+    first = _count_calls(step)
+    assert _count_calls(step) <= 60 < first
+
+
+def test_plans_follow_the_tables() -> None:
+    """A plan is kept for its shapes, and for nothing that has changed since."""
+    made: list[str] = []
+
+    @configs.planned
+    def named(device: torch.device, dtype: torch.dtype, D: int) -> str:
+        config = configs.require("forward", device, D, dtype)
+        made.append(f"{configs.precision()}, {config.block_n} rows")
+        return made[-1]
+
+    device, mine = torch.device("cpu"), configs.Config(16, 16, 16, 1, 1)
+    plain = named(device, torch.float32, 64)
+    assert named(device, torch.float32, 64) is plain
+    assert (named(device, torch.float32, 128), named(device, torch.float16, 64)) == (plain,) * 2
+    assert len(made) == 3
+    with configs.override(forward=mine):
+        assert named(device, torch.float32, 64) == "ieee, 16 rows"
+    with configs.override(fp32_precision="tf32x3"):
+        assert named(device, torch.float32, 64) == plain.replace("ieee", "tf32x3")
+    assert named(device, torch.float32, 64) == plain
+    try:
+        configs.remember("forward", "interpreter", 64, torch.float32, mine)
+        assert named(device, torch.float32, 64) == "ieee, 16 rows"
+    finally:
+        configs.forget_tuned()
+    assert named(device, torch.float32, 64) == plain
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSLKERNELS_TRITON_FP32", "bf16x3")
+        assert named(device, torch.float32, 64) == plain.replace("ieee", "bf16x3")
+        patch.setattr(configs, "arch_of", lambda device: "sm_90")
+        assert named(device, torch.float16, 64) == "bf16x3, 128 rows"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("D", [7, 100, 300])
 def test_tuned_configurations_are_found(D: int, dtype: torch.dtype) -> None:
@@ -299,9 +369,8 @@ def test_tuning_tries_what_launches_accept(table: str) -> None:
                 assert plan.ratio_of(config) >= 1
     with pytest.raises(ValueError, match="block_n must be a multiple of block_m"):
         plan.ratio_of(configs.Config(32, 64, 64, 4, 1))
-    x = torch.zeros(4, 64)
     with pytest.raises(ValueError, match="must divide 128, got 256 and 64"):
-        plan.tile_flags(configs.Config(256, 64, 64, 8, 1), x, x)
+        plan.tile_flags(configs.Config(256, 64, 64, 8, 1), torch.float32, 64, 64, 64)
 
 
 def test_a_host_read_is_noticed(launches) -> None:

@@ -130,19 +130,25 @@ def _log_once(reason: str) -> None:
     _LOG.info("tiles use backend 'chunked' in place of 'triton' (%s)", reason)
 
 
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """Loaded on first use, because it may import Triton."""
+    return importlib.import_module(name, __name__)
+
+
 def _engine(q: Tensor) -> ModuleType:
     """The module that computes for these operands."""
     reason = reroute(q)
     if reason:
         _log_once(reason)
         return chunked
-    return importlib.import_module(".launch", __name__)
+    return _module(".launch")
 
 
 def __getattr__(name: str) -> Any:
-    """EMA, enqueue and row normalisation: loaded on first use, because they import Triton."""
+    """EMA, enqueue and row normalisation."""
     if name in _UPDATES:
-        return getattr(importlib.import_module(".updates", __name__), name)
+        return getattr(_module(".updates"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -164,14 +170,14 @@ def serves_contrastive(problem: Problem) -> bool:
     """Whether ``contrastive_forward`` and ``contrastive_backward`` compute a problem."""
     if reroute(problem.a):
         return False
-    return importlib.import_module(".contrastive", __name__).serves(problem)
+    return _module(".contrastive").serves(problem)
 
 
 def contrastive_forward(
     problem: Problem, want_rank: bool, keep_tiles: bool
 ) -> tuple[Contrastive, Tensor | None]:
     """See ``WholeLosses``; logits are never kept."""
-    module = importlib.import_module(".contrastive", __name__)
+    module = _module(".contrastive")
     return module.contrastive_forward(problem, want_rank), None
 
 
@@ -179,7 +185,7 @@ def contrastive_backward(
     problem: Problem, kept: Kept, dloss: Tensor, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``WholeLosses``."""
-    module = importlib.import_module(".contrastive", __name__)
+    module = _module(".contrastive")
     return module.contrastive_backward(problem, kept, dloss, wanted)
 
 
@@ -196,8 +202,8 @@ def extremes(tiles: Tiles) -> Extremes:
 def _elements(module: str, *tensors: Tensor) -> ModuleType:
     """The module that makes one pass over these elements: Triton's, or torch's where one is float64."""
     if widest(*tensors) == torch.float64:
-        return importlib.import_module("..autoencoders_torch", __name__)
-    return importlib.import_module(module, __name__)
+        return _module("..autoencoders_torch")
+    return _module(module)
 
 
 def vae_forward(problem: Vae) -> VaeTerms:

@@ -20,9 +20,11 @@ The kernel tables:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -98,8 +100,9 @@ def family(arch: str) -> str:
     return "cdna"  # mfma, 64 KB; wave64
 
 
+@functools.cache
 def compiler_options(arch: str) -> dict[str, int | bool]:
-    """Options every kernel is compiled with on an architecture."""
+    """Options every kernel is compiled with on an architecture; not to be written to."""
     # Contraction to fma is on by request: Triton's own default is about to change.
     options: dict[str, int | bool] = {"enable_fp_fusion": True}
     if arch.startswith("gfx9"):
@@ -382,6 +385,36 @@ def lookup(table: str, arch: str, D: int, dtype: torch.dtype) -> Config | None:
     return None
 
 
+_Made = TypeVar("_Made")
+_version = 0  # of what ``choose`` and ``capacity`` answer: plans of an older one are not used
+
+
+def _forget_plans() -> None:
+    global _version
+    _version += 1
+
+
+def planned(make: Callable[..., _Made]) -> Callable[..., _Made]:
+    """Keep what ``make(device, dtype, *numbers)`` returns, for the next call of the same shapes.
+
+    How a loss is launched follows from shapes, strides and the tables alone, and takes the host longer to
+    find than to use.  The dtype is that of the operands; whatever else ``make`` depends on must be among the
+    numbers.  Nobody may write to what is returned.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def kept(_: Any, device: torch.device, dtype: torch.dtype, *numbers: Any) -> _Made:
+        return make(device, dtype, *numbers)
+
+    @functools.wraps(make)
+    def plan(device: torch.device, dtype: torch.dtype, *numbers: Any) -> _Made:
+        products = precision() if dtype == torch.float32 else ""
+        state = (_version, arch_of(device), multiprocessors(device), products)
+        return kept(state, device, dtype, *numbers)
+
+    return plan
+
+
 @dataclass
 class _Overrides:
     configs: dict[str, Config | None]
@@ -424,15 +457,18 @@ def override(
         previous.programs if programs is None else programs,
         previous.precision if fp32_precision is None else fp32_precision,
     )
+    _forget_plans()
     try:
         yield
     finally:
         _overrides = previous
+        _forget_plans()
 
 
 def remember(table: str, arch: str, D: int, dtype: torch.dtype, config: Config | None) -> None:
     """Use a measured configuration from now on in this process, for every D that is packed alike."""
     _tuned[table, arch, packed_width(D, dtype), dtype] = config
+    _forget_plans()
 
 
 def choose(table: str, device: torch.device, D: int, dtype: torch.dtype) -> Config | None:
@@ -472,3 +508,4 @@ def precision() -> str:
 def forget_tuned() -> None:
     """Drop what ``remember`` was told."""
     _tuned.clear()
+    _forget_plans()

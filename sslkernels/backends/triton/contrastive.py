@@ -11,11 +11,14 @@ The other layouts are composed of the primitives (``ops/composed.py``), as is wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Contrastive, Kept, Problem, State, Thresholds, Tiles, Wanted
+from ..interface import Contrastive, Kept, Problem, Thresholds, Tiles, Wanted
 from . import configs, kernels_contrastive
 from .gradients import Side, Weights, gathered_by, partial_gradient
 from .launch import forward
@@ -52,26 +55,51 @@ def exact_dtype(a: Tensor) -> torch.dtype:
     return a.dtype if a.device.type == "cuda" else torch.float32
 
 
-def _rows(problem: Problem) -> tuple[Tensor, dict[str, object]]:
-    """A buffer for the rows of both views, whole blocks of them, and flags of the kernels that fill it."""
-    n, D = problem.a.shape
-    dtype = torch.bfloat16 if problem.bf16 else exact_dtype(problem.a)
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of both views are laid out."""
+
+    whole: int  # rows, whole blocks of them
+    width: int
+    flags: dict[str, Any]  # of the kernels that fill them
+    block: int  # rows of a program of those that go by samples
+
+
+@configs.planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    D: int,
+    strides: tuple[int, int, int, int],
+    exact: torch.dtype,
+    normalize: bool,
+) -> _Rows:
     width = configs.packed_width(D, dtype)
-    whole = 2 * n + -2 * n % WHOLE
     block_d = min(_BLOCK_D, max(16, next_power_of_2(D)))
     flags = {
-        "NORMALIZE": problem.normalize,
-        "EXACT": _TL_DTYPES[exact_dtype(problem.a)],
+        "NORMALIZE": normalize,
+        "EXACT": _TL_DTYPES[exact],
         "D": D,
-        "STRIDE_AN": problem.a.stride(0),
-        "STRIDE_AD": problem.a.stride(1),
-        "STRIDE_BN": problem.b.stride(0),
-        "STRIDE_BD": problem.b.stride(1),
+        "STRIDE_AN": strides[0],
+        "STRIDE_AD": strides[1],
+        "STRIDE_BN": strides[2],
+        "STRIDE_BD": strides[3],
         "WIDTH": width,
         "NUM_D": cdiv(width, block_d),
         "BLOCK_D": block_d,
     }
-    return torch.empty(whole, width, dtype=dtype, device=problem.a.device), flags
+    return _Rows(2 * n + -2 * n % WHOLE, width, flags, max(1, 1024 // block_d))
+
+
+def _rows(problem: Problem) -> tuple[Tensor, _Rows]:
+    """A buffer for the rows of both views, and how it is laid out."""
+    a, b = problem.a, problem.b
+    (n, D), exact, device = a.shape, exact_dtype(a), a.device
+    dtype = torch.bfloat16 if problem.bf16 else exact
+    strides = (*a.stride(), *b.stride())
+    rows = _plan(device, dtype, n, D, strides, exact, problem.normalize)
+    return torch.empty(rows.whole, rows.width, dtype=dtype, device=device), rows
 
 
 def _divisor(problem: Problem) -> float:
@@ -81,24 +109,22 @@ def _divisor(problem: Problem) -> float:
 def contrastive_forward(problem: Problem, want_rank: bool) -> Contrastive:
     """See ``interface.WholeLosses``; logits are never kept."""
     _, a, b, _, scale, *_ = problem
-    n, D = a.shape
-    device, float32 = a.device, torch.float32
-    units, flags = _rows(problem)
-    whole = len(units)
+    n, device, float32 = len(a), a.device, torch.float32
+    units, rows = _rows(problem)
+    # As State.split: log-sum-exps come first, and kernels that write them need no view.
     kept = torch.empty(5 * n, dtype=float32, device=device)
-    state = State.split(kept, n)
+    positive = kept[2 * n :]
     logit = empty_vector(2 * n, float32, device) if want_rank else None
-    filled = whole - n  # rows that the kernel writes behind the first n
-    rows = max(1, 1024 // int(flags["BLOCK_D"]))  # type: ignore[call-overload]
+    filled = rows.whole - n  # rows that the kernel writes behind the first n
     launch(
-        kernels_contrastive.prepare_kernel, (cdiv(filled, rows),), device, units, state.positive,
-        state.inv, logit, a, b, scale, n, filled, EPS,
-        HAS_LOGIT=want_rank, BLOCK_N=rows, num_warps=4, **flags,
+        kernels_contrastive.prepare_kernel, (cdiv(filled, rows.block),), device, units, positive,
+        kept[3 * n :], logit, a, b, scale, n, filled, EPS,
+        HAS_LOGIT=want_rank, BLOCK_N=rows.block, num_warps=4, **rows.flags,
     )  # fmt: skip
     per_row = problem.reduction == "none"
     programs = cdiv(2 * n, COMBINE_ROWS)
     sums = torch.empty(2 * n if per_row else programs, dtype=float32, device=device)
-    x = units[: 2 * n]
+    x = units if rows.whole == 2 * n else units[: 2 * n]
     found = forward(
         "lse",
         x,
@@ -107,13 +133,10 @@ def contrastive_forward(problem: Problem, want_rank: bool) -> Contrastive:
         Excluded.by_period(n),
         False,
         Thresholds(None if logit is None else logit[: 2 * n]),
-        state.lse,
-        Loss(state.positive, sums, _divisor(problem), per_row),
+        kept,
+        Loss(positive, n, sums, _divisor(problem), per_row),
     )
-    rank = found.rank_row if want_rank else None
-    if per_row:
-        return Contrastive(sums, kept, None, rank)
-    return Contrastive(_sum(sums, None), kept, None, rank)
+    return Contrastive(sums if per_row else _sum(sums, None), kept, None, found.rank_row)
 
 
 def _sum(parts: Tensor, divisor: Tensor | None) -> Tensor:
@@ -133,13 +156,13 @@ def contrastive_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``interface.WholeLosses``; there is no bias."""
     _, a, b, _, scale, *_ = problem
-    n, D = a.shape
-    device, float32 = a.device, torch.float32
+    (n, D), device, float32 = a.shape, a.device, torch.float32
     if not any(wanted):
         return None, None, None, None
-    state = State.split(kept.state, n)
-    units, flags = _rows(problem)
-    whole = len(units)
+    state = kept.state  # log-sum-exps come first
+    positive = state[2 * n :]
+    units, rows = _rows(problem)
+    whole = rows.whole
     per_row = problem.reduction == "none"
     dloss = dloss.contiguous() if per_row else dloss
     factor = 1.0 / _divisor(problem)
@@ -147,29 +170,34 @@ def contrastive_backward(
     if units.dtype == torch.float16:
         lift = torch.empty(1, dtype=float32, device=device)
         launch(
-            kernels_contrastive.lift_pairs_kernel, (1,), device, lift, state.lse, state.positive, dloss,
-            scale, n, factor, PER_ROW=per_row, BLOCK=4096, num_warps=8,
+            kernels_contrastive.lift_pairs_kernel, (1,), device, lift, state, positive, dloss, scale, n,
+            factor, PER_ROW=per_row, BLOCK=4096, num_warps=8,
         )  # fmt: skip
-    row_weight, weight, lse = torch.empty(3, whole, dtype=float32, device=device)
+    row_weight, weight, lse = (
+        torch.empty(whole, dtype=float32, device=device),
+        torch.empty(whole, dtype=float32, device=device),
+        torch.empty(whole, dtype=float32, device=device),
+    )
     calm = torch.empty(whole // SPAN, dtype=torch.int32, device=device)
     launch(
         kernels_contrastive.weigh_pairs_kernel, (whole // SPAN,), device, units, row_weight, weight, lse,
-        calm, a, b, state.lse, state.positive, dloss, scale, lift, n, whole, EPS,
-        factor, PER_ROW=per_row, HAS_LIFT=lift is not None, BLOCK_N=SPAN, num_warps=8, **flags,
+        calm, a, b, state, positive, dloss, scale, lift, n, whole, EPS, factor,
+        PER_ROW=per_row, HAS_LIFT=lift is not None, BLOCK_N=SPAN, num_warps=8, **rows.flags,
     )  # fmt: skip
     # Rows whose gradient is wanted: both views, or one of them where its blocks are whole.
     first, last = 0, 2 * n
     if not wanted.dscale and n % WHOLE == 0 and wanted.dq != wanted.dk:
         first, last = (0, n) if wanted.dq else (n, 2 * n)
 
-    def side(begin: int, end: int) -> tuple[Side, Weights]:
-        return (
-            Side(units[begin:end], lse[begin:], row_weight[begin:]),
-            Weights(weight[begin:], calm[begin // SPAN :]),
+    x = y = (
+        Side(units if whole == 2 * n else units[: 2 * n], lse, row_weight),
+        Weights(weight, calm),
+    )
+    if last - first < 2 * n:
+        x = (
+            Side(units[first:last], lse[first:], row_weight[first:]),
+            Weights(weight[first:], calm[first // SPAN :]),
         )
-
-    y = side(0, 2 * n)
-    x = y if last - first == 2 * n else side(first, last)
     parts, _, shared, held = partial_gradient(
         0, x[0], y[0], scale, None, scale, Excluded.by_period(n), False, lift,
         (lse, x[1], y[1]),
@@ -178,13 +206,12 @@ def contrastive_backward(
     da = torch.empty(n, D, dtype=a.dtype, device=device) if wanted.dq else None
     db = torch.empty(n, D, dtype=b.dtype, device=device) if wanted.dk else None
     both = wanted.dscale or (wanted.dq and wanted.dk)
-    rows = max(1, 1024 // int(flags["BLOCK_D"]))  # type: ignore[call-overload]
-    grid = (cdiv(n, rows), 2 if both else 1)
+    grid = (cdiv(n, rows.block), 2 if both else 1)
     along = torch.empty(grid[0] * grid[1], dtype=float32, device=device) if wanted.dscale else None
     launch(
         kernels_contrastive.finish_kernel, grid, device, da, along, parts, a, b, row_weight, scale, db, n,
         0, n - first, last - first, *gathered_by(shared), EPS,
         WANT_A=da is not None, WANT_B=db is not None, WANT_DSCALE=wanted.dscale, HELD=held,
-        SLOTS=1 if slots == 1 else slots_at_a_time(slots), BLOCK_N=rows, num_warps=4, **flags,
+        SLOTS=1 if slots == 1 else slots_at_a_time(slots), BLOCK_N=rows.block, num_warps=4, **rows.flags,
     )  # fmt: skip
     return da, db, None if along is None else _sum(along, scale), None

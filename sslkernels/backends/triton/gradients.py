@@ -99,6 +99,21 @@ def gradient(
     return parts[0] if shared is None else gathered(parts, shared, held), total
 
 
+@configs.planned
+def _fused(
+    device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, stride_x: int, stride_y: int
+) -> tuple[Line, int, dict[str, Any]] | None:
+    """(How tiles are dealt, rows of a held block, flags) of the fused kernel; None: by panels."""
+    config = configs.choose("fused", device, D, dtype)
+    if config is None:
+        return None
+    shared = line(
+        cdiv(N, config.block_n), cdiv(M, config.block_m), configs.capacity(device, config),
+        slot_words(N, M, D) // (N * D),
+    )  # fmt: skip
+    return shared, config.block_n, tile_flags(config, dtype, D, stride_x, stride_y)
+
+
 def partial_gradient(
     kind: int,
     x: Side,
@@ -149,32 +164,19 @@ def partial_gradient(
         "HAS_LIFT": lift is not None,
         "WANT_DBIAS": want_dbias,
     }
-    config = configs.choose("fused", device, D, dtype)
-    if config is None:
+    fused = _fused(device, dtype, N, M, D, x.vectors.stride(0), y.vectors.stride(0))
+    if fused is None:
         dx, total = _by_panels(x is y, x.vectors, y.vectors, inputs, sizes, flags, factor, lift)
         return dx[None], total, None, 1
-    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
-    shared = line(
-        row_blocks, col_blocks, configs.capacity(device, config),
-        slot_words(N, M, D) // (N * D),
-    )  # fmt: skip
+    shared, held, tiles = fused
     parts = torch.empty(shared.slots, N, D, dtype=torch.float32, device=device)
     sums = torch.empty(shared.programs, dtype=torch.float32, device=device) if want_dbias else None
     launch(
-        kernels_backward.backward_kernel,
-        (shared.programs,),
-        device,
-        parts,
-        sums,
-        *inputs,
-        *sizes,
-        shared.share,
-        shared.total,
-        **flags,
-        **tile_flags(config, x.vectors, y.vectors),
-    )
+        kernels_backward.backward_kernel, (shared.programs,), device, parts, sums, *inputs, *sizes,
+        shared.share, shared.total, **flags, **tiles,
+    )  # fmt: skip
     total = None if sums is None else sums.sum()
-    return parts, total, shared if shared.slots > 1 else None, config.block_n
+    return parts, total, shared if shared.slots > 1 else None, held
 
 
 def gathered_by(shared: Line | None) -> tuple[int, int]:
@@ -256,7 +258,7 @@ def _by_panels(
     sums = None
     if flags["WANT_DBIAS"]:
         sums = torch.empty(sum(grids), dtype=torch.float32, device=device)
-    panel_flags = tile_flags(config, x, y)
+    panel_flags = tile_flags(config, dtype, D, x.stride(0), y.stride(0))
     for number, first_block in enumerate(starts):
         here = min(blocks, row_blocks - first_block)
         start = first_block * config.block_n

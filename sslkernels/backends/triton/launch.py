@@ -18,7 +18,8 @@ with the roles swapped, needs no slots but computes every product twice.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from .configs import Config
 from .gradients import Side, gradient
 from .plan import (
     Excluded,
+    Line,
     Loss,
     Sums,
     again_flags,
@@ -49,6 +51,7 @@ from .plan import (
     packed,
     ratio_of,
     slot_words,
+    slots_at_a_time,
     tile_flags,
     triangle,
     trimmed,
@@ -65,27 +68,110 @@ def pairwise_forward(
     check("pairwise_forward", tiles.q, tiles.k)
     q, y = packed(tiles.q) * 2 if tiles.k is None else packed(tiles.q, tiles.k)
     excluded = Excluded.by_ids(tiles.ids_q, None if tiles.is_self else tiles.ids_k)
-    return forward(kind, q, y, tiles, excluded, want_col, thresholds)
+    found = forward(kind, q, y, tiles, excluded, want_col, thresholds)
+    kinds = (torch.float32, torch.float32, torch.int64, torch.int64)
+    return PairwiseForward(
+        *(
+            torch.empty(0, dtype=dtype, device=q.device) if t is None else t
+            for t, dtype in zip(found, kinds, strict=True)
+        )
+    )
 
 
-def _forward_config(x: Tensor, M: int, is_triangle: bool, heavy: bool) -> Config:
+def _forward_config(
+    device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, is_triangle: bool, heavy: bool
+) -> Config:
     """The table's configuration, or the narrow one where registers or programs are too few.
 
     Args:
-        x: The held side.
+        device: Where it runs.
+        dtype: Of the operands.
+        N: Rows of the held side.
         M: Rows of the swept side.
+        D: Features.
         is_triangle: Whether one triangle is visited.
         heavy: Ranks, or softplus: what takes more registers than a sum of exponentials.
     """
-    device, (N, D) = x.device, x.shape
-    config = configs.require("forward", device, D, x.dtype)
+    config = configs.require("forward", device, D, dtype)
     blocks, tiles = cdiv(N, config.block_n), cdiv(M, config.block_m)
     total = blocks * tiles
     if is_triangle:
         total = folded_line(0, blocks, tiles, ratio_of(config), 1).total
     if heavy or total < configs.multiprocessors(device):
-        return configs.require("narrow", device, D, x.dtype)
+        return configs.require("narrow", device, D, dtype)
     return config
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a forward pass is launched."""
+
+    config: Config
+    capacity: int
+    group: int  # held blocks of a launch
+    shared: Line  # how a launch that visits no triangle is dealt
+    lines: tuple[tuple[int, Line], ...]  # first block and tiles of each launch
+    row_slots: int
+    has_col: bool
+    flags: dict[str, Any]
+    chunks: int
+
+    @property
+    def folds(self) -> bool:
+        """Whether columns of several launches are folded into a slot."""
+        return len(self.lines) > 1 and self.has_col
+
+
+@configs.planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    N: int,
+    M: int,
+    D: int,
+    stride_x: int,
+    stride_y: int,
+    is_triangle: bool,
+    has_col: bool,
+    heavy: bool,
+) -> _Plan:
+    config = _forward_config(device, dtype, N, M, D, is_triangle, heavy)
+    ratio = ratio_of(config) if is_triangle else 1
+    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
+    words = slot_words(N, M, D)
+    group = min(row_blocks, max(1, words // (2 * M))) if has_col else row_blocks
+    group = cdiv(row_blocks, cdiv(row_blocks, group))  # launches of equal size
+    capacity = configs.capacity(device, config)
+    shared = line(group, col_blocks, capacity, max(2, words // (2 * N)))
+    lines = []
+    for first_block in range(0, row_blocks, group):
+        blocks = min(group, row_blocks - first_block)
+        if is_triangle:
+            here = triangle(first_block, blocks, col_blocks, ratio, capacity)
+        else:
+            here = replace(shared, blocks=blocks, total=blocks * col_blocks)
+        lines.append((first_block, here))
+    flags = {
+        "TRIANGLE": is_triangle,
+        "HAS_COL": has_col,
+        "HOLD_X": config.hold_x,
+        "PREFETCH": config.prefetch,
+        "FOLD": configs.folds(configs.arch_of(device)),
+        **tile_flags(config, dtype, D, stride_x, stride_y),
+    }
+    row_slots = max(each.slots for _, each in lines)
+    return _Plan(
+        config, capacity, group, shared, tuple(lines), row_slots, has_col, flags, chunk_count(flags)
+    )
+
+
+class Forward(NamedTuple):
+    """``PairwiseForward`` without tensors for what was not asked for."""
+
+    row: Tensor
+    col: Tensor | None
+    rank_row: Tensor | None
+    rank_col: Tensor | None
 
 
 def forward(
@@ -98,7 +184,7 @@ def forward(
     thresholds: Thresholds,
     out_row: Tensor | None = None,
     loss: Loss | None = None,
-) -> PairwiseForward:
+) -> Forward:
     """``pairwise_forward`` of packed operands and prepared ids.
 
     Args:
@@ -109,7 +195,7 @@ def forward(
         excluded: Pairs that are left out.
         want_col: As for ``pairwise_forward``.
         thresholds: As for ``pairwise_forward``.
-        out_row: [N] where the rows' results go; by default a new tensor.
+        out_row: Where the N results of the rows go; by default a new tensor.
         loss: In self mode, what is made of the rows in the same launch.
     """
     is_triangle = tiles.is_self
@@ -120,62 +206,38 @@ def forward(
     threshold_col = threshold_row if is_triangle else vector(thresholds.col)
     rank_row, rank_col = threshold_row is not None, has_col and threshold_col is not None
 
-    def empty(length: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(length, dtype=dtype, device=device)
+    def empty(wanted: bool, length: int, dtype: torch.dtype) -> Tensor | None:
+        return torch.empty(length, dtype=dtype, device=device) if wanted else None
 
-    out_row = empty(N, torch.float32) if out_row is None else out_row
-    out_col = empty(M if want_col else 0, torch.float32)
-    out_rank_row = empty(N if rank_row else 0, torch.int64)
-    out_rank_col = empty(M if want_col and rank_col else 0, torch.int64)
-    result = PairwiseForward(out_row, out_col, out_rank_row, out_rank_col)
+    if out_row is None:
+        out_row = torch.empty(N, dtype=torch.float32, device=device)
+    out_col = empty(want_col, M, torch.float32)
+    out_rank_row = empty(rank_row, N, torch.int64)
+    out_rank_col = empty(want_col and rank_col, M, torch.int64)
+    result = Forward(out_row, out_col, out_rank_row, out_rank_col)
     if N == 0 or M == 0:
         for t in (out_row, out_col):
-            t.fill_(float("-inf") if kind_id == 0 else 0.0)
+            if t is not None:
+                t.fill_(float("-inf") if kind_id == 0 else 0.0)
         for t in (out_rank_row, out_rank_col):
-            t.zero_()
+            if t is not None:
+                t.zero_()
         return result
 
     heavy = rank_row or rank_col or kind_id == 1
-    config = _forward_config(q, M, is_triangle, heavy)
-    ratio = ratio_of(config) if is_triangle else 1
-    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
-    words = slot_words(N, M, D)
-    group = min(row_blocks, max(1, words // (2 * M))) if has_col else row_blocks
-    group = cdiv(row_blocks, cdiv(row_blocks, group))  # launches of equal size
-    capacity = configs.capacity(device, config)
-    shared = line(group, col_blocks, capacity, max(2, words // (2 * N)))
-    lines = {}
-    for first_block in range(0, row_blocks, group):
-        blocks = min(group, row_blocks - first_block)
-        if is_triangle:
-            lines[first_block] = triangle(first_block, blocks, col_blocks, ratio, capacity)
-        else:
-            lines[first_block] = replace(shared, blocks=blocks, total=blocks * col_blocks)
-    row_slots = max(each.slots for each in lines.values())
+    plan = _plan(
+        device, q.dtype, N, M, D, q.stride(0), y.stride(0), is_triangle, has_col, heavy
+    )  # fmt: skip
+    row_slots, folds = plan.row_slots, plan.folds
     # Slots of one buffer: [row slots | the fold | a column slot for each held block of a launch].
     # In self mode rows and columns are the same thing and share it; otherwise each has its own.
-    folds = group < row_blocks
-    rows = Sums(row_slots + (folds + group if is_triangle else 0), N, rank_row, device)
+    rows = Sums(row_slots + (folds + plan.group if is_triangle else 0), N, rank_row, device)
     cols, fold = rows, row_slots
     if has_col and not is_triangle:
-        cols, fold = Sums(folds + group, M, rank_col, device), 0
+        cols, fold = Sums(folds + plan.group, M, rank_col, device), 0
     first_col = fold + folds
     if folds:
         cols.clear(fold)
-
-    flags = {
-        "KIND": kind_id,
-        "TRIANGLE": is_triangle,
-        "HAS_COL": has_col,
-        "HAS_BIAS": tiles.bias is not None,
-        "EXCLUDE": excluded.mode,
-        "HAS_RANK_ROW": rank_row,
-        "HAS_RANK_COL": rank_col,
-        "HOLD_X": config.hold_x,
-        "PREFETCH": config.prefetch,
-        "FOLD": configs.folds(configs.arch_of(device)),
-        **tile_flags(config, q, y),
-    }
 
     def combine(out: Tensor | None, of_rows: bool, first_block: int, last: int) -> None:
         """Columns of a launch, or rows (with the columns in self mode)."""
@@ -192,19 +254,19 @@ def forward(
             tiles.scale,
             excluded if mine else excluded.swapped(),
             threshold_row if mine else threshold_col,
-            config,
-            shared,
-            capacity,
+            plan.config,
+            plan.shared,
+            plan.capacity,
             row_slots if mine else 0,
             first_col if is_triangle or not mine else row_slots,
             last,
             first_block,
-            group,
+            plan.group,
             is_triangle,
             loss if out is not None else None,
         )  # fmt: skip
 
-    for first_block, here in lines.items():
+    for first_block, here in plan.lines:
         blocks = here.blocks
         launch(
             kernels.forward_kernel,
@@ -222,17 +284,22 @@ def forward(
             N,
             M,
             excluded.period,
-            chunk_count(flags),
+            plan.chunks,
             here.share,
             here.total,
             first_block,
             blocks,
-            **flags,
+            KIND=kind_id,
+            HAS_BIAS=tiles.bias is not None,
+            EXCLUDE=excluded.mode,
+            HAS_RANK_ROW=rank_row,
+            HAS_RANK_COL=rank_col,
+            **plan.flags,
         )
         if not has_col:
             continue
         end = first_col + blocks
-        if first_block + blocks < row_blocks:
+        if first_block != plan.lines[-1][0]:
             combine(None, is_triangle, first_block, end)
         elif is_triangle:
             combine(out_row, True, first_block, end)
@@ -308,7 +375,10 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
         rows = Side(q, vector(found.row), vector(one.expand(N)))
         columns = Side(k, None, None)
         mean_key, _ = gradient(0, rows, columns, scale, None, one, excluded, want_dbias=False)
-        return Attend(found.row, trimmed(mean_key, features), found.rank_row)
+        rank = found.rank_row
+        if rank is None:
+            rank = torch.empty(0, dtype=torch.int64, device=device)
+        return Attend(found.row, trimmed(mean_key, features), rank)
 
     has_rank = threshold is not None
     lse = torch.empty(N, dtype=torch.float32, device=device)
@@ -346,12 +416,12 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
         EXCLUDE=excluded.mode,
         HAS_RANK=has_rank,
         ONLINE=online,
-        **tile_flags(config, q, k),
+        **tile_flags(config, q.dtype, D, q.stride(0), k.stride(0)),
     )
-    flags = again_flags(q, k, 16, shared.slots)
     # Few queries make few programs of 16 rows: each takes few features, and many slots at a time.
-    flags["BLOCK_D"] = min(32, flags["BLOCK_D"])
-    flags["SLOTS"] = 32 if shared.slots > 16 else flags["SLOTS"]
+    at_a_time = 32 if shared.slots > 16 else slots_at_a_time(shared.slots)
+    flags = again_flags(device, q.dtype, D, q.stride(0), k.stride(0), 16, at_a_time)
+    flags = {**flags, "BLOCK_D": min(32, flags["BLOCK_D"])}
     launch(
         kernels_rows.attend_combine_kernel,
         (cdiv(N, flags["BLOCK_N"]), cdiv(D, flags["BLOCK_D"])),
@@ -405,7 +475,7 @@ def extremes(tiles: Tiles) -> Extremes:
     )  # fmt: skip
     values = torch.empty(2, shared.slots, N, dtype=torch.float32, device=device)
     indices = torch.empty(2, shared.slots, N, dtype=torch.int32, device=device)
-    flags = tile_flags(config, q, y)
+    flags = tile_flags(config, q.dtype, D, q.stride(0), y.stride(0))
     launch(
         kernels_rows.extremes_kernel,
         (shared.programs,),

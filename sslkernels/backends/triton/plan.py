@@ -100,13 +100,14 @@ def trimmed(x: Tensor, D: int) -> Tensor:
     return x if x.shape[1] == D else x[:, :D].contiguous()
 
 
-def tile_flags(config: Config, x: Tensor, y: Tensor) -> dict[str, Any]:
+def tile_flags(
+    config: Config, dtype: torch.dtype, D: int, stride_x: int, stride_y: int
+) -> dict[str, Any]:
     """The compile-time arguments that every kernel of S tiles takes.
 
     Raises:
         ValueError: If a block is larger than what operands are filled up to.
     """
-    D = x.shape[1]
     if WHOLE % config.block_n or WHOLE % config.block_m:
         raise ValueError(
             f"triton backend: block_n and block_m must divide {WHOLE}, got {config.block_n} and "
@@ -114,10 +115,10 @@ def tile_flags(config: Config, x: Tensor, y: Tensor) -> dict[str, Any]:
         )
     block_d, num_d = configs.chunks(config, D)
     return {
-        "STRIDE_X": x.stride(0),
-        "STRIDE_Y": y.stride(0),
+        "STRIDE_X": stride_x,
+        "STRIDE_Y": stride_y,
         "D": D,
-        "PRECISION": configs.precision() if x.dtype == torch.float32 else "ieee",
+        "PRECISION": configs.precision() if dtype == torch.float32 else "ieee",
         "NUM_D": num_d if config.hold_x else 1,  # a loop over D is not part of what is compiled
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
@@ -155,18 +156,27 @@ def combined_at_a_time(slots: int) -> int:
     return 16 if slots <= 16 else 128
 
 
-def again_flags(x: Tensor, y: Tensor, rows: int, slots: int) -> dict[str, Any]:
+@configs.planned
+def again_flags(
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    stride_x: int,
+    stride_y: int,
+    rows: int,
+    slots: int,
+) -> dict[str, Any]:
     """Compile-time arguments of a combine kernel: those of the tiles it may have to compute again."""
-    block_d = 32 if x.dtype == torch.float32 else 64
+    half = dtype != torch.float32
     return {
-        "STRIDE_X": x.stride(0),
-        "STRIDE_Y": y.stride(0),
-        "D": x.shape[1],
-        "PRECISION": configs.precision() if x.dtype == torch.float32 else "ieee",
-        "SLOTS": slots_at_a_time(slots),
+        "STRIDE_X": stride_x,
+        "STRIDE_Y": stride_y,
+        "D": D,
+        "PRECISION": "ieee" if half else configs.precision(),
+        "SLOTS": slots,
         "BLOCK_N": rows,
-        "BLOCK_M": 64 if x.dtype != torch.float32 else 32,
-        "BLOCK_D": min(block_d, max(16, next_power_of_2(x.shape[1]))),
+        "BLOCK_M": 64 if half else 32,
+        "BLOCK_D": min(64 if half else 32, max(16, next_power_of_2(D))),
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -312,7 +322,8 @@ def slot_words(N: int, M: int, D: int) -> int:
 class Loss:
     """What the last combine kernel makes of log-sum-exps: softplus(lse_r - scale * positive_r mod n)."""
 
-    positive: Tensor  # [n]
+    positive: Tensor  # [n], or longer
+    n: int
     loss: Tensor  # [rows], or one sum a program of the combine kernel
     divisor: float
     per_row: bool
@@ -338,6 +349,8 @@ class Sums:
 
     def at(self, slot: int) -> tuple[Tensor, Tensor | None]:
         """Sums and ranks from a slot on."""
+        if slot == 0:
+            return self.s, self.rank
         return self.s[slot:], None if self.rank is None else self.rank[slot:]
 
     def combine(  # noqa: D102
@@ -362,8 +375,10 @@ class Sums:
         loss: Loss | None = None,
     ) -> None:
         length = self.s.shape[1]
-        flags = again_flags(x, y, COMBINE_ROWS, last)
-        flags["SLOTS"] = combined_at_a_time(last)
+        flags = again_flags(
+            x.device, x.dtype, x.shape[1], x.stride(0), y.stride(0), COMBINE_ROWS,
+            combined_at_a_time(last),
+        )  # fmt: skip
         launch(
             kernels.combine_kernel,
             (cdiv(length, COMBINE_ROWS),),
@@ -384,7 +399,7 @@ class Sums:
             y.shape[0],
             excluded.period,
             excluded.wide_count,
-            1 if loss is None else len(loss.positive),
+            1 if loss is None else loss.n,
             1.0 if loss is None else loss.divisor,
             chunk_count(flags),
             row_slots,

@@ -48,6 +48,9 @@ def launch(
         operand = x.dtype if isinstance(x, torch.Tensor) else None
         numbers = {name: value for name, value in named.items() if isinstance(value, int)}
         _recording.append(Launch(kernel.__name__, grid, dict(flags), operand, numbers))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[grid](*args, **configs.compiler_options(configs.arch_of(device)), **flags)
+    options = configs.compiler_options(configs.arch_of(device))
+    if device.type != "cuda":
+        kernel[grid](*args, **options, **flags)
+        return
+    with torch.cuda.device(device.index):  # of a number it need not ask what it means
+        kernel[grid](*args, **options, **flags)
