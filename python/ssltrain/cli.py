@@ -251,9 +251,10 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> tuple[int, Pa
     from ssltrain.data import DataOptions, load
     from ssltrain.parallel import computes_bf16, world
     from ssltrain.runs import RunFolder
-    from ssltrain.trainer import Trainer
+    from ssltrain.trainer import Trainer, check_parts
 
     with world(config) as processes:
+        check_parts(config, processes.size)
         data = load(config.data, DataOptions.of(config))
         for sentence in data.notes:
             note(sentence)
@@ -344,7 +345,9 @@ def _memory(arguments: list[str]) -> int:
     if resume is not None:
         raise UserError("ssltrain memory takes the settings of a new run: drop --resume")
     from ssltrain.memory import draw, measure, table
+    from ssltrain.trainer import check_parts
 
+    check_parts(config, 1)
     found = measure(config)
     print(table(found))
     name = Path(config.data.rpartition(":")[2]).stem

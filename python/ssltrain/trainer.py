@@ -82,6 +82,17 @@ def channel_statistics(images: Images) -> tuple[Tensor, Tensor]:
     return mean.float(), std.clamp_min(1e-3).float()  # 1e-3: a blank channel stays finite
 
 
+def check_parts(config: TrainConfig, processes: int) -> None:
+    """Raise a UserError where a process or a micro-batch would have one image: known before any is read."""
+    share = config.batch_size // processes
+    if share == 1 or config.micro_batch and 1 in (config.micro_batch, share % config.micro_batch):
+        what = f"--micro-batch {config.micro_batch}" if share > 1 else "--batch-size"
+        raise UserError(
+            f"{what} leaves a part of one image, of which batch norm can take no statistics; "
+            "give another"
+        )
+
+
 class Trainer:
     """A run in progress: everything that a checkpoint holds, and the loop that moves it."""
 
@@ -105,17 +116,7 @@ class Trainer:
                 f"--batch-size {config.batch_size} is larger than the {images} training images "
                 f"of {data.name}; give at most {images}"
             )
-        share = config.batch_size // world.size
-        if (
-            share == 1
-            or config.micro_batch
-            and 1 in (config.micro_batch, share % config.micro_batch)
-        ):
-            what = f"--micro-batch {config.micro_batch}" if share > 1 else "--batch-size"
-            raise UserError(
-                f"{what} leaves a part of one image, of which batch norm can take no statistics; "
-                "give another"
-            )
+        check_parts(config, world.size)
         config = dataclasses.replace(config, amp=choose_amp(config.amp, world))
         self.config, self.data, self.world, self.folder = config, data, world, folder
         self.fingerprint = fingerprint(data)
