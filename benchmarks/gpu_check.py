@@ -32,7 +32,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no line above does
 
 import sslkernels
-from benchmarks import cuda_updates, gpu_losses, gpu_model, gpu_state, gpu_times
+from benchmarks import cuda_updates, gpu_losses, gpu_model, gpu_state, gpu_times, measure
 from benchmarks.gpu_losses import GIB, NOTHING
 from sslkernels.backends.triton import why_unavailable
 
@@ -214,6 +214,37 @@ def compile_and_graphs(report: Report, on_gpu: bool) -> None:
     report.say("- no host synchronisation in losses, backward, enqueue and EMA")
 
 
+def overlapping(report: Report, on_gpu: bool) -> None:
+    """Launches that may begin before the ones before them have ended give the same bits; what they save."""
+    from sslkernels.backends.triton import configs
+
+    sizes, steps = ((256, 1024, 4096, 16384), 50) if on_gpu else ((48,), 2)
+    for n in sizes:
+        z = torch.randn(n, 128 if on_gpu else 16, device="cuda" if on_gpu else "cpu").bfloat16()
+        leaf = z.requires_grad_()
+
+        def step(leaf: Tensor = leaf) -> list[Tensor]:
+            loss = _step(leaf) + sslkernels.clip_loss(leaf[::2], leaf[1::2], 10.0)
+            return [loss.detach(), torch.autograd.grad(loss, leaf)[0]]
+
+        found: dict[bool, list[list[Tensor]]] = {}
+        seconds = {}
+        for overlap in (False, True):
+            with configs.override(overlap=overlap):
+                found[overlap] = [step() for _ in range(steps)]
+                if on_gpu:
+                    timer = measure._timer("cuda")
+                    seconds[overlap] = gpu_times.graph_seconds(step, timer, gpu_times.captured)
+        for without, overlapped in zip(found[False], found[True], strict=True):
+            torch.testing.assert_close(overlapped, without, rtol=0, atol=0)
+        saved = (
+            f"{1e6 * seconds[False]:.1f} us in a CUDA graph without, {1e6 * seconds[True]:.1f} us with"
+            if on_gpu
+            else NOTHING
+        )
+        report.say(f"- N = {n}, {steps} steps: the same bits with launches that overlap; {saved}")
+
+
 def losses(report: Report, on_gpu: bool, quick: bool) -> None:
     """Forward and backward of each loss, verified before it is timed."""
     if not on_gpu:
@@ -323,6 +354,7 @@ def run(args: argparse.Namespace) -> int:
     report.section("Correctness", lambda: correctness(report, on_gpu, args.quick))
     with sslkernels.backend(None if on_gpu else "triton"):
         report.section("torch.compile, CUDA graphs", lambda: compile_and_graphs(report, on_gpu))
+        report.section("Overlapping launches", lambda: overlapping(report, on_gpu))
         report.section("Losses, forward and backward", lambda: losses(report, on_gpu, args.quick))
         if args.tune or not on_gpu:
             report.section("Tuning", lambda: tune(report, on_gpu))

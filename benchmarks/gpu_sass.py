@@ -19,6 +19,19 @@ _TARGET = re.compile(r"`\((\.L_[\w.]+)\)")
 _PREDICATE = re.compile(r"^!?U?P(\d|T)$")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b")
 
+GLOBAL = (
+    "LDG",
+    "LDGSTS",
+    "STG",
+    "ATOM",
+    "ATOMG",
+    "RED",
+    "REDG",
+    "UTMALDG",
+    "UTMASTG",
+    "UTMAREDG",
+    "UBLKCP",
+)
 TENSOR = ("HGMMA", "HMMA", "QGMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 _NO_RESULT = (
     "BAR", "BRA", "BSSY", "BSYNC", "DEPBAR", "ERRBAR", "EXIT", "FENCE", "LDGDEPBAR", "LDGSTS", "MEMBAR",
@@ -174,6 +187,14 @@ class Code:
                 self.next.append(following if jump.conditional else [])
             else:
                 self.next.append(following)
+
+    @property
+    def waits_first(self) -> bool:
+        """Whether the launches before have ended before this one reads or writes global memory."""
+        first = [x.base for x in self.of([0])]
+        if "ACQBULK" not in first:
+            return False
+        return not set(first[: first.index("ACQBULK")]) & set(GLOBAL)
 
     def of(self, blocks: Iterator[int] | list[int]) -> list[Instruction]:
         """The instructions of some blocks, in that order."""

@@ -112,6 +112,35 @@ def test_instruction_budgets() -> None:
     assert not gpu_model.budget_lines()
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_machine_code_waits_its_turn(arch: str) -> None:
+    """Placed while the launch before it runs, a kernel waits before it touches memory: not in PTX alone."""
+    config = configs.lookup("fused", arch, 128, torch.bfloat16)
+    assert config is not None
+    for _, compiled in (
+        aot.compile_kernel("backward", arch, "bfloat16", 128, config),
+        aot.compile_small("sum", arch, "bfloat16"),
+    ):
+        assert compiled.metadata.launch_pdl
+        assert gpu_model.disassembled(compiled).waits_first
+
+
+def test_launches_overlap_where_the_device_can() -> None:
+    """From compute capability 9.0 on, unless asked otherwise."""
+    assert [a for a in aot.ARCHS if configs.compiler_options(a).get("launch_pdl")] == [
+        "sm_90",
+        "sm_100",
+    ]
+    assert not any(configs.compiler_options(a, False).get("launch_pdl") for a in aot.ARCHS)
+    early = "ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;\n"
+    late = "griddepcontrol.wait;\nld.global.b32 %r1, [%rd1];\n"
+    assert [aot.waits_first(ptx) for ptx in (early, late, "ret;")] == [False, True, False]
+    hasty = aot.Usage(64, 0, 0, 101_376, 0, "wgmma", 0, in_turn=False)
+    assert hasty.problems("bfloat16") == [
+        "reads or writes before the launches before it have ended"
+    ]
+
+
 @pytest.mark.parametrize(
     ("rows", "unit"), [("float32", "*bf16"), ("bfloat16", "*fp32"), ("float16", "*fp32")]
 )

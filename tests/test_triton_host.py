@@ -291,7 +291,7 @@ def _count_calls(run: Callable[[], object]) -> int:
 
 
 def test_a_step_takes_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a loss is launched is found once: a small one is bound by the host. (56 calls; 113 when every step looked.)"""
+    """How a loss is launched is found once (56 calls; 113 when every step looked)."""
     for module in (contrastive, launch, gradients, plan):
         monkeypatch.setattr(module, "launch", lambda *args, **flags: None)
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")

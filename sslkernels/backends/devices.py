@@ -78,6 +78,15 @@ def _gpu(index: int) -> Gpu:
     return Gpu(properties.name, arch, int(properties.multi_processor_count))
 
 
+@functools.cache
+def driver() -> int:
+    """The CUDA version that the driver serves, 12040 for 12.4; 0 without one, or where torch can't say."""
+    if torch.version.cuda is None or no_gpu():
+        return 0
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if ask is None else int(ask())
+
+
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of a device records a CUDA graph instead of running what it is given."""
     if device.type != "cuda":

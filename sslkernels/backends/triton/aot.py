@@ -65,6 +65,7 @@ class Usage:
     tensor_core: str  # the instruction family found, or ""
     wide_divisions: int  # 64-bit divisions or remainders by a run-time value
     stores: bool = True  # whether it writes to global memory at all
+    in_turn: bool = True  # whether it waits for the launches before it, where they may still run
 
     def problems(self, dtype: str, variant: str = "") -> list[str]:
         """The budget: reasons why this kernel must not ship, empty if it may."""
@@ -77,6 +78,8 @@ class Usage:
             found.append("no tensor-core instruction")
         if not self.stores:  # Triton 3.7.1 did that to a kernel with too many chunks
             found.append("writes nothing: compiled to a kernel without a body")
+        if not self.in_turn:
+            found.append("reads or writes before the launches before it have ended")
         if self.wide_divisions > DIVISIONS.get(variant, 0 if variant in SMALL else 4):
             found.append(f"{self.wide_divisions} 64-bit divisions")
         return found
@@ -232,6 +235,17 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+_GLOBAL = re.compile(
+    r"\b(?:(?:ld|st|atom|red)\.[\w.:]*global|cp\.(?:async|reduce)|ld\.relaxed|st\.relaxed)"
+)
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether griddepcontrol.wait stands before everything that reads or writes global memory."""
+    wait, access = ptx.find("griddepcontrol.wait"), _GLOBAL.search(ptx)
+    return wait >= 0 and (access is None or wait < access.start())
+
+
 def usage_of(compiled: Any, arch: str) -> Usage:
     """What a compiled kernel takes of a device."""
     if target_of(arch).backend == "cuda":
@@ -274,6 +288,7 @@ def _nvidia_usage(compiled: Any, arch: str) -> Usage:
         tensor_core="+".join(w.split(".")[0] for w in families),
         wide_divisions=_wide_divisions(compiled.asm["llir"]),
         stores="st.global" in ptx,
+        in_turn=not compiled.metadata.launch_pdl or waits_first(ptx),
     )
 
 

@@ -16,6 +16,7 @@ from ..autoencoders_torch import STREAM
 from ..interface import Vae, VaeGradients, VaeTerms, VaeWanted
 from .runtime import launch
 from .sizes import cdiv
+from .tiles import wait_turn
 
 _STREAM = tl.constexpr(STREAM)
 BLOCK_D = 1024  # elements of a row that a program holds: eight a thread
@@ -53,6 +54,7 @@ def vae_forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Both terms of one row a program."""
+    wait_turn()
     row = tl.program_id(0).to(tl.int64)  # times a stride
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -106,6 +108,7 @@ def vae_decoder_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of what the reconstruction is made of: a block of one row a program."""
+    wait_turn()
     row = tl.program_id(0).to(tl.int64)  # times a stride
     at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = at < D
@@ -151,6 +154,7 @@ def vae_latent_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of what the KL is made of."""
+    wait_turn()
     row = tl.program_id(0).to(tl.int64)  # times a stride
     at = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = at < Z
@@ -177,6 +181,7 @@ def noise_kernel(
     GROUPS: tl.constexpr,
 ):
     """x + exp(v / 2) eps, or x exp(v / 2) eps / 2: every word of Philox is used once."""
+    wait_turn()
     first = tl.program_id(0).to(tl.int64) * GROUPS
     group = first + tl.arange(0, GROUPS)
     seed = tl.load(seed_ptr)

@@ -101,15 +101,39 @@ def family(arch: str) -> str:
 
 
 @functools.cache
-def compiler_options(arch: str) -> dict[str, int | bool]:
-    """Options every kernel is compiled with on an architecture; not to be written to."""
+def compiler_options(arch: str, overlap: bool = True) -> dict[str, int | bool]:
+    """Options every kernel is compiled with on an architecture; not to be written to.
+
+    Args:
+        arch: Such as "sm_90".
+        overlap: Whether a launch may be placed on the device while the one before it still runs, where the
+            architecture can do that; its kernel waits then before it reads or writes (``tiles.wait_turn``).
+    """
     # Contraction to fma is on by request: Triton's own default is about to change.
     options: dict[str, int | bool] = {"enable_fp_fusion": True}
+    if overlap and arch.startswith("sm_") and int(arch[3:]) >= 90:
+        options["launch_pdl"] = True
     if arch.startswith("gfx9"):
         # 16 x 16 MFMA: with the 32 x 32 form each lane holds four times as many rows of a tile, and
         # their comparison masks (a scalar register pair each) run out of scalar registers.
         options["matrix_instr_nonkdim"] = 16
     return options
+
+
+# Programmatic dependent launches are captured into CUDA graphs from this driver on.
+_OVERLAP_DRIVER = 12030
+
+
+@functools.cache
+def _overlap_by_default() -> bool:
+    if os.environ.get("SSLKERNELS_TRITON_OVERLAP", "1") == "0":
+        return False
+    return devices.driver() >= _OVERLAP_DRIVER
+
+
+def overlaps() -> bool:
+    """Whether launches may overlap: as overridden, else by SSLKERNELS_TRITON_OVERLAP and the driver."""
+    return _overlap_by_default() if _overrides.overlap is None else _overrides.overlap
 
 
 def arch_of(device: torch.device) -> str:
@@ -420,6 +444,7 @@ class _Overrides:
     configs: dict[str, Config | None]
     programs: int | None = None
     precision: str | None = None
+    overlap: bool | None = None
 
 
 _overrides = _Overrides({})
@@ -429,13 +454,18 @@ _tuned: dict[tuple[str, str, int, torch.dtype], Config | None] = {}
 
 @contextlib.contextmanager
 def override(
-    *, programs: int | None = None, fp32_precision: str | None = None, **tables: Config | None
+    *,
+    programs: int | None = None,
+    fp32_precision: str | None = None,
+    overlap: bool | None = None,
+    **tables: Config | None,
 ) -> Iterator[None]:
     """Force configurations inside the block.
 
     Args:
         programs: programs a launch has at most, instead of as many as run at once.
         fp32_precision: "ieee", "tf32", "tf32x3" or "bf16x3" for float32 products.
+        overlap: whether launches may overlap, see ``compiler_options``.
         **tables: forward, narrow, extremes, fused, panel, product; ``fused=None`` sends gradients by panels.
 
     Raises:
@@ -456,6 +486,7 @@ def override(
         {**previous.configs, **tables},
         previous.programs if programs is None else programs,
         previous.precision if fp32_precision is None else fp32_precision,
+        previous.overlap if overlap is None else overlap,
     )
     _forget_plans()
     try:

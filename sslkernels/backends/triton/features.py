@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .runtime import launch
 from .sizes import cdiv
+from .tiles import wait_turn
 
 UNIT = 8192  # elements of a program, as on the CPU
 BLOCK = 1024  # elements at a time: eight a thread
@@ -80,6 +81,7 @@ def features_forward_kernel(
     BLOCK: tl.constexpr,
 ):
     """The sum of one unit a program."""
+    wait_turn()
     program = tl.program_id(0)
     unit = program % units
     row = (program // units).to(tl.int64)  # times a size
@@ -121,6 +123,7 @@ def features_combine_kernel(
     BLOCK: tl.constexpr,
 ):
     """The mean of one row of one map a program."""
+    wait_turn()
     program = tl.program_id(0)
     maps = len(sizes)
     index = program % maps
@@ -159,6 +162,7 @@ def features_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """The gradient of one unit a program."""
+    wait_turn()
     program = tl.program_id(0)
     unit = program % units
     row = (program // units).to(tl.int64)  # times a size

@@ -37,6 +37,7 @@ from .tiles import (
     kernel,
     load_block,
     softplus2,
+    wait_turn,
 )
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -214,6 +215,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Row (and column) reductions over the tiles: log-sum-exp or sum of softplus, and ranks."""
+    wait_turn()
     RATIO: tl.constexpr = BLOCK_N // BLOCK_M
     tiles = tl.cdiv(M, BLOCK_M)
     line_block = tiles
@@ -351,6 +353,7 @@ def combine_kernel(
     Sums that no constant shift could serve, and ids that 32 bits could not, show here: such rows are
     computed again.
     """
+    wait_turn()
     begin = tl.program_id(0) * BLOCK_N
     index = begin + tl.arange(0, BLOCK_N)
     ok = index < L

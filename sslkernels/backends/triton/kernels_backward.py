@@ -8,14 +8,7 @@ count, in ``pairs.py``.
 import triton
 import triton.language as tl
 
-from .pairs import (
-    any_wide,
-    first_multiple,
-    real_branch,
-    share_of_line,
-    slots_of,
-    span_of,
-)
+from .pairs import any_wide, first_multiple, real_branch, share_of_line, slots_of, span_of
 from .tiles import (
     CALM_CENTER,
     CALM_SPREAD,
@@ -37,6 +30,7 @@ from .tiles import (
     store_chunk,
     tile_dot,
     tree_sum,
+    wait_turn,
 )
 
 # dx_i = scale * sum_j G_ij y_j with S recomputed and
@@ -78,6 +72,7 @@ def lift_kernel(
     BLOCK: tl.constexpr,
 ):
     """The power of two that brings the largest finite gradient into [1/2, 1); 1 if all are 0."""
+    wait_turn()
     peak = tl.maximum(_largest(drow_ptr, N, BLOCK), _largest(dcol_ptr, M, BLOCK))
     exponent = (peak.to(tl.int32, bitcast=True) >> 23) - 126
     exponent = tl.minimum(tl.maximum(tl.where(peak == 0.0, 0, exponent), -100), 100)
@@ -104,6 +99,7 @@ def weigh_kernel(
     SPANS: tl.constexpr,
 ):
     """Weights of G for rows or columns, grad exp(c - lse), and where one c may stand for all of them."""
+    wait_turn()
     span = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
     index = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     ok = index < count
@@ -317,6 +313,7 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """The fused way: dx of BLOCK_N rows stays on chip while the program sweeps y."""
+    wait_turn()
     tiles = tl.cdiv(M, BLOCK_M)
     first, lo, left, last, slot = share_of_line(share, tiles, total)
     lift = 1.0
@@ -395,6 +392,7 @@ def gather_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Add up what the programs that shared a block left, in a fixed tree."""
+    wait_turn()
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = (rows < N)[:, None] & (features < D)[None, :]
@@ -476,6 +474,7 @@ def panel_kernel(
 
     Row blocks vary fastest: the programs of one wave share a few tiles of y.
     """
+    wait_turn()
     RATIO: tl.constexpr = BLOCK_N // BLOCK_M
     tiles = tl.cdiv(M, BLOCK_M)
     block = tl.program_id(0) % row_blocks
@@ -573,6 +572,7 @@ def product_kernel(
 
     Feature blocks vary fastest along the line of tiles, so that neighbours share rows of G.
     """
+    wait_turn()
     tiles = tl.cdiv(M, BLOCK_M)
     length = _row_length(stride_gn)
     first, lo, left, last, slot = share_of_line(share, tiles, total)

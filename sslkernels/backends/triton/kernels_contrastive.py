@@ -23,6 +23,7 @@ from .tiles import (
     kernel,
     sigmoid2,
     tree_sum,
+    wait_turn,
 )
 
 
@@ -95,6 +96,7 @@ def prepare_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Both views of some samples: unit rows, what they were multiplied with, positives."""
+    wait_turn()
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < n
     _, divisor_a = _divisor(
@@ -141,6 +143,7 @@ def sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sum of partial sums, in one order."""
+    wait_turn()
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -181,6 +184,7 @@ def lift_pairs_kernel(
     BLOCK: tl.constexpr,
 ):
     """``kernels_backward.lift_kernel`` of row weights that nobody has written yet."""
+    wait_turn()
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, 2 * n, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -229,6 +233,7 @@ def weigh_pairs_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One span of rows of both views: unit rows again, and their weights (``weigh_kernel``)."""
+    wait_turn()
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < 2 * n
     lse, row_weight = _row_weight(
@@ -420,6 +425,7 @@ def finish_kernel(
 
     With u, v the unit rows: du = dX - scale (w_i + w_{i+n}) v, da = (du - u <u, du>) / |a|.
     """
+    wait_turn()
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < n
     pull = tl.load(row_weight_ptr + rows, mask=ok, other=0.0)

@@ -29,6 +29,7 @@ from .tiles import (
     store_chunk,
     tile_dot,
     tree_sum,
+    wait_turn,
 )
 
 # ---- attend: the queue loss ----------------------------------------------------------------------
@@ -68,6 +69,7 @@ def attend_kernel(
 
     c is one constant, or the running maximum of the row if ONLINE (online softmax).
     """
+    wait_turn()
     tiles = tl.cdiv(M, BLOCK_M)
     first, lo, left, last, slot = share_of_line(share, tiles, total)
     scale = tl.load(scale_ptr)
@@ -222,6 +224,7 @@ def attend_combine_kernel(
 
     w = 1 where every slot has the same shift, exp(m_ip - max_p m_ip) if ONLINE.  Program axis 1: features.
     """
+    wait_turn()
     begin = tl.program_id(0) * BLOCK_N
     rows = begin + tl.arange(0, BLOCK_N)
     row_ok = rows < N
@@ -370,6 +373,7 @@ def extremes_kernel(
 
     Rows of y from M on repeat the last one, here alone: a candidate again, which changes nothing.
     """
+    wait_turn()
     tiles = tl.cdiv(M, BLOCK_M)
     first, lo, left, last, slot = share_of_line(share, tiles, total)
     scale = tl.load(scale_ptr)
@@ -434,6 +438,7 @@ def extremes_combine_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Best of the slots; -1 where no slot had a candidate.  Program axis 1: max, min."""
+    wait_turn()
     rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     row_ok = rows < N
     which = tl.program_id(1).to(tl.int64)

@@ -15,7 +15,7 @@ p-th held block from the front and the p-th from the back together have as many 
 import triton
 import triton.language as tl
 
-from .tiles import EXCLUDE_IDS, SPAN, kernel
+from .tiles import EXCLUDE_IDS, SPAN, kernel, wait_turn
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def narrow_kernel(
     SPANS: tl.constexpr,  # a program reads SPANS * SPAN ids
 ):
     """Low halves of ids, the smallest and largest of every SPAN, and whether 32 bits were too few."""
+    wait_turn()
     span = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
     index = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     ok = index < count

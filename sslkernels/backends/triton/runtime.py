@@ -48,7 +48,7 @@ def launch(
         operand = x.dtype if isinstance(x, torch.Tensor) else None
         numbers = {name: value for name, value in named.items() if isinstance(value, int)}
         _recording.append(Launch(kernel.__name__, grid, dict(flags), operand, numbers))
-    options = configs.compiler_options(configs.arch_of(device))
+    options = configs.compiler_options(configs.arch_of(device), configs.overlaps())
     if device.type != "cuda":
         kernel[grid](*args, **options, **flags)
         return

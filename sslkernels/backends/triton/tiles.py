@@ -58,6 +58,22 @@ def kernel(fn: Callable[..., Any]) -> Any:
     )(fn)
 
 
+def wait_turn(_semantic: Any = None) -> None:
+    """First statement of every kernel: nothing is read or written before the launches before it have ended.
+
+    Where a launch may be placed while the one before it still runs (``configs.compiler_options``), this
+    waits, and says that the next one may be placed.  Elsewhere, and in the interpreter, it is nothing.
+    """
+    if _semantic is None or not getattr(_semantic.builder.options, "launch_pdl", False):
+        return
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    gdc_wait(_semantic=_semantic)
+    gdc_launch_dependents(_semantic=_semantic)
+
+
+wait_turn.__triton_builtin__ = True  # type: ignore[attr-defined]  # the compiler calls it
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Softmax weights of float16 operands are multiplied by 2^14: the smallest weight that keeps full

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .runtime import launch
 from .sizes import cdiv, next_power_of_2
+from .tiles import wait_turn
 
 _TL_DTYPES = {
     torch.float32: tl.float32,
@@ -59,6 +60,7 @@ def normalize_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """unit = x / max(||x||, eps), row by row."""
+    wait_turn()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: times a stride
     row_ok = rows < N
     square = tl.zeros((BLOCK_N,), ACC)
@@ -99,6 +101,7 @@ def normalize_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dx = (dunit - unit <unit, dunit>) / norm; where norm < eps the divisor is a constant: dunit / eps."""
+    wait_turn()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: times a stride
     row_ok = rows < N
     norm = tl.load(norm_ptr + rows, mask=row_ok, other=1.0)
@@ -259,6 +262,7 @@ def ema_kernel(
     BLOCK: tl.constexpr,
 ):
     """target = fma(decay, target, (1 - decay) * source) over a table of tensors."""
+    wait_turn()
     program = tl.program_id(0)
     tensor = tl.load(tensor_ptr + program)
     start = tl.load(start_ptr + program)
@@ -431,6 +435,7 @@ def enqueue_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Key i goes to row (position + i) mod K; a key is stored as x / max(||x||, eps) or as it is."""
+    wait_turn()
     keys = first + tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     key_ok = keys < N
     slots = (_wrapped(tl.load(position_ptr), K) + keys) % K  # once a key, not in a loop
@@ -463,6 +468,7 @@ def enqueue_kernel(
 @triton.jit
 def advance_kernel(position_ptr, fill_ptr, N, K):
     """position = (position + N) mod K, fill = min(fill + N, K): after every program has read them."""
+    wait_turn()
     position = _wrapped(tl.load(position_ptr), K) + N
     fill = tl.minimum(tl.maximum(tl.load(fill_ptr), 0), K) + N
     tl.store(position_ptr, position % K)
