@@ -190,11 +190,23 @@ class Code:
 
     @property
     def waits_first(self) -> bool:
-        """Whether the launches before have ended before this one reads or writes global memory."""
-        first = [x.base for x in self.of([0])]
-        if "ACQBULK" not in first:
-            return False
-        return not set(first[: first.index("ACQBULK")]) & set(GLOBAL)
+        """Whether the launches before have ended before this one reads or writes global memory.
+
+        Looked at is every way from the entry to the instruction that waits, or to the end.
+        """
+        seen, todo = set(), [0]
+        while todo:
+            block = todo.pop()
+            if block in seen:
+                continue
+            seen.add(block)
+            bases = [x.base for x in self.of([block])]
+            waits = "ACQBULK" in bases
+            before = bases[: bases.index("ACQBULK")] if waits else bases
+            if set(before) & set(GLOBAL):
+                return False
+            todo += [] if waits else self.next[block]
+        return any(x.base == "ACQBULK" for x in self.instructions)
 
     def of(self, blocks: Iterator[int] | list[int]) -> list[Instruction]:
         """The instructions of some blocks, in that order."""

@@ -97,6 +97,7 @@ def test_the_dry_run_ends_and_says_that_nothing_was_measured(tmp_path: Path) -> 
         "Under load",
         "Correctness",
         "torch.compile, CUDA graphs",
+        "Overlapping launches",
         "Losses, forward and backward",
         "Tuning",
         "EMA and queue",

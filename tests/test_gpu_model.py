@@ -74,6 +74,24 @@ def test_a_loop_that_is_left_by_an_exit() -> None:
     assert [x.base for x in only] == ["HMMA", "EXIT", "IADD3", "BRA"]
 
 
+def test_whether_a_kernel_waits_before_it_touches_memory() -> None:
+    """On every way to the wait, and not after it."""
+    text = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+        /*0020*/                   {} ;
+.L_x_0:
+        /*0030*/                   ACQBULK ;
+        /*0040*/                   LDG.E R2, [R4.64] ;
+        /*0050*/                   EXIT ;
+"""
+    assert gpu_sass.Code(text.format("STS [R0], R1")).waits_first
+    assert not gpu_sass.Code(text.format("LDG.E R1, [R2.64]")).waits_first
+    assert not gpu_sass.Code(text.format("EXIT").replace("ACQBULK", "NOP")).waits_first
+    without = text.format("NOP").replace("ACQBULK", "NOP").replace("LDG.E R2, [R4.64]", "NOP")
+    assert not gpu_sass.Code(without).waits_first
+
+
 def test_registers_of_an_instruction() -> None:
     """Ranges are written out, predicates included; a shuffle writes two results."""
     short, _ = gpu_sass.Code(LISTING).tile_loop()

@@ -185,3 +185,39 @@ def test_autoencoders(launched: list[tuple[str, int]]) -> None:
     out = features.features_forward([a], [b], False, 1.0)
     features.features_backward([a], [b], False, 1.0, out, [True])
     assert {current for _, current in launched} == {1} and len(launched) >= 4
+
+
+@pytest.mark.parametrize(
+    ("value", "driver", "expected"),
+    [("", 12030, True), ("1", 13000, True), ("0", 13000, False), ("", 12020, False), ("", 0, False)],
+)
+def test_launches_overlap_unless_told_otherwise(
+    value: str, driver: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the driver and the environment, which are asked once, and whatever they say by ``override``."""
+    monkeypatch.setenv("SSLKERNELS_TRITON_OVERLAP", value)
+    monkeypatch.setattr(devices, "driver", lambda: driver)
+    configs._overlap_by_default.cache_clear()
+    try:
+        assert configs.overlaps() is expected
+        with configs.override(overlap=not expected):
+            assert configs.overlaps() is not expected
+        assert configs.overlaps() is expected
+    finally:
+        configs._overlap_by_default.cache_clear()
+
+
+def test_a_launch_is_compiled_as_it_is_placed(launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option that lets a kernel begin early is the one that makes it wait."""
+    given = []
+
+    class Kernel:
+        __name__, arg_names = "kernel", ()
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **options: given.append(options.get("launch_pdl", False))
+
+    for overlap in (True, False):
+        with configs.override(overlap=overlap):
+            runtime.launch(Kernel(), (1,), torch.device("cuda", 1))
+    assert given == [True, False]
