@@ -189,7 +189,13 @@ def test_autoencoders(launched: list[tuple[str, int]]) -> None:
 
 @pytest.mark.parametrize(
     ("value", "driver", "expected"),
-    [("", 12030, True), ("1", 13000, True), ("0", 13000, False), ("", 12020, False), ("", 0, False)],
+    [
+        ("", 12030, True),
+        ("1", 13000, True),
+        ("0", 13000, False),
+        ("", 12020, False),
+        ("", 0, False),
+    ],
 )
 def test_launches_overlap_unless_told_otherwise(
     value: str, driver: int, expected: bool, monkeypatch: pytest.MonkeyPatch
