@@ -10,10 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -120,6 +116,12 @@ def knn_predictions(features: Features, rows: np.ndarray, labels: np.ndarray) ->
 
 def linear_predictions(features: Features, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The class of each test image by a linear probe of the training images at ``rows``."""
+    # Here, because importing it takes seconds that runs which are not evaluated should not.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
     train = features.train[rows]
     threads = 1 if train.size < ONE_THREAD else None

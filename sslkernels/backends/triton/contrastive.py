@@ -109,7 +109,7 @@ def _divisor(problem: Problem) -> float:
 def contrastive_forward(problem: Problem, want_rank: bool) -> Contrastive:
     """See ``interface.WholeLosses``; logits are never kept."""
     _, a, b, _, scale, *_ = problem
-    n, device, float32 = len(a), a.device, torch.float32
+    n, device, float32 = a.shape[0], a.device, torch.float32
     units, rows = _rows(problem)
     # As State.split: log-sum-exps come first, and kernels that write them need no view.
     kept = torch.empty(5 * n, dtype=float32, device=device)
@@ -141,11 +141,12 @@ def contrastive_forward(problem: Problem, want_rank: bool) -> Contrastive:
 
 def _sum(parts: Tensor, divisor: Tensor | None) -> Tensor:
     """0-d: the sum of partial sums, over a number on the device."""
-    if len(parts) == 1 and divisor is None:
+    count = parts.shape[0]
+    if count == 1 and divisor is None:
         return parts[0]
     out = torch.empty((), dtype=torch.float32, device=parts.device)
     launch(
-        kernels_contrastive.sum_kernel, (1,), parts.device, out, parts, divisor, len(parts),
+        kernels_contrastive.sum_kernel, (1,), parts.device, out, parts, divisor, count,
         DIVIDE=divisor is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out
