@@ -235,9 +235,7 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-_GLOBAL = re.compile(
-    r"\b(?:(?:ld|st|atom|red)\.[\w.:]*global|cp\.(?:async|reduce)|ld\.relaxed|st\.relaxed)"
-)
+_GLOBAL = re.compile(r"\b(?:(?:ld|st|atom|red)\.[\w.:]*global|cp\.(?:async|reduce))")
 
 
 def waits_first(ptx: str) -> bool:
