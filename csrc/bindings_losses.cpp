@@ -31,7 +31,7 @@ namespace {
 
 struct Regression {
   static constexpr const char* kName = Handle<RegressionArgs>::kName;
-  static constexpr const char* kDoc = "2 - 2 cos by rows.";
+  static constexpr const char* kDoc = "2 - 2 cos by rows, or -cos.";
   RegressionArgs args;
 
   static Fields fields() {
@@ -45,6 +45,7 @@ struct Regression {
         SSLK_SIZE(Call, args.prediction.stride, "prediction_stride"),
         SSLK_REQUIRED(Call, args.target.data, "target"),
         SSLK_SIZE(Call, args.target.stride, "target_stride"),
+        SSLK_OPTIONAL(Call, args.cosine, "cosine"),
         SSLK_THREADS(Call, args.n_threads),
     };
   }

@@ -147,8 +147,10 @@ struct ContrastiveBackwardArgs {
   double* dbias = nullptr;
 };
 
-// BYOL's regression, 2 - 2 cos(prediction_i, target_i); the target gets no gradient.
+// BYOL's regression, 2 - 2 cos(prediction_i, target_i), or SimSiam's -cos(prediction_i, target_i); the target
+// gets no gradient.
 struct RegressionArgs {
+  bool cosine = false;
   Reduction reduction = Reduction::mean;
   DType dtype = DType::f32;
   int64_t d = 0;

@@ -144,6 +144,7 @@ def regression(
     prediction_stride: int,
     target: _Address,
     target_stride: int,
+    cosine: bool = ...,
     n_threads: int,
 ) -> _Regression: ...
 def regression_forward(regression: _Regression, /, *, state: _Address, loss: _Address) -> None: ...

@@ -284,9 +284,9 @@ def everything() -> dict[str, list[Tensor | None]]:
     out, gradients = at_once
     results["contrastive_at_once"] = [*out, gradients.da, gradients.db, gradients.dbias]
     results["contrastive"] = [*results["contrastive_forward:cross"], out.loss]
-    loss, state = cpu.regression_forward(a, b, "none")
+    loss, state = cpu.regression_forward(a, b, "none", False)
     results["regression_forward"] = results["regression"] = [loss, state]
-    results["regression_backward"] = [cpu.regression_backward(a, b, "none", state, w)]
+    results["regression_backward"] = [cpu.regression_backward(a, b, "none", False, state, w)]
     ids_k = torch.randint(3, (n, n))
     paired = Paired(a, b, negatives, scale, ids_a, ids_k, False, "none")
     loss, left, rank, similarity = cpu.paired_forward(paired)

@@ -111,7 +111,8 @@ def test_opcheck(layout: str) -> None:
 
 def test_opcheck_regression() -> None:
     p, t = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
-    torch.library.opcheck(torch.ops.sslkernels.regression.default, (p, t, "none"))
+    for cosine in (False, True):
+        torch.library.opcheck(torch.ops.sslkernels.regression.default, (p, t, "none", cosine))
 
 
 def test_many_blocks() -> None:

@@ -57,14 +57,14 @@ def test_opcheck_contrastive_backward(backend: str | None, layout: str, wanted) 
 
 
 @pytest.mark.parametrize("backend", ["chunked", None])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_opcheck_regression_backward(backend: str | None, reduction: str) -> None:
+@pytest.mark.parametrize(("reduction", "cosine"), [("none", False), ("mean", True)])
+def test_opcheck_regression_backward(backend: str | None, reduction: str, cosine: bool) -> None:
     p, t = torch.randn(5, 8), torch.randn(5, 8)
     with sslkernels.backend(backend):
-        loss, state = torch.ops.sslkernels.regression.default(p, t, reduction)
+        loss, state = torch.ops.sslkernels.regression.default(p, t, reduction, cosine)
         torch.library.opcheck(
             torch.ops.sslkernels.regression_backward.default,
-            (p, t, reduction, state, torch.ones_like(loss)),
+            (p, t, reduction, cosine, state, torch.ones_like(loss)),
         )
 
 

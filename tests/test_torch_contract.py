@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_transforms import LOSSES, UNREDUCED, inputs
+from test_transforms import LOSSES, TWICE, UNREDUCED, inputs
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -27,17 +27,6 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels
 
 CASES = {**LOSSES, **UNREDUCED}
-TWICE = (  # made of torch operations
-    "simsiam",
-    "alignment",
-    "contrastive",
-    "margin",
-    "byol regularised",
-    "adversarial",
-    "adversarial hinge",
-    "adversarial generator",
-    "moment kl",
-)
 Loss = Callable[..., Tensor]
 
 

@@ -50,6 +50,20 @@ OTHER = torch.randn(N, D, generator=torch.Generator().manual_seed(1), dtype=torc
 BANK = torch.randn(11, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 OWN = torch.randn(N, 4, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
+# Losses that can be differentiated twice.
+TWICE = (
+    "byol",
+    "simsiam",
+    "alignment",
+    "contrastive",
+    "margin",
+    "byol regularised",
+    "adversarial",
+    "adversarial hinge",
+    "adversarial generator",
+    "moment kl",
+)
+
 # Every loss as a function of (embeddings [N, D], second embeddings [N, D], temperature) of a namespace.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "nt_xent": lambda f, x, y, t, **k: f.nt_xent_loss(x, y, t, **k),
@@ -216,6 +230,29 @@ def test_second_derivatives_raise(case: str) -> None:
         hessian(scalar)(x[0])
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         grad(lambda a: jvp(scalar, (a,), (torch.ones_like(a),))[1])(x[0])  # reverse over forward
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_second_derivatives(case: str) -> None:
+    """Of losses that have them, in every order of the two modes, and as a penalty of a gradient."""
+    function, x = {**LOSSES, **UNREDUCED}[case], inputs(0)
+    one = torch.ones_like(x[0])
+    found = []
+    for namespace in (sslkernels, TRUTH):
+        scalar = lambda a, f=namespace: function(f, a, *x[1:]).sum()  # noqa: E731
+        leaf = x[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(scalar(leaf), leaf, create_graph=True)
+        found.append(
+            [
+                hessian(scalar)(x[0]),
+                jvp(grad(scalar), (x[0],), (one,))[1],  # forward over reverse
+                grad(lambda a, s=scalar: grad(s)(a).sum())(x[0]),  # reverse over reverse
+                grad(lambda a, s=scalar: jvp(s, (a,), (one,))[1])(x[0]),  # reverse over forward
+                torch.autograd.grad(slope.square().sum(), leaf)[0],
+            ]
+        )
+    for ours, truth in zip(*found, strict=True):
+        close(ours, truth)
 
 
 @on_case

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// BYOL's regression loss_i = 2 - 2 cos(p_i, t_i), forward and backward for the prediction p, in one pass
-// over the rows each.  Accumulates in float32 (float64 for float64); 2 - 2 cos is computed as
-// |p_hat - t_hat|^2, which keeps its relative accuracy when the two agree.
+// BYOL's regression loss_i = 2 - 2 cos(p_i, t_i), or SimSiam's -cos(p_i, t_i), forward and backward for the
+// prediction p, in one pass over the rows each.  Accumulates in float32 (float64 for float64); 2 - 2 cos is
+// computed as |p_hat - t_hat|^2, which keeps its relative accuracy when the two agree.
 //
-// Plain-torch twin: sslkernels/reference.py (byol_loss).
+// Plain-torch twins: sslkernels/reference.py (byol_loss, simsiam_loss).
 
 #include "../openmp.h"
 #include "kernels.h"
@@ -61,6 +61,10 @@ int forward(const RegressionArgs& args, RowState<T>* state, T* loss) {
       s.norm_t = clamped_norm(y, d);
       for (int64_t c = 0; c < d; ++c) x[c] /= s.norm_p, y[c] /= s.norm_t;
       s.cosine = dot(x, y, d);
+      if (args.cosine) {
+        row_loss[i] = -s.cosine;
+        continue;
+      }
       // |p_hat|^2 + |t_hat|^2 - |p_hat - t_hat|^2 = 2 cos; a row shorter than eps is not a unit vector, nor is
       // one whose norm overflows: x / inf = 0.
       const bool unit = is_length(s.norm_p) && is_length(s.norm_t);
@@ -98,9 +102,9 @@ int backward(const RegressionArgs& args, const RowState<T>* state, const T* dlos
       call.t.row(i, y);
       const RowState<T>& s = state[i];
       const double g = double(dloss[args.reduction == Reduction::none ? i * dloss_stride : 0]) * mean;
-      // d loss / dp = -2 (t_hat - cos p_hat) / |p|; with |p| below eps the norm is a constant.
+      // d cos / dp = (t_hat - cos p_hat) / |p|; with |p| below eps the norm is a constant.
       const T along = s.norm_p > T(kNormEps) ? s.cosine : T(0);
-      const T factor = T(-2.0 * g / double(s.norm_p));
+      const T factor = T((args.cosine ? -1.0 : -2.0) * g / double(s.norm_p));
       for (int64_t c = 0; c < d; ++c) x[c] = factor * (y[c] / s.norm_t - along * (x[c] / s.norm_p));
       write_row<T>(args.dtype, x, d, dprediction, i * d);
     }

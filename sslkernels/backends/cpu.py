@@ -356,7 +356,7 @@ def contrastive_at_once(problem: Problem, wanted: Wanted) -> tuple[Contrastive, 
     return Contrastive(loss, state, None, None), gradients
 
 
-def _regression(prediction: Tensor, target: Tensor, reduction: str) -> _C._Regression:
+def _regression(prediction: Tensor, target: Tensor, reduction: str, cosine: bool) -> _C._Regression:
     """Dense rows as the kernels are given them; it holds addresses, not tensors."""
     return _C.regression(
         reduction=reduction,
@@ -367,29 +367,32 @@ def _regression(prediction: Tensor, target: Tensor, reduction: str) -> _C._Regre
         prediction_stride=prediction.stride(0),
         target=target.data_ptr(),
         target_stride=target.stride(0),
+        cosine=cosine,
         n_threads=torch.get_num_threads(),
     )
 
 
-def regression_forward(prediction: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """2 - 2 cos by rows; see :mod:`sslkernels.ops.regression`."""
+def regression_forward(
+    prediction: Tensor, target: Tensor, reduction: str, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    """2 - 2 cos by rows, or -cos; see :mod:`sslkernels.ops.regression`."""
     prediction, target = _rows(prediction), _rows(target)
     n, acc = prediction.shape[0], accumulation_dtype(prediction.dtype)
     state = _empty((n, 3), dtype=acc)
     loss = _empty((n,) if reduction == "none" else (), dtype=acc)
-    args = _regression(prediction, target, reduction)
+    args = _regression(prediction, target, reduction, cosine)
     _C.regression_forward(args, state=state.data_ptr(), loss=loss.data_ptr())
     return loss, state
 
 
 def regression_backward(
-    prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dloss: Tensor
+    prediction: Tensor, target: Tensor, reduction: str, cosine: bool, state: Tensor, dloss: Tensor
 ) -> Tensor:
     """The gradient of the prediction; see :mod:`sslkernels.ops.regression`."""
     prediction, target = _rows(prediction), _rows(target)
     out = _like(prediction)
     _C.regression_backward(
-        _regression(prediction, target, reduction),
+        _regression(prediction, target, reduction, cosine),
         state=state.data_ptr(),
         dloss=dloss.data_ptr(),
         dloss_stride=dloss.stride(0) if reduction == "none" else 0,

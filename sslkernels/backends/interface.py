@@ -363,13 +363,19 @@ class WholeLosses(Protocol):
         ...
 
     def regression_forward(
-        self, prediction: Tensor, target: Tensor, reduction: str
+        self, prediction: Tensor, target: Tensor, reduction: str, cosine: bool
     ) -> tuple[Tensor, Tensor]:
         """Loss and state, see ``sslkernels.ops.regression``."""
         ...
 
     def regression_backward(
-        self, prediction: Tensor, target: Tensor, reduction: str, state: Tensor, dloss: Tensor
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        reduction: str,
+        cosine: bool,
+        state: Tensor,
+        dloss: Tensor,
     ) -> Tensor:
         """The gradient of the prediction."""
         ...

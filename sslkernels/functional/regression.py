@@ -11,7 +11,7 @@ from sslkernels._types import Reduction
 from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.functional import _checks as checks
 from sslkernels.ops import formulas, heads
-from sslkernels.ops.regression import regression
+from sslkernels.ops.regression import in_one_call, regression
 
 
 def byol_loss(
@@ -139,5 +139,13 @@ def simsiam_loss(
     checks.check_pair(op, "prediction_2", prediction_2, "z_1", z_1)
     checks.check_reduction(op, reduction)
     pairs = ((prediction_1, z_2), (prediction_2, z_1))
-    first, second = (formulas.cosine(*checks.widen(p, z.detach())) for p, z in pairs)
-    return heads.reduce((first + second) / -2, reduction)
+    first, second = (_negative_cosine(checks.widen(p, z.detach()), reduction) for p, z in pairs)
+    return (first + second) / 2
+
+
+def _negative_cosine(pair: tuple[Tensor, ...], reduction: Reduction) -> Tensor:
+    """In one call, or composed of what the device's kernels do."""
+    prediction, z = pair
+    if in_one_call(prediction):
+        return regression(prediction, z, reduction, cosine=True)
+    return heads.reduce(-formulas.cosine(prediction, z), reduction)
