@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bindings of whole losses: regression (BYOL), paired (InfoNCE with negatives of its own for every query), triplet
-// (batch-hard).  The contrastive ones are in bindings_contrastive.cpp.
+// Bindings of unit rows and of whole losses: regression (BYOL, SimSiam), paired (InfoNCE with negatives of its own
+// for every query), triplet (batch-hard).  The contrastive ones are in bindings_contrastive.cpp.
 
 #include "bindings.h"
 #include "classes.h"
@@ -26,6 +26,80 @@ struct Names<TripletReduction> {
 };
 
 namespace {
+
+// ---- Unit rows -----------------------------------------------------------------------------------
+
+struct UnitFields {
+  UnitArgs args;
+
+  static Fields fields() {
+    using Call = UnitFields;
+    return {
+        SSLK_REQUIRED(Call, args.dtype, "dtype"),
+        SSLK_SIZE(Call, args.d, "d"),
+        SSLK_SIZE(Call, args.x.n, "n"),
+        SSLK_REQUIRED(Call, args.x.data, "x"),
+        SSLK_SIZE(Call, args.x.stride, "x_stride"),
+        SSLK_REQUIRED(Call, args.eps, "eps"),
+        SSLK_THREADS(Call, args.n_threads),
+    };
+  }
+  // Checked; `other` is the dtype of the other rows.
+  const UnitArgs& checked(const char* op, DType other) {
+    require(op, {{"x", args.x.data, args.x.n, args.d, args.x.stride}});
+    if (args.dtype == DType::f64 || other == DType::f64) {
+      throw std::invalid_argument(std::string(op) + ": dtypes must be float32, bfloat16 or float16");
+    }
+    args.x.stride = stride_of(args.x.stride, args.d);
+    return args;
+  }
+};
+
+struct UnitForward {
+  static constexpr const char* kName = "unit_forward";
+  static constexpr const char* kDoc = "Rows over max(|x|, eps), and |x|.";
+  UnitFields rows;
+  DType unit_dtype = DType::f32;
+  void* unit = nullptr;
+  void* norm = nullptr;
+
+  static Fields fields() {
+    using Call = UnitForward;
+    return inside(offsetof(Call, rows), UnitFields::fields()) + Fields{SSLK_REQUIRED(Call, unit_dtype, "unit_dtype"),
+                                                                       SSLK_REQUIRED(Call, unit, "unit"),
+                                                                       SSLK_REQUIRED(Call, norm, "norm")};
+  }
+  void run() {
+    const UnitArgs& args = rows.checked(kName, unit_dtype);
+    require(kName, {{"unit", unit, args.x.n, args.d}, {"norm", norm, args.x.n}});
+    check(kernels().unit_forward(args, unit_dtype, unit, static_cast<float*>(norm)));
+  }
+};
+
+struct UnitBackward {
+  static constexpr const char* kName = "unit_backward";
+  static constexpr const char* kDoc = "The gradient of x.";
+  UnitFields rows;
+  DType dunit_dtype = DType::f32;
+  Rows dunit;
+  const void* norm = nullptr;
+  void* dx = nullptr;
+
+  static Fields fields() {
+    using Call = UnitBackward;
+    return inside(offsetof(Call, rows), UnitFields::fields()) +
+           Fields{SSLK_REQUIRED(Call, dunit_dtype, "dunit_dtype"), SSLK_REQUIRED(Call, dunit.data, "dunit"),
+                  SSLK_SIZE(Call, dunit.stride, "dunit_stride"), SSLK_REQUIRED(Call, norm, "norm"),
+                  SSLK_REQUIRED(Call, dx, "dx")};
+  }
+  void run() {
+    const UnitArgs& args = rows.checked(kName, dunit_dtype);
+    const int64_t n = dunit.n = args.x.n;
+    require(kName, {{"dunit", dunit.data, n, args.d, dunit.stride}, {"norm", norm, n}, {"dx", dx, n, args.d}});
+    dunit.stride = stride_of(dunit.stride, args.d);
+    check(kernels().unit_backward(args, dunit_dtype, dunit, static_cast<const float*>(norm), dx));
+  }
+};
 
 // ---- Regression ----------------------------------------------------------------------------------
 
@@ -332,6 +406,8 @@ struct TripletBackward {
 }  // namespace
 
 void bind_losses(Definition& definition) {
+  add_function<UnitForward>(definition);
+  add_function<UnitBackward>(definition);
   add_function<Regression>(definition);
   add_function<RegressionForward>(definition);
   add_function<RegressionBackward>(definition);

@@ -147,6 +147,15 @@ struct ContrastiveBackwardArgs {
   double* dbias = nullptr;
 };
 
+// Rows divided by max(|x|, eps).
+struct UnitArgs {
+  DType dtype = DType::f32;  // of x; not f64
+  double eps = 0;
+  int64_t d = 0;
+  Rows x;  // [N, D]
+  int n_threads = 1;
+};
+
 // BYOL's regression, 2 - 2 cos(prediction_i, target_i), or SimSiam's -cos(prediction_i, target_i); the target
 // gets no gradient.
 struct RegressionArgs {
@@ -359,7 +368,9 @@ struct Kernels {
   // Both for an incoming gradient of 1, with logits kept between them; neither layout bank nor Reduction::none.
   int (*contrastive_at_once)(const ContrastiveArgs&, const ContrastiveState&, void* loss,
                              const ContrastiveBackwardArgs&);
-  int64_t (*kept_tiles)(Layout layout, DType dtype, int64_t n, int64_t d);  // elements; 0: not worth keeping
+  int64_t (*kept_tiles)(Layout layout, DType dtype, int64_t n, int64_t d);          // elements; 0: not worth keeping
+  int (*unit_forward)(const UnitArgs&, DType unit_dtype, void* unit, float* norm);  // [N, D], [N]
+  int (*unit_backward)(const UnitArgs&, DType dunit_dtype, const Rows& dunit, const float* norm, void* dx);
   int (*regression_forward)(const RegressionArgs&, void* state, void* loss);
   int (*regression_backward)(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
                              void* dprediction);

@@ -134,6 +134,34 @@ def contrastive_at_once(
     sigma: float = ...,
 ) -> float: ...
 def kept_tiles(*, layout: str, dtype: str, n: int, d: int) -> int: ...
+def unit_forward(
+    *,
+    dtype: str,
+    d: int,
+    n: int,
+    x: _Address,
+    x_stride: int,
+    eps: float,
+    n_threads: int,
+    unit_dtype: str,
+    unit: _Address,
+    norm: _Address,
+) -> None: ...
+def unit_backward(
+    *,
+    dtype: str,
+    d: int,
+    n: int,
+    x: _Address,
+    x_stride: int,
+    eps: float,
+    n_threads: int,
+    dunit_dtype: str,
+    dunit: _Address,
+    dunit_stride: int,
+    norm: _Address,
+    dx: _Address,
+) -> None: ...
 def regression(
     *,
     reduction: str,

@@ -284,6 +284,9 @@ def everything() -> dict[str, list[Tensor | None]]:
     out, gradients = at_once
     results["contrastive_at_once"] = [*out, gradients.da, gradients.db, gradients.dbias]
     results["contrastive"] = [*results["contrastive_forward:cross"], out.loss]
+    unit, norm = cpu.normalize_rows(a, 1e-12, None)
+    results["unit_forward"] = [unit, norm]
+    results["unit_backward"] = [cpu.normalize_rows_backward(b, a, norm, 1e-12)]
     loss, state = cpu.regression_forward(a, b, "none", False)
     results["regression_forward"] = results["regression"] = [loss, state]
     results["regression_backward"] = [cpu.regression_backward(a, b, "none", False, state, w)]

@@ -32,8 +32,10 @@ int contrastive_forward(const ContrastiveArgs&, const ContrastiveState&, void* l
 int contrastive_backward(const ContrastiveArgs&, const ContrastiveState&,
                          const ContrastiveBackwardArgs&);  // contrastive.cpp
 int contrastive_at_once(const ContrastiveArgs&, const ContrastiveState&, void* loss,
-                        const ContrastiveBackwardArgs&);                 // contrastive.cpp
-int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d);    // contrastive.cpp
+                        const ContrastiveBackwardArgs&);                       // contrastive.cpp
+int64_t kept_tiles(Layout layout, DType dtype, int64_t n, int64_t d);          // contrastive.cpp
+int unit_forward(const UnitArgs&, DType unit_dtype, void* unit, float* norm);  // unit.cpp
+int unit_backward(const UnitArgs&, DType dunit_dtype, const Rows& dunit, const float* norm, void* dx);  // unit.cpp
 int regression_forward(const RegressionArgs&, void* state, void* loss);  // regression.cpp
 int regression_backward(const RegressionArgs&, const void* state, const void* dloss, int64_t dloss_stride,
                         void* dprediction);                                                 // regression.cpp

@@ -11,4 +11,5 @@
 #include "queue.cpp"
 #include "regression.cpp"
 #include "triplet.cpp"
+#include "unit.cpp"
 #include "vae.cpp"

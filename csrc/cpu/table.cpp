@@ -40,6 +40,8 @@ const Kernels& table() {
       contrastive_backward,
       contrastive_at_once,
       kept_tiles,
+      unit_forward,
+      unit_backward,
       regression_forward,
       regression_backward,
       paired_forward,

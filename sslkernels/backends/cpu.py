@@ -69,6 +69,8 @@ __all__ = [
     "extremes",
     "features_backward",
     "features_forward",
+    "normalize_rows",
+    "normalize_rows_backward",
     "paired_backward",
     "paired_forward",
     "pairwise_backward",
@@ -354,6 +356,48 @@ def contrastive_at_once(problem: Problem, wanted: Wanted) -> tuple[Contrastive, 
     )
     gradients = AtOnce(da, db, dscale if wanted.dscale else None, dbias)
     return Contrastive(loss, state, None, None), gradients
+
+
+def normalize_rows(x: Tensor, eps: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :meth:`sslkernels.backends.interface.RowKernels.normalize_rows`."""
+    x = _rows(x)
+    unit = _like(x) if out is None else out
+    norm = _empty(x.shape[:1], dtype=torch.float32)
+    _C.unit_forward(
+        dtype=DTYPES[x.dtype],
+        d=x.shape[1],
+        n=x.shape[0],
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        eps=eps,
+        n_threads=torch.get_num_threads(),
+        unit_dtype=DTYPES[unit.dtype],
+        unit=unit.data_ptr(),
+        norm=norm.data_ptr(),
+    )
+    return unit, norm
+
+
+def normalize_rows_backward(dunit: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """See :meth:`sslkernels.backends.interface.RowKernels.normalize_rows_backward`."""
+    x, norm = _rows(x), norm.contiguous()
+    dunit = _rows(dunit if dunit.dtype != torch.float64 else dunit.to(torch.float32))
+    dx = _empty(x.shape, dtype=x.dtype)
+    _C.unit_backward(
+        dtype=DTYPES[x.dtype],
+        d=x.shape[1],
+        n=x.shape[0],
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        eps=eps,
+        n_threads=torch.get_num_threads(),
+        dunit_dtype=DTYPES[dunit.dtype],
+        dunit=dunit.data_ptr(),
+        dunit_stride=dunit.stride(0),
+        norm=norm.data_ptr(),
+        dx=dx.data_ptr(),
+    )
+    return dx
 
 
 def _regression(prediction: Tensor, target: Tensor, reduction: str, cosine: bool) -> _C._Regression:

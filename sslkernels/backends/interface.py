@@ -407,7 +407,7 @@ class WholeLosses(Protocol):
 
 
 class RowKernels(Protocol):
-    """What a backend may have beyond the primitives: Triton has it, the others leave it to torch.
+    """What a backend may have beyond the primitives: C++ and Triton have it, the others leave it to torch.
 
     Used for float32, bfloat16 and float16; a backend that has one has both.
     """

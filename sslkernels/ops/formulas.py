@@ -157,6 +157,8 @@ def margins(
 def contrastive_pairs(a: Tensor, b: Tensor, same: Tensor, margin: float | Tensor) -> Tensor:
     """[N]: d^2 / 2 where ``same``, max(margin - d, 0)^2 / 2 elsewhere."""
     acc = accumulation_dtype(a.dtype)
-    squared = (a.to(acc) - b.to(acc)).square().sum(1)
-    short = F.relu(margin - euclidean(a, b)).square()
+    difference = a.to(acc) - b.to(acc)
+    # Not the square of the distance, which has no second derivative at 0.
+    squared = difference.square().sum(1)
+    short = F.relu(margin - torch.linalg.vector_norm(difference, dim=1)).square()
     return torch.where(same, squared, short) / 2

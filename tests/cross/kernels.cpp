@@ -168,6 +168,19 @@ void extremes(DType dtype, int64_t n, int64_t d) {
   show("min_other", other);
 }
 
+void unit(DType dtype, int64_t n, int64_t d) {
+  if (dtype == DType::f64) return;
+  Matrix x(dtype, n, d, 8), dunit(DType::f32, n, d, 9);
+  UnitArgs args;
+  args.dtype = dtype, args.eps = 1e-12, args.d = d, args.x = x.rows;
+  Numbers rows(DType::f32, n * d), norm(DType::f32, n), gradient(dtype, n * d);
+  k.unit_forward(args, DType::f32, rows.at(), static_cast<float*>(norm.at()));
+  k.unit_backward(args, DType::f32, dunit.rows, static_cast<const float*>(norm.at()), gradient.at());
+  show("unit", rows, n * d);
+  show("norm", norm, n);
+  show("dx of unit", gradient, n * d);
+}
+
 void regression(DType dtype, int64_t n, int64_t d) {
   Matrix p(dtype, n, d, 6), t(dtype, n, d, 7);
   RegressionArgs args;
@@ -220,6 +233,7 @@ int main() {
       }
     }
     extremes(dtype, 45, 19);
+    unit(dtype, 9, 13);
     regression(dtype, 9, 13);
     updates(dtype, 21);
   }

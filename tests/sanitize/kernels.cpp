@@ -168,8 +168,15 @@ void other_losses(DType dtype, Reduction reduction, Size s, int threads, Results
   const int64_t m = s.m % 19;
   Array x(dtype, s.n * s.d), y(dtype, s.n * s.d), keys(dtype, s.n * m * s.d), dloss(acc, s.n + 1);
   for (Array* each : {&x, &y, &keys, &dloss}) each->fill(0.9);
+  if (dtype != DType::f64) {
+    UnitArgs u;
+    u.dtype = dtype, u.eps = 1e-12, u.d = s.d, u.x = rows(x, s.n, s.d), u.n_threads = threads;
+    float* norm = static_cast<float*>(out.take(DType::f32, s.n));
+    must(kernels().unit_forward(u, dtype, out.take(dtype, s.n * s.d), norm));
+    must(kernels().unit_backward(u, dtype, rows(y, s.n, s.d), norm, out.take(dtype, s.n * s.d)));
+  }
   RegressionArgs r;
-  r.reduction = reduction, r.dtype = dtype, r.d = s.d, r.n_threads = threads;
+  r.reduction = reduction, r.dtype = dtype, r.d = s.d, r.n_threads = threads, r.cosine = s.d % 2 == 1;
   r.prediction = rows(x, s.n, s.d), r.target = rows(y, s.n, s.d);
   void* kept = out.take(acc, 3 * s.n);
   must(kernels().regression_forward(r, kept, out.take(acc, reduction == Reduction::none ? s.n : 1)));
