@@ -17,6 +17,7 @@ DTYPES = ("tests/test_pairwise.py", "-k", "dtypes or extremes")
 WHOLE = ("tests/test_contrastive.py", "-k", "composition and (65 or 130)")
 KEPT = ("tests/test_kept_tiles.py",)
 AT_ONCE = ("tests/test_at_once.py",)
+UNIT = ("tests/test_unit_rows.py",)
 PAIRED = ("tests/test_paired.py",)
 REGRESSION = ("tests/test_losses_family.py", "-k", "byol or simsiam")
 QUEUE = ("tests/test_queue.py",)
@@ -253,6 +254,19 @@ MUTANTS = [
            "sum);", REGRESSION),
     Mutant("regression: projection", "csrc/cpu/regression.cpp",
            "(y[c] / s.norm_t - along * (x[c] / s.norm_p));", "(y[c] / s.norm_t);", REGRESSION),
+    Mutant("regression: the sign of the cosine", "csrc/cpu/regression.cpp",
+           "row_loss[i] = -s.cosine;", "row_loss[i] = s.cosine;", REGRESSION),
+    Mutant("regression: the gradient of the cosine", "csrc/cpu/regression.cpp",
+           "(args.cosine ? -1.0 : -2.0)", "-2.0", REGRESSION),
+    Mutant("unit rows: the smallest norm", "csrc/cpu/unit.cpp",
+           "return norm < eps ? eps : norm;", "return norm;", UNIT),
+    Mutant("unit rows: projection of short rows", "csrc/cpu/unit.cpp",
+           "norm[i] < float(args.eps) ? 0.0f : dot(y, dy, d)", "dot(y, dy, d)", UNIT),
+    Mutant("unit rows: projection", "csrc/cpu/unit.cpp",
+           "(dy[c] - y[c] * along) / divisor", "dy[c] / divisor", UNIT),
+    Mutant("unit rows: rounding of the result", "csrc/cpu/unit.cpp",
+           "if (unit_dtype != DType::f32) write_row<float>(unit_dtype,",
+           "if (unit_dtype != DType::f32) write_row<float>(args.dtype,", UNIT),
     Mutant("paired: an excluded key counts", "csrc/cpu/paired.cpp",
            "if (ids[l] == args_.ids_q[i]) allowed[l] = 0;", "", PAIRED),
     Mutant("paired: the mean key of an older maximum", "csrc/cpu/paired.cpp",
