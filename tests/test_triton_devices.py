@@ -209,6 +209,10 @@ def test_launches_overlap_unless_told_otherwise(
         with configs.override(overlap=not expected):
             assert configs.overlaps() is not expected
         assert configs.overlaps() is expected
+        configs._overlap_by_default.cache_clear()
+        monkeypatch.setenv("SSLKERNELS_TRITON_OVERLAP", "no")
+        with pytest.raises(ValueError, match="SSLKERNELS_TRITON_OVERLAP must be 0 or 1, got 'no'"):
+            configs.overlaps()
     finally:
         configs._overlap_by_default.cache_clear()
 

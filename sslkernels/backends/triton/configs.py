@@ -126,9 +126,10 @@ _OVERLAP_DRIVER = 12030
 
 @functools.cache
 def _overlap_by_default() -> bool:
-    if os.environ.get("SSLKERNELS_TRITON_OVERLAP", "1") == "0":
-        return False
-    return devices.driver() >= _OVERLAP_DRIVER
+    asked = os.environ.get("SSLKERNELS_TRITON_OVERLAP") or "1"
+    if asked not in ("0", "1"):
+        raise ValueError(f"SSLKERNELS_TRITON_OVERLAP must be 0 or 1, got {asked!r}")
+    return asked == "1" and devices.driver() >= _OVERLAP_DRIVER
 
 
 def overlaps() -> bool:
