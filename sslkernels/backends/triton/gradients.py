@@ -100,10 +100,10 @@ def gradient(
 
 
 @configs.planned
-def _fused(
+def fused_tiles(
     device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, stride_x: int, stride_y: int
 ) -> tuple[Line, int, dict[str, Any]] | None:
-    """(How tiles are dealt, rows of a held block, flags) of the fused kernel; None: by panels."""
+    """(How tiles are dealt, rows of a held block, flags) of backward and attend; None: by panels."""
     config = configs.choose("fused", device, D, dtype)
     if config is None:
         return None
@@ -164,7 +164,7 @@ def partial_gradient(
         "HAS_LIFT": lift is not None,
         "WANT_DBIAS": want_dbias,
     }
-    fused = _fused(device, dtype, N, M, D, x.vectors.stride(0), y.vectors.stride(0))
+    fused = fused_tiles(device, dtype, N, M, D, x.vectors.stride(0), y.vectors.stride(0))
     if fused is None:
         dx, total = _by_panels(x is y, x.vectors, y.vectors, inputs, sizes, flags, factor, lift)
         return dx[None], total, None, 1

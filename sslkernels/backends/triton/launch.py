@@ -37,7 +37,7 @@ from ..interface import (
 )
 from . import configs, kernels, kernels_rows
 from .configs import Config
-from .gradients import Side, gradient
+from .gradients import Side, fused_tiles, gradient
 from .plan import (
     Excluded,
     Line,
@@ -367,31 +367,27 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
     scale, features = tiles.scale, tiles.q.shape[1]
     q, k = packed(tiles.q, tiles.k)
     (N, D), M, device = q.shape, k.shape[0], q.device
+    has_rank = threshold is not None
+    if N == 0 or M == 0:
+        lse = torch.full((N,), float("-inf"), dtype=torch.float32, device=device)
+        mean_key = torch.zeros(N, features, dtype=torch.float32, device=device)
+        rank = torch.zeros(N if has_rank else 0, dtype=torch.int64, device=device)
+        return Attend(lse, mean_key, rank)
     excluded = Excluded.by_ids(tiles.ids_q, tiles.ids_k)
-    config = configs.choose("fused", device, D, q.dtype)
-    if config is None:
+    fused = fused_tiles(device, q.dtype, N, M, D, q.stride(0), k.stride(0))
+    rank = torch.empty(N if has_rank else 0, dtype=torch.int64, device=device)
+    if fused is None:
         found = forward("lse", q, k, tiles, excluded, False, Thresholds(threshold))
         one = torch.ones(1, dtype=torch.float32, device=device)
         rows = Side(q, vector(found.row), vector(one.expand(N)))
         columns = Side(k, None, None)
         mean_key, _ = gradient(0, rows, columns, scale, None, one, excluded, want_dbias=False)
-        rank = found.rank_row
-        if rank is None:
-            rank = torch.empty(0, dtype=torch.int64, device=device)
-        return Attend(found.row, trimmed(mean_key, features), rank)
+        ranks = rank if found.rank_row is None else found.rank_row
+        return Attend(found.row, trimmed(mean_key, features), ranks)
 
-    has_rank = threshold is not None
+    shared, held, flags = fused
     lse = torch.empty(N, dtype=torch.float32, device=device)
     mean_key = torch.empty(N, D, dtype=torch.float32, device=device)
-    rank = torch.empty(N if has_rank else 0, dtype=torch.int64, device=device)
-    if N == 0 or M == 0:
-        mean_key = trimmed(mean_key.zero_(), features)
-        return Attend(lse.fill_(float("-inf")), mean_key, rank.zero_())
-    row_blocks, col_blocks = cdiv(N, config.block_n), cdiv(M, config.block_m)
-    shared = line(
-        row_blocks, col_blocks, configs.capacity(device, config),
-        slot_words(N, M, D) // (N * D),
-    )  # fmt: skip
     online = q.dtype == torch.float16
     sums = Sums(shared.slots, N, has_rank, device)
     largest = torch.empty_like(sums.s) if online else None
@@ -416,7 +412,7 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
         EXCLUDE=excluded.mode,
         HAS_RANK=has_rank,
         ONLINE=online,
-        **tile_flags(config, q.dtype, D, q.stride(0), k.stride(0)),
+        **flags,
     )
     # Few queries make few programs of 16 rows: each takes few features, and many slots at a time.
     at_a_time = 32 if shared.slots > 16 else slots_at_a_time(shared.slots)
@@ -447,7 +443,7 @@ def attend(tiles: Tiles, threshold: Tensor | None) -> Attend:
         HAS_RANK=has_rank,
         EXCLUDE=excluded.mode,
         ONLINE=online,
-        HELD=config.block_n,
+        HELD=held,
         **flags,
     )
     return Attend(lse, trimmed(mean_key, features), rank)
