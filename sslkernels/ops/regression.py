@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.backends.arithmetic import accumulation_dtype, fixed_sum
-from sslkernels.ops import normalization, registry
+from sslkernels.backends.arithmetic import accumulation_dtype
+from sslkernels.ops import heads, normalization, registry
 from sslkernels.ops._library import Gradient, Op
 from sslkernels.ops.normalization import EPS
 
@@ -26,13 +26,6 @@ class Regression(NamedTuple):
 
     loss: Tensor  # 0-d or [N], accumulation dtype
     state: Tensor  # [N, 3]: norms of prediction and target, cosine
-
-
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    total = fixed_sum(loss)
-    return total / max(1, loss.numel()) if reduction == "mean" else total
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -53,7 +46,7 @@ def _forward(prediction: Tensor, target: Tensor, reduction: str, cosine: bool) -
     gap = (p - t).square().sum(1)
     unit = (norm_p > EPS) & (norm_t > EPS) & (norm_p < torch.inf) & (norm_t < torch.inf)
     loss = -dots[:, 0] if cosine else torch.where(unit[:, 0], gap, 2 - 2 * dots[:, 0])
-    return Regression(_reduced(loss, reduction), torch.cat((norm_p, norm_t, dots), 1))
+    return Regression(heads.reduce(loss, reduction), torch.cat((norm_p, norm_t, dots), 1))
 
 
 def _backward(
@@ -124,9 +117,9 @@ def _tangent(
     *_: Any,
 ) -> tuple[Tensor]:
     if dprediction is None:
-        return (_reduced(state.new_zeros(state.shape[0]), reduction),)
+        return (heads.reduce(state.new_zeros(state.shape[0]), reduction),)
     slopes = _slopes(prediction, target, state.dtype, cosine)
-    return (_reduced((slopes * dprediction.to(state.dtype)).sum(1), reduction),)
+    return (heads.reduce((slopes * dprediction.to(state.dtype)).sum(1), reduction),)
 
 
 REGRESSION = Op(
