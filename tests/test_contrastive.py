@@ -155,6 +155,21 @@ def test_halves_are_packed_by_groups(
     check_loss(loss, chunked, inputs, name=f"{layout} {isa}")
 
 
+def test_positive_of_each_magnitude(isa: str) -> None:
+    """One negative whose logit is 0: relative to log(1 + exp(-s)) and to its derivative, in float64."""
+    s = torch.linspace(-60.0, 60.0, 4001, dtype=torch.float64)[:, None].requires_grad_()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    loss = contrastive(
+        "bank", s, one.expand(4001, 1), 0 * one, scale=one[0, 0], normalize=False, reduction="none"
+    ).loss
+    (slope,) = torch.autograd.grad(loss.sum(), s)
+    exact = s.detach()[:, 0]
+    truth = exact.neg().clamp(min=0) + exact.abs().neg().exp().log1p()
+    for got, right in ((loss, truth), (slope[:, 0], -exact.neg().sigmoid())):
+        allowed = 1e-15 * (1 + exact.abs()) * right.abs()
+        assert bool(((got - right).abs() <= allowed).all())
+
+
 BF16_TOLERANCE = 4e-2
 
 

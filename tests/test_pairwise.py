@@ -432,6 +432,22 @@ def test_softplus_and_logistic_of_each_magnitude(on_engine: str, dtype: torch.dt
     assert bool(((slope.double()[:, 0] - derivative).abs() <= allowed).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("logit", [0.0, -3.0, -30.0, 2.0], ids=str)
+def test_softplus_of_many_columns(on_engine: str, dtype: torch.dtype, logit: float) -> None:
+    """Products of 1 + e are taken out before they overflow, and keep the digits of a small e."""
+    q, k = torch.full((70, 1), logit, dtype=dtype), torch.ones(9001, 1, dtype=dtype)
+    k -= torch.rand(k.shape, generator=torch.Generator().manual_seed(0), dtype=dtype) / 8
+    one = torch.tensor(1.0, dtype=dtype)
+    room = (4e-7 if dtype == torch.float32 else 2e-15) * (1 + abs(logit))  # as above
+    for x, y in ((q, k), (k, q)):
+        out = pairwise("softplus", x, y, scale=one, want_col=True)
+        alone = pairwise("softplus", x, y, scale=one).row
+        truth = torch.nn.functional.softplus(x.double() @ y.double().T, threshold=1e9)
+        for got, exact in ((out.row, truth.sum(1)), (out.col, truth.sum(0)), (alone, truth.sum(1))):
+            assert bool(((got.double() - exact).abs() <= room * exact).all())
+
+
 @pytest.mark.parametrize("which", [0, 63, 64, 129])
 def test_one_long_row_decides_how_all_are_summed(on_engine: str, which: int) -> None:
     """Whether one shift serves all logits depends on the longest row, wherever it is."""

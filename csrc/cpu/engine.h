@@ -328,13 +328,12 @@ struct Engine {
 
   // bound: a proven upper bound of |S|, or NaN when nothing is known.
   void choose_mode(double bound) {
+    unit = T(args.scale * kLog2E);
     if (args.kind == Kind::softplus) {
       mode = Mode::kSoftplus;
-      unit = T(args.scale);
-      offset = T(args.bias);
+      offset = T(args.bias * kLog2E);
       return;
     }
-    unit = T(args.scale * kLog2E);
     const double limit = std::ceil(bound * kLog2E + 1e-3 * std::fabs(bound) + 1e-6);
     if (2 * limit <= kFixedLimit && args.bias == 0) {  // false for NaN
       mode = Mode::kFixed;

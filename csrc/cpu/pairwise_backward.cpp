@@ -91,7 +91,7 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
       } else {
         Vec<T> factor = splat<T>(row_factor);
         if constexpr (kCols) factor += col_factor[v];
-        w = (kMode == Mode::kFixed ? exponential<M>(x) : logistic_v(x)) * factor;
+        w = (kMode == Mode::kFixed ? exponential<M>(x) : logistic2_v(x)) * factor;
       }
       if constexpr (kMasked) {
         IVec<T> mask = (id[v] != e.q.ids.id[i + r]) & valid[v];

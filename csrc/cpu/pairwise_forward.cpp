@@ -15,10 +15,16 @@ namespace {
 
 // Running reductions of one side.  Rows keep one value a lane, [n_pad][width = L]; columns are lanes
 // already, [n_pad][width = 1].
+//
+// kSoftplus: log2(1 + 2^t) = max(t, 0) + log2(1 + e), e = 2^-|t|.  `sum` has the first, and the second is the logarithm
+// of a product: one multiply-add instead of a polynomial for every logit.  The product is kept less 1, so that it
+// has the digits of the smallest e, and is taken out before it can overflow.
 template <class T>
 struct State {
   T* max = nullptr;  // log2 units; only kOnline
   T* sum = nullptr;
+  T* product = nullptr;        // of all 1 + e, less 1; only kSoftplus
+  int64_t* factors = nullptr;  // [blocks] of a lane since it was taken out
   Int<T>* rank = nullptr;  // only with a threshold
   T* threshold = nullptr;  // [n_pad], in units of t
 };
@@ -35,9 +41,15 @@ template <class M>
 struct PanelColumns {
   using T = AccOfMath<M>;
   static constexpr int NV = Tile<M>::NV;
-  Vec<T> max[NV], sum[NV], threshold[NV];
+  Vec<T> max[NV], sum[NV], product[NV], threshold[NV];
   IVec<T> rank[NV], id[NV], valid[NV];
 };
+
+// (1 + product) (1 + e) less 1.
+template <class V>
+inline SSLK_INLINE V times_one_plus(V product, V e) {
+  return e * (product + 1) + product;
+}
 
 template <class M, Mode kMode, bool kCols, bool kMasked>
 inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& columns, const ElemOf<M>* a,
@@ -121,12 +133,29 @@ inline SSLK_INLINE void reduce_tile(const Pass<M>& pass, PanelColumns<M>& column
         columns.sum[v] = sum;
       });
     }
+  } else if constexpr (kMode == Mode::kSoftplus) {
+    unroll<MR>([&](auto r) SSLK_INLINE {
+      T *sum_at = pass.row.sum + (i + r) * L, *product_at = pass.row.product + (i + r) * L;
+      Vec<T> sum = load<T>(sum_at), product = load<T>(product_at);
+      unroll<NV>([&](auto v) SSLK_INLINE {
+        Vec<T> above = larger(Vec<T>{}, t[r][v]), e = exp2_v(minus_abs(t[r][v]));
+        if constexpr (kMasked) above = keep<T>(above, mask[r][v]), e = keep<T>(e, mask[r][v]);
+        sum += above;
+        product = times_one_plus(product, e);
+        if constexpr (kCols) {
+          columns.sum[v] += above;
+          columns.product[v] = times_one_plus(columns.product[v], e);
+        }
+      });
+      store<T>(sum_at, sum);
+      store<T>(product_at, product);
+    });
   } else {
     unroll<MR>([&](auto r) SSLK_INLINE {
       T* sum_at = pass.row.sum + (i + r) * L;
       Vec<T> sum = load<T>(sum_at);
       unroll<NV>([&](auto v) SSLK_INLINE {
-        Vec<T> x = kMode == Mode::kSoftplus ? softplus_v(t[r][v]) : exponential<M>(t[r][v]);
+        Vec<T> x = exponential<M>(t[r][v]);
         if constexpr (kMasked) x = keep<T>(x, mask[r][v]);
         sum += x;
         if constexpr (kCols) columns.sum[v] += x;
@@ -152,11 +181,49 @@ inline void merge_columns(const State<AccOfMath<M>>& col, const PanelColumns<M>&
     } else {
       store<T>(sum_at, load<T>(sum_at) + columns.sum[v]);
     }
+    if constexpr (kMode == Mode::kSoftplus) {
+      for (int l = 0; l < L; ++l) sum_at[l] += T(log2_1p_v(splat<double>(columns.product[v][l]))[0]);
+    }
     if (col.rank != nullptr) {
       Int<T>* rank_at = col.rank + j + v * L;
       store_int<T>(rank_at, load_int<T>(rank_at) + columns.rank[v]);
     }
   });
+}
+
+// A product of so many factors up to 2 can't overflow, nor can that of all lanes in float64.
+template <class M>
+constexpr int64_t kMostFactors = 960 / Tile<M>::L < 126 ? 960 / Tile<M>::L : 126;
+
+// The logarithms of the products of rows i .. last, at most as many as a vector has lanes.  Leaves empty products.
+template <class M>
+Vec<double> take_products(const State<AccOfMath<M>>& row, int64_t i, int64_t last) {
+  constexpr int L = Tile<M>::L;
+  Vec<double> products = {};
+  for (int r = 0; i + r < last; ++r) {
+    AccOfMath<M>* const lanes = row.product + (i + r) * L;
+    double product = 0;
+    for (int l = 0; l < L; ++l) product = times_one_plus(product, double(lanes[l]));
+    for (int l = 0; l < L; ++l) lanes[l] = 0;
+    products[r] = product;
+  }
+  return log2_1p_v(products);
+}
+
+// Makes room for the factors of one more pair of blocks in the products of the row block bi.
+template <class M>
+void make_room(const Engine<M>& e, const State<AccOfMath<M>>& row, int64_t bi) {
+  using T = AccOfMath<M>;
+  constexpr int L = Tile<M>::L, W = Simd<double>::kLanes;
+  int64_t& factors = row.factors[bi];
+  factors += e.block / L;
+  if (factors <= kMostFactors<M>) return;
+  factors = e.block / L;
+  const int64_t last = min64(e.q.n, (bi + 1) * e.block);
+  for (int64_t i = bi * e.block; i < last; i += W) {
+    const Vec<double> taken = take_products<M>(row, i, min64(last, i + W));
+    for (int64_t r = 0; r < min64(W, last - i); ++r) row.sum[(i + r) * L] += T(taken[int(r)]);
+  }
 }
 
 // All tiles of the block pair (bi, bj), whose T panels are given.
@@ -170,6 +237,7 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
   const bool exclude = e.may_exclude(bi, bj);
   const bool col_rank = kCols && pass.col.rank != nullptr;
   T* const tiles = pass.tiles == nullptr ? nullptr : pass.tiles + e.kept_at(bi, bj);
+  if constexpr (kMode == Mode::kSoftplus) make_room(e, pass.row, bi);
   DeepPanel<M> deep;
   const auto rows_at = [&](int64_t i) { return t_q + i / NR * NR * e.depth + i % NR; };
   for (int64_t j = j0; j < j1; j += NR) {
@@ -178,6 +246,7 @@ void reduce_pair(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* t
     unroll<NV>([&](auto v) SSLK_INLINE {
       columns.max[v] = splat<T>(Limits<T>::kFloor);
       columns.sum[v] = Vec<T>{};
+      columns.product[v] = Vec<T>{};
       columns.rank[v] = IVec<T>{};
       columns.threshold[v] = Vec<T>{};
       columns.id[v] = load_int<T>(e.k.ids.id + j + v * L);
@@ -264,8 +333,9 @@ void finish(const Engine<M>& e, const State<AccOfMath<M>>& lanes, const State<Ac
       sums[int(i - i0)] = sum;
       maxima[int(i - i0)] = max;
     }
+    if (lanes.product != nullptr) sums += take_products<M>(lanes, i0, min64(n, i0 + W));
     // log2(0) = -inf: nothing was allowed.
-    const Vec<double> lse = e.mode == Mode::kSoftplus ? sums : (maxima + log2_v(sums)) * kLn2;
+    const Vec<double> lse = (e.mode == Mode::kSoftplus ? sums : maxima + log2_v(sums)) * kLn2;
     for (int64_t i = i0; i < min64(n, i0 + W); ++i) {
       out[i] = T(lse[int(i - i0)]);
       if (rank == nullptr) continue;
@@ -278,9 +348,9 @@ void finish(const Engine<M>& e, const State<AccOfMath<M>>& lanes, const State<Ac
 }
 
 template <class T>
-void plan_state(Workspace& w, State<T>& state, int64_t count, int64_t n_pad, bool rank) {
+void plan_state(Workspace& w, State<T>& state, Kind kind, int64_t count, int64_t n_pad, bool rank) {
   w.plan(&state.sum, count);
-  w.plan(&state.max, count);
+  if (kind == Kind::lse) w.plan(&state.max, count);
   if (rank) w.plan(&state.rank, count);
   if (rank) w.plan(&state.threshold, n_pad);
 }
@@ -295,9 +365,8 @@ void clear_state(const State<T>& state, int64_t count, Mode mode) {
 template <class M>
 void fill_threshold(const Engine<M>& e, AccOfMath<M>* out, const void* threshold, int64_t n, int64_t n_pad) {
   using T = AccOfMath<M>;
-  const T factor = e.mode == Mode::kSoftplus ? T(1) : T(kLog2E);
   for (int64_t i = 0; i < n_pad; ++i) {
-    out[i] = i < n ? static_cast<const T*>(threshold)[i] * factor - T(e.shift) : T(0);
+    out[i] = i < n ? static_cast<const T*>(threshold)[i] * T(kLog2E) - T(e.shift) : T(0);
   }
 }
 
@@ -316,14 +385,22 @@ int forward(const PairwiseArgs& args, const PairwiseForwardOut& out) {
   Workspace w;
   ThreadScratch<M>* scratch = nullptr;
   e.plan(w, &scratch, false);
-  plan_state(w, pass.row, e.q.n_pad * L, e.q.n_pad, ranks);
-  if (cols) plan_state(w, pass.col, e.k.n_pad, e.k.n_pad, col_ranks);
+  plan_state(w, pass.row, args.kind, e.q.n_pad * L, e.q.n_pad, ranks);
+  if (cols) plan_state(w, pass.col, args.kind, e.k.n_pad, e.k.n_pad, col_ranks);
+  if (args.kind == Kind::softplus) {
+    w.plan(&pass.row.product, e.q.n_pad * L);
+    w.plan(&pass.row.factors, e.blocks(e.q));
+  }
   if (!w.allocate()) return -1;
 
   e.set_up(scratch, false);
   e.prepare(scratch, false);
   clear_state(pass.row, e.q.n_pad * L, e.mode);
   if (cols) clear_state(pass.col, e.k.n_pad, e.mode);
+  if (args.kind == Kind::softplus) {
+    std::memset(pass.row.product, 0, size_t(e.q.n_pad * L) * sizeof(T));
+    std::memset(pass.row.factors, 0, size_t(e.blocks(e.q)) * sizeof(int64_t));
+  }
   if (ranks) fill_threshold(e, pass.row.threshold, out.threshold_row, e.q.n, e.q.n_pad);
   if (col_ranks) {
     fill_threshold(e, pass.col.threshold, args.self ? out.threshold_row : out.threshold_col, e.k.n, e.k.n_pad);

@@ -287,11 +287,18 @@ inline SSLK_INLINE Vec<double> log2_v(Vec<double> x) {
   return x == 0.0 ? -infinity : (x < infinity ? result : x);
 }
 
-// exp(-|x|), the ingredient shared by softplus and the logistic function; 0 instead of a denormal.
-template <class T>
-inline __attribute__((always_inline)) Vec<T> exp_minus_abs(Vec<T> x) {
-  Vec<T> a = x < T(0) ? x : -x;
-  return exp2_v(a * T(kLog2E));
+// log2(1 + x) for x >= 0, to the digits of x: the second term is what rounding 1 + x lost.
+inline SSLK_INLINE Vec<double> log2_1p_v(Vec<double> x) {
+  const Vec<double> sum = 1.0 + x;
+  return log2_v(sum) + (x - (sum - 1.0)) / sum * kLog2E;
+}
+
+// -|x|, for which the exponential can't overflow.
+inline SSLK_INLINE Vec<float> minus_abs(Vec<float> x) {
+  return bit_cast<Vec<float>>(bit_cast<IVec<float>>(x) | splat_int<float>(INT32_MIN));
+}
+inline SSLK_INLINE Vec<double> minus_abs(Vec<double> x) {
+  return bit_cast<Vec<double>>(bit_cast<IVec<double>>(x) | splat_int<double>(INT64_MIN));
 }
 
 // 1 / x for normal x: an estimate of 12 (14 with AVX-512) bits and one step of Newton, which takes a
@@ -312,9 +319,7 @@ inline SSLK_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 // log(1 + exp(x)) = max(x, 0) + log1p(e), e = exp(-|x|) <= 1.  float: log1p(e) = e p(e), p of degree 8 (minimax in
 // relative error, 3e-8); double: log1p(e) = 2 atanh(y), y = e / (2 + e) <= 1/3, the next term below half an ulp.
 inline SSLK_INLINE Vec<float> softplus_v(Vec<float> x) {
-  const IVec<float> sign = splat_int<float>(INT32_MIN);
-  const Vec<float> minus_abs = bit_cast<Vec<float>>(bit_cast<IVec<float>>(x) | sign);
-  const Vec<float> e = exp2_v(minus_abs * float(kLog2E));
+  const Vec<float> e = exp2_v(minus_abs(x) * float(kLog2E));
   Vec<float> p = splat<float>(0.005232694261758521f);
   p = p * e - 0.02950523876707348f;
   p = p * e + 0.07822595186123846f;
@@ -328,7 +333,7 @@ inline SSLK_INLINE Vec<float> softplus_v(Vec<float> x) {
 }
 inline SSLK_INLINE Vec<double> softplus_v(Vec<double> x) {
   constexpr int kTerms = 17;
-  Vec<double> e = exp_minus_abs<double>(x);
+  Vec<double> e = exp2_v(minus_abs(x) * kLog2E);
   Vec<double> y = e * reciprocal(2.0 + e);
   Vec<double> y2 = y * y;
   Vec<double> p = splat<double>(1.0 / (2 * kTerms - 1));
@@ -336,15 +341,17 @@ inline SSLK_INLINE Vec<double> softplus_v(Vec<double> x) {
   return (x > 0.0 ? x : (x == x ? Vec<double>{} : x)) + 2.0 * y * p;
 }
 
-// 1 / (1 + exp(-x)).  float: the exponential is kept where its reciprocal is a normal number.
-inline SSLK_INLINE Vec<float> logistic_v(Vec<float> x) {
-  const Vec<float> t = smaller(splat<float>(125.0f), larger(splat<float>(-126.0f), x * float(-kLog2E)));
-  return reciprocal(1.0f + exp2_of<true, false>(t));
+// 1 / (1 + 2^-t).  float: the exponential is kept where its reciprocal is a normal number.
+inline SSLK_INLINE Vec<float> logistic2_v(Vec<float> t) {
+  return reciprocal(1.0f + exp2_of<true, false>(smaller(splat<float>(125.0f), larger(splat<float>(-126.0f), -t))));
 }
-inline SSLK_INLINE Vec<double> logistic_v(Vec<double> x) {
-  Vec<double> e = exp_minus_abs<double>(x);
-  return (x < 0.0 ? e : splat<double>(1.0)) * reciprocal(1.0 + e);
+inline SSLK_INLINE Vec<double> logistic2_v(Vec<double> t) {
+  const Vec<double> e = exp2_v(minus_abs(t));
+  return (t < 0.0 ? e : splat<double>(1.0)) * reciprocal(1.0 + e);
 }
+// 1 / (1 + exp(-x)).
+inline SSLK_INLINE Vec<float> logistic_v(Vec<float> x) { return logistic2_v(x * float(kLog2E)); }
+inline SSLK_INLINE Vec<double> logistic_v(Vec<double> x) { return logistic2_v(x * kLog2E); }
 
 // -------------------------------------------------------------------------------- 16-bit conversions
 

@@ -10,11 +10,13 @@ from .workshop import Mutant
 
 LEFT = ("tests/test_corners.py", "-k", "left_in_the_workspace")
 PAIRWISE = ("tests/test_pairwise.py", "-k", "rows_columns or self_mode or ranks or extremes_ties")
+SOFTPLUS = ("tests/test_pairwise.py", "-k", "softplus")
 ATTEND = ("tests/test_pairwise.py", "-k", "attend or ranks")
 EXTREMES = ("tests/test_pairwise.py", "-k", "extremes")
 LOGITS = ("tests/test_pairwise.py", "-k", "huge or maxima or nan or scale_zero")
 DTYPES = ("tests/test_pairwise.py", "-k", "dtypes or extremes")
 WHOLE = ("tests/test_contrastive.py", "-k", "composition and (65 or 130)")
+AUTOENCODERS = ("tests/test_autoencoders.py",)
 KEPT = ("tests/test_kept_tiles.py",)
 AT_ONCE = ("tests/test_at_once.py",)
 UNIT = ("tests/test_unit_rows.py",)
@@ -146,9 +148,15 @@ MUTANTS = [
            "    p = p * f + 0.0096755413310213911f;\n", "", PAIRWISE),
     Mutant("softplus: a lost reduction term", "csrc/cpu/simd.h",
            "constexpr int kTerms = 17;", "constexpr int kTerms = 12;",
-           (*PAIRWISE[:2], "each_magnitude")),
+           ("tests/test_contrastive.py", "-k", "each_magnitude")),
     Mutant("softplus: a coefficient", "csrc/cpu/simd.h",
-           "p = p * e - 0.4999949314048224f;", "p = p * e - 0.4998949314048224f;", PAIRWISE),
+           "p = p * e - 0.4999949314048224f;", "p = p * e - 0.4998949314048224f;", AUTOENCODERS),
+    Mutant("softplus: products overflow", FORWARD,
+           "if (factors <= kMostFactors<M>) return;", "return;", SOFTPLUS),
+    Mutant("softplus: what rounding 1 + x lost", "csrc/cpu/simd.h",
+           " + (x - (sum - 1.0)) / sum * kLog2E", "", SOFTPLUS),
+    Mutant("softplus: products of columns are lost", FORWARD,
+           "sum_at[l] += T(log2_1p_v(splat<double>(columns.product[v][l]))[0]);", ";", PAIRWISE),
     Mutant("bfloat16: ties are rounded up", "csrc/cpu/simd.h",
            "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16;", "(u + 0x8000u) >> 16;",
            CORNERS),
