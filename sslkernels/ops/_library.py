@@ -13,6 +13,7 @@ stands the NamedTuple that the kernel returns.
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -124,8 +125,10 @@ def _unfold(form: Sequence[_Part], values: Iterable[Any]) -> list[Any]:
     return flat
 
 
-def _form_of(values: Iterable[Any]) -> list[_Part]:
-    return [_Part(type(v), len(v)) if isinstance(v, tuple) else _Part(None, 1) for v in values]
+@functools.cache
+def _form_of(kinds: tuple[type[Any], ...]) -> list[_Part]:
+    """The form of values of these types."""
+    return [_Part(k, len(k._fields)) if hasattr(k, "_fields") else _Part(None, 1) for k in kinds]
 
 
 def _schema(kind: type[Any], prefix: str = "", optional: bool = False) -> list[str]:
@@ -224,8 +227,11 @@ class Op:
         self.default: Any = getattr(torch.ops.sslkernels, self.name).default
         self.function: type[torch.autograd.Function] | None = None
         if gradient is not None:
-            self._differentiable = [self.names.index(n) for n in gradient.inputs]
+            self.differentiable: list[int] = [self.names.index(n) for n in gradient.inputs]
+            fields = ("out",) if results is None else results._fields
+            self.graded: list[int] = [fields.index(n) for n in gradient.outputs]
             self.function = _function(self, gradient)
+            self._eager = _eager_function(self, gradient)
             LIB.impl(self.name, self._autograd, "Autograd")
         if hasattr(torch.library, "register_vmap"):  # torch 2.5
             torch.library.register_vmap(f"sslkernels::{self.name}", self._vmap, lib=LIB)
@@ -234,10 +240,19 @@ class Op:
         """The results for values; differentiable where the op is."""
         flat = _unfold(self.form, values)
         if self._bypasses(flat):
-            if self.function is None or not needs_grad(*(flat[i] for i in self._differentiable)):
+            if self.function is None:
                 return _unrecorded(self.kernel, *values)
-            out = apply_plain(self.function, *flat)
-        elif torch.compiler.is_compiling() or not functorch() or self.function is None:
+            inputs = [flat[i] for i in self.differentiable]
+            if not needs_grad(*inputs):
+                return _unrecorded(self.kernel, *values)
+            results: list[Any] = []
+            found = apply_plain(self._eager, values, results, *inputs)
+            if self.results is None:
+                return found
+            for i, out in zip(self.graded, found, strict=True):
+                results[i] = out
+            return self.results(*results)
+        if torch.compiler.is_compiling() or not functorch() or self.function is None:
             out = self.default(*flat)
         else:
             out = self.function.apply(*flat)
@@ -269,7 +284,7 @@ class Op:
     def _autograd(self, *flat: Any) -> Any:
         """The kernel above autograd: a node of the graph where one is needed."""
         if self.function is not None and (
-            forward_mode() or needs_grad(*(flat[i] for i in self._differentiable))
+            forward_mode() or needs_grad(*[flat[i] for i in self.differentiable])
         ):
             if functorch():
                 return self.function.apply(*flat)
@@ -295,11 +310,45 @@ def apply_plain(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def _keep(ctx: Any, saved: tuple[Any, ...]) -> list[Tensor | None]:
+    """Hands what ``Gradient.save`` returned to the node; its tensors, None in the place of others."""
+    ctx.saved_form = _form_of(tuple([type(value) for value in saved]))
+    flat = _unfold(ctx.saved_form, saved)
+    tensors = [x if isinstance(x, Tensor) else None for x in flat]
+    ctx.plain = [None if isinstance(x, Tensor) else x for x in flat]
+    ctx.backend = registry.override()
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    return tensors
+
+
+def _kept(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What ``Gradient.save`` returned; tensors: ``ctx.saved_tensors``."""
+    flat = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
+    return _fold(ctx.saved_form, flat)
+
+
+def _gradients(
+    op: Op, rule: Gradient, ctx: Any, given: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Of all flat arguments, those of ``wanted``; given: gradients of the graded results."""
+    if all([g is None for g in given]):
+        return [None] * len(op.names)
+    tensors = ctx.saved_tensors  # once: checkpointing computes them again for each reading
+    saved, need = _kept(ctx, tensors), _fold(op.form, wanted)
+
+    def compute() -> list[Tensor | None]:
+        with _NOTHING if ctx.backend is None else registry.backend(ctx.backend):
+            found = rule.backward(*saved, *given, *need)
+        return [found[n] if w else None for n, w in zip(op.names, wanted, strict=True)]
+
+    if rule.twice:
+        return compute()
+    return once(f"sslkernels::{op.name}", compute, [*given, *tensors])
+
+
 def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
-    """The autograd.Function around an op."""
-    fields = ("out",) if op.results is None else op.results._fields
-    graded = [fields.index(name) for name in rule.outputs]
-    label = f"sslkernels::{op.name}"
+    """The autograd.Function around an op that the dispatcher, or a transform, sees."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -313,35 +362,15 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = (output,) if op.results is None else output
             out = output if op.results is None else op.results(*output)
-            saved = rule.save(*_fold(op.form, inputs), out)
-            ctx.saved_form = _form_of(saved)
-            flat = _unfold(ctx.saved_form, saved)
-            tensors = [x if isinstance(x, Tensor) else None for x in flat]
-            ctx.plain = [None if isinstance(x, Tensor) else x for x in flat]
-            ctx.backend = registry.override()
-            ctx.save_for_backward(*tensors)
+            tensors = _keep(ctx, rule.save(*_fold(op.form, inputs), out))
             if forward_mode():
                 ctx.save_for_forward(*tensors)
-            ctx.mark_non_differentiable(*(x for i, x in enumerate(outputs) if i not in graded))
-            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(x for i, x in enumerate(outputs) if i not in op.graded))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            given = [grads[i] for i in graded]
-            if all(g is None for g in given):
-                return (None,) * len(op.names)
-            tensors = ctx.saved_tensors  # once: checkpointing computes them again for each reading
-            saved = _saved(ctx, tensors)
-            need = _fold(op.form, ctx.needs_input_grad)
-            sources = [*given, *tensors]
-
-            def compute() -> list[Tensor | None]:
-                with registry.backend(ctx.backend):
-                    found = rule.backward(*saved, *given, *need)
-                needed = zip(op.names, ctx.needs_input_grad, strict=True)
-                return [found[name] if wanted else None for name, wanted in needed]
-
-            return tuple(compute()) if rule.twice else once(label, compute, sources)
+            given = [grads[i] for i in op.graded]
+            return tuple(_gradients(op, rule, ctx, given, ctx.needs_input_grad))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -349,15 +378,15 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
 
             def compute() -> list[Tensor | None]:
                 with registry.backend(ctx.backend):
-                    return [*rule.tangent(*_saved(ctx, tensors), *_fold(op.form, given))]
+                    return [*rule.tangent(*_kept(ctx, tensors), *_fold(op.form, given))]
 
             tensors = ctx.saved_tensors
             sources = [*tensors, *given]
-            found = compute() if rule.twice else once(label, compute, sources)
+            found = compute() if rule.twice else once(f"sslkernels::{op.name}", compute, sources)
             if op.results is None:
                 return found[0]
-            out: list[Tensor | None] = [None] * len(fields)
-            for i, tangent in zip(graded, found, strict=True):
+            out: list[Tensor | None] = [None] * len(op.results._fields)
+            for i, tangent in zip(op.graded, found, strict=True):
                 out[i] = tangent
             return tuple(out)
 
@@ -369,10 +398,31 @@ def _function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
     return Function
 
 
-def _saved(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
-    """What ``Gradient.save`` returned; tensors: ``ctx.saved_tensors``."""
-    flat = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
-    return _fold(ctx.saved_form, flat)
+def _eager_function(op: Op, rule: Gradient) -> type[torch.autograd.Function]:
+    """The same where only autograd sees the op: values go in and out, ungraded results go round it."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, values: tuple[Any, ...], results: list[Any], *_: Tensor | None
+        ) -> Any:
+            out = op.kernel(*values)
+            _keep(ctx, rule.save(*values, out))
+            if op.results is None:
+                return out
+            results += out
+            return tuple([out[i] for i in op.graded])
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor | None) -> Any:
+            wanted = [False] * len(op.names)
+            for i, w in zip(op.differentiable, ctx.needs_input_grad[2:], strict=True):
+                wanted[i] = w
+            found = _gradients(op, rule, ctx, given, wanted)
+            return None, None, *[found[i] for i in op.differentiable]
+
+    Function.__name__ = Function.__qualname__ = f"{op.name}_function"
+    return Function
 
 
 # ------------------------------------------------------------------------------- second derivatives
