@@ -75,6 +75,12 @@ def op_inputs() -> dict[str, tuple[Callable, tuple]]:
         "unit_rows": (ops.unit_rows, (z,)),
         "unit_rows half": (ops.unit_rows, (plain[0].half().requires_grad_(),)),
         "unit_rows_backward": (ops.unit_rows_backward, (plain[0], norm, plain[1])),
+        "uniformity": (ops.uniformity, (z, 2.0)),
+        "uniformity half": (ops.uniformity, (plain[0].half().requires_grad_(), 2.0)),
+        "uniformity_backward": (
+            ops.uniformity_backward,
+            (plain[0], norm, norm, norm, 2.0, norm[0]),
+        ),
     }
 
 

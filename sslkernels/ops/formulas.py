@@ -18,6 +18,7 @@ from sslkernels.backends.arithmetic import accumulation_dtype
 from sslkernels.backends.interface import Thresholds, Tiles
 from sslkernels.ops import heads
 from sslkernels.ops.pairwise import pairwise
+from sslkernels.ops.uniformity import uniformity as unit_uniformity
 
 # ------------------------------------------------------------------------------- softmax family
 
@@ -91,42 +92,21 @@ def alignment(z1: Tensor, z2: Tensor, alpha: float, normalize: bool) -> Tensor:
 def uniformity(z: Tensor, t: float, normalize: bool) -> Tensor:
     """0-d: log of the mean over pairs of exp(-t ||z_i - z_j||^2)."""
     n = len(z)
-    z = heads.unit(z, normalize).to(accumulation_dtype(z.dtype))
     if n < 2:
-        return z.sum() * 0
-    ids = torch.arange(n, device=z.device)
+        return heads.unit(z, normalize).to(accumulation_dtype(z.dtype)).sum() * 0
     if normalize:
-        # -t ||x - y||^2 = 2t <x, y> - 2t, a constant less than a scaled dot product.
-        lse = pairwise("lse", Tiles(z, None, z.new_full((), 2 * t), ids_q=ids)).row
-        lse, missing = _with_short_rows(z, lse, t)
-        offset = 2 * t
-    else:
-        # The squared norms become two more features; distances do not change with the origin.
-        z = z - z.mean(0)
-        square = z.square().sum(1, keepdim=True)
-        one = torch.ones_like(square)
-        q, k = torch.cat((2 * z, -square, -one), 1), torch.cat((z, one, square), 1)
-        lse = pairwise("lse", Tiles(q, k, z.new_full((), t), None, ids, ids)).row
-        offset, missing = 0.0, None
+        return unit_uniformity(z, t)
+    z = z.to(accumulation_dtype(z.dtype))
+    ids = torch.arange(n, device=z.device)
+    # The squared norms become two more features; distances do not change with the origin.
+    z = z - z.mean(0)
+    square = z.square().sum(1, keepdim=True)
+    one = torch.ones_like(square)
+    q, k = torch.cat((2 * z, -square, -one), 1), torch.cat((z, one, square), 1)
+    lse = pairwise("lse", Tiles(q, k, z.new_full((), t), None, ids, ids)).row
     largest = lse.detach().amax()
     total = heads.reduce((lse - largest).exp(), "sum").log() + largest
-    if missing is not None:
-        total = torch.logaddexp(total, missing)
-    return total - offset - math.log(n * (n - 1))
-
-
-def _with_short_rows(z: Tensor, lse: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """The rows' log-sums of exp(2t <x, y>), and the log of what they still lack, where rows are short.
-
-    ||x||^2 is not 1 there but s: 0 for rows of zeros and without features, almost 0 where the norm is below
-    the 1e-12 that it is divided by.  A pair then counts (1 + u_x) (1 + u_y) times, u = exp(t (1 - s)) - 1: a
-    row's sum 1 + 2u times, in its own place and in those of the others, and pairs of short rows lack u_x u_y.
-    """
-    square = z.detach().square().sum(1)
-    # A NaN is not short: it must reach the loss through its row.
-    more = torch.where(square < 0.5, torch.expm1(t * (1 - square)), 0.0)
-    pairs = (more.sum().square() - more.square().sum()).clamp(min=0)
-    return lse + torch.log1p(2 * more), pairs.log()
+    return total - math.log(n * (n - 1))
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def _unit_fake(x: Tensor) -> Unit:
     return Unit(y, x.new_empty((x.shape[0],), dtype=accumulation_dtype(x.dtype)))
 
 
-def _unit_backward(x: Tensor, norm: Tensor, dy: Tensor) -> Tensor:
+def unit_backward(x: Tensor, norm: Tensor, dy: Tensor) -> Tensor:
+    """[N, D]: the gradient by x for dy; below autograd."""
     kernel = normalization.row_kernel(registry.resolve(x.device), "normalize_rows_backward", x)
     if kernel is not None:
         by_kernel: Tensor = kernel(dy, x, norm, EPS)
@@ -49,7 +50,7 @@ def _unit_backward(x: Tensor, norm: Tensor, dy: Tensor) -> Tensor:
 
 UNIT_BACKWARD = Op(
     "unit_rows_backward(Tensor x, Tensor norm, Tensor dy) -> Tensor",
-    _unit_backward,
+    unit_backward,
     lambda x, norm, dy: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 
