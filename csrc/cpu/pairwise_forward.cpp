@@ -25,8 +25,8 @@ struct State {
   T* sum = nullptr;
   T* product = nullptr;        // of all 1 + e, less 1; only kSoftplus
   int64_t* factors = nullptr;  // [blocks] of a lane since it was taken out
-  Int<T>* rank = nullptr;  // only with a threshold
-  T* threshold = nullptr;  // [n_pad], in units of t
+  Int<T>* rank = nullptr;      // only with a threshold
+  T* threshold = nullptr;      // [n_pad], in units of t
 };
 
 template <class M>
@@ -182,7 +182,13 @@ inline void merge_columns(const State<AccOfMath<M>>& col, const PanelColumns<M>&
       store<T>(sum_at, load<T>(sum_at) + columns.sum[v]);
     }
     if constexpr (kMode == Mode::kSoftplus) {
-      for (int l = 0; l < L; ++l) sum_at[l] += T(log2_1p_v(splat<double>(columns.product[v][l]))[0]);
+      constexpr int W = Simd<double>::kLanes;
+      for (int l = 0; l < L; l += W) {
+        Vec<double> products = {};
+        for (int w = 0; w < W; ++w) products[w] = double(columns.product[v][l + w]);
+        const Vec<double> logs = log2_1p_v(products);
+        for (int w = 0; w < W; ++w) sum_at[l + w] += T(logs[w]);
+      }
     }
     if (col.rank != nullptr) {
       Int<T>* rank_at = col.rank + j + v * L;
