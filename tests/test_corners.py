@@ -130,7 +130,7 @@ def test_rows_whose_squares_overflow_are_rows_of_zeros(
     assert_alike([got], [getattr(reference, loss)(zero, other, *more)])
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-41, 1e-30, 1e-17])
+@pytest.mark.parametrize("size", [0.0, 1e-41, 1e-30, 1e-17, 1e200])
 @pytest.mark.parametrize("short", [1, 3, 6])
 def test_uniformity_of_rows_that_do_not_become_unit_vectors(
     on_engine: str, short: int, size: float

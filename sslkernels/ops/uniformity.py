@@ -65,8 +65,8 @@ def _forward(z: Tensor, t: float) -> Uniformity:
     with no_autocast(z.device):
         row = backend.pairwise_forward("lse", _tiles(unit, t), False, Thresholds()).row
     log_weight, missing = row, None
-    # Asking a GPU would make the host wait.
-    if not z.is_cpu or bool((norm < EPS).any()):
+    # Short, or so long that 1 / norm is 0.  Asking a GPU would make the host wait.
+    if not z.is_cpu or not bool(((norm >= EPS) & norm.isfinite()).all()):
         more, missing = _short_rows(unit, t)
         log_weight = row + more
     largest = log_weight.amax()
