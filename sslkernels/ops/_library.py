@@ -273,11 +273,13 @@ class Op:
 
     def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` of values as one of a flat list, which returns a tensor for everything."""
-        form, single = self.form, self.results is None
+        form, single, first = self.form, self.results is None, self._tensors[0]
 
         def call(*flat: Any) -> Any:
             out = function(*_fold(form, flat))
-            return out if single else tuple(out)
+            if single:
+                return out
+            return tuple([flat[first].new_empty(0) if x is None else x for x in out])
 
         return call
 

@@ -50,10 +50,8 @@ def _fake(features: Any, targets: Any, smooth: bool, beta: float) -> Tensor:
     return maps[0].new_empty((maps[0].shape[0], len(maps)), dtype=acc)
 
 
-def _slots(maps: list[Tensor | None], like: Tensor) -> Any:
-    """An op returns tensors: what is not wanted, or not there, is empty."""
-    some = [like.new_empty(0) if x is None else x for x in maps]
-    return FeatureMaps(*some, *(like.new_empty(0) for _ in range(SLOTS - len(some))))
+def _slots(maps: list[Tensor | None]) -> Any:
+    return FeatureMaps(*maps, *[None] * (SLOTS - len(maps)))
 
 
 def _backward(
@@ -63,7 +61,7 @@ def _backward(
     found = registry.resolve(maps[0].device).features_backward(
         maps, _filled(targets), smooth, beta, dout, [c == "1" for c in wanted]
     )
-    return _slots(found, maps[0])
+    return _slots(found)
 
 
 def _backward_fake(
@@ -71,7 +69,7 @@ def _backward_fake(
 ) -> Any:
     maps = _filled(features)
     pairs = zip(maps, wanted, strict=True)
-    return _slots([x.new_empty(x.shape) if c == "1" else None for x, c in pairs], maps[0])
+    return _slots([x.new_empty(x.shape) if c == "1" else None for x, c in pairs])
 
 
 BACKWARD = Op(
