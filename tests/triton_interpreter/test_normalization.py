@@ -57,7 +57,7 @@ LOSSES: dict[str, tuple[Callable[[object], Loss], int, int, int, int]] = {
         1,
     ),
     "alignment": (lambda m: lambda a, b: m.alignment_loss(a, b), 2, 2, 0, 2),
-    "uniformity": (lambda m: lambda a: m.uniformity_loss(a), 1, 1, 0, 1),
+    "uniformity": (lambda m: lambda a: m.uniformity_loss(a), 1, 1, 1, 1),
     "simsiam": (lambda m: lambda *x: m.simsiam_loss(*x), 4, 4, 0, 2),
 }
 EVERY = pytest.mark.parametrize("name", LOSSES)
