@@ -33,6 +33,40 @@ struct Pass {
   T* dk = nullptr;          // [padded_rows(M)][stride]; dq in self mode
   int64_t stride = 0;
   const T* tiles = nullptr;  // logits that forward kept, see Engine::kept_at
+  bool far = false;          // panels and gradients of all rows are kFarBytes or more
+};
+
+// What is smaller is found in a near cache, where fetching it ahead costs more than it saves.
+constexpr int64_t kFarBytes = int64_t(4) << 20;
+
+// What the products with G of a pair of blocks need, fetched into the L2 cache some lines a tile while G is computed.
+class Ahead {
+ public:
+  void add(const void* from, int64_t bytes) { ranges_[count_++] = {static_cast<const char*>(from), bytes / kLine}; }
+
+  void deal(int64_t tiles) {
+    for (int r = 0; r < count_; ++r) lines_a_tile_ = max64(lines_a_tile_, ceil_div(ranges_[r].lines, tiles));
+  }
+
+  void fetch() {
+    for (int r = 0; r < count_; ++r) {
+      Range& range = ranges_[r];
+      const int64_t lines = min64(lines_a_tile_, range.lines);
+      for (int64_t l = 0; l < lines; ++l) __builtin_prefetch(range.at + l * kLine, 0, 2);
+      range.at += lines * kLine;
+      range.lines -= lines;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Range {
+    const char* at = nullptr;
+    int64_t lines = 0;
+  };
+  Range ranges_[3];
+  int count_ = 0;
+  int64_t lines_a_tile_ = 0;
 };
 
 // The rows of q that a tile reads from element k on: of P panels, or of T panels where those hold something else.
@@ -107,7 +141,7 @@ inline SSLK_INLINE void weight_tile(const Pass<M>& pass, const ElemOf<M>* a, con
 // G of the block pair (bi, bj), rows padded to MR and columns to NR with zeros.  `q`: see tile_rows.
 template <class M, Mode kMode, bool kCols>
 void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* q, const ElemOf<M>* t_k,
-                  AccOfMath<M>* g) {
+                  AccOfMath<M>* g, Ahead& ahead) {
   using T = AccOfMath<M>;
   Vec<T> g_sum = {};
   constexpr int MR = Tile<M>::MR, NR = Tile<M>::NR;
@@ -135,6 +169,7 @@ void weight_block(const Pass<M>& pass, int64_t bi, int64_t bj, const ElemOf<M>* 
       const RowsOfTile<M> from = deep.at(i - i0);
       const T* const kept = tiles == nullptr ? nullptr : tiles + (i - i0) * e.block + (j - j0);
       T* to = g + (i - i0) * Tile<M>::kLdG + (j - j0);
+      ahead.fetch();
       if constexpr (kUnmasked<T, kMode>) {
         if (!exclude && !ragged && i + MR <= e.q.n) {
           weight_tile<M, kMode, kCols, false>(pass, a, b, left, from, i, j, to, g_sum, kept);
@@ -188,15 +223,24 @@ void block_pair(const Pass<M>& pass, ThreadScratch<M>& s, int64_t bi, int64_t bj
   const ElemOf<M>* t_k = diagonal && !q_from_p ? q : e.block_t(e.k, bj, s.t_k, s.buffer);
   const int64_t ni = min64(e.q.n - bi * e.block, e.block), nj = min64(e.k.n - bj * e.block, e.block);
   const int64_t p_rows = e.block / M::kPack;
-  weight_block<M, kMode, kCols>(pass, bi, bj, q, t_k, s.g);
+  AccOfMath<M>* const dq = want_q ? pass.dq + bi * e.block * pass.stride : nullptr;
+  AccOfMath<M>* const dk = want_k ? pass.dk + bj * e.block * pass.stride : nullptr;
+  Ahead ahead;
+  if (pass.far) {
+    const int64_t row_bytes = pass.stride * int64_t(sizeof(AccOfMath<M>));
+    if (want_q) ahead.add(p_k, p_rows * e.d_pad * int64_t(sizeof(ElemOf<M>)));
+    if (want_q) ahead.add(dq, ni * row_bytes);
+    if (want_k) ahead.add(dk, nj * row_bytes);
+    ahead.deal(ceil_div(ni, MR) * ceil_div(nj, NR));
+  }
+  weight_block<M, kMode, kCols>(pass, bi, bj, q, t_k, s.g, ahead);
   encode_g(s, round_up(ni, MR), round_up(nj, NR));
   if (want_q) {
-    gemm_block<M, false>(pass.dq + bi * e.block * pass.stride, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG, 1,
-                         p_k, p_rows, ceil_div(nj, M::kPack));
+    gemm_block<M, false>(dq, pass.stride, round_up(ni, MR), e.d, s.g_rows, kLdG, 1, p_k, p_rows,
+                         ceil_div(nj, M::kPack));
   }
   if (want_k) {
-    gemm_block<M, true>(pass.dk + bj * e.block * pass.stride, pass.stride, round_up(nj, MR), e.d, s.g_cols, 1, kLdG,
-                        p_q, p_rows, ceil_div(ni, M::kPack));
+    gemm_block<M, true>(dk, pass.stride, round_up(nj, MR), e.d, s.g_cols, 1, kLdG, p_q, p_rows, ceil_div(ni, M::kPack));
   }
 }
 
@@ -282,6 +326,7 @@ int backward(const PairwiseArgs& args, const PairwiseBackwardArgs& b) {
   Engine<M> e(args);
   Pass<M> pass{e, {}, {}};
   pass.stride = round_up(args.d, kRowAlign);
+  pass.far = (e.q.n_pad + (args.self ? 0 : e.k.n_pad)) * pass.stride * 3 * int64_t(sizeof(T)) > kFarBytes;
   const bool cols = args.self || b.dcol != nullptr;
   const bool rows_only_cols = b.drow == nullptr;  // only the column term: rows weigh nothing
   const bool softplus = args.kind == Kind::softplus;
