@@ -33,7 +33,7 @@ struct Pass {
   T* dk = nullptr;          // [padded_rows(M)][stride]; dq in self mode
   int64_t stride = 0;
   const T* tiles = nullptr;  // logits that forward kept, see Engine::kept_at
-  bool far = false;          // panels and gradients of all rows are kFarBytes or more
+  bool far = false;          // panels and gradients of all rows are more than kFarBytes
 };
 
 // What is smaller is found in a near cache, where fetching it ahead costs more than it saves.

@@ -51,6 +51,7 @@ def _fake(features: Any, targets: Any, smooth: bool, beta: float) -> Tensor:
 
 
 def _slots(maps: list[Tensor | None]) -> Any:
+    """Maps in slots; None: not wanted, or not there."""
     return FeatureMaps(*maps, *[None] * (SLOTS - len(maps)))
 
 
